@@ -1,0 +1,93 @@
+"""Loaders whose batches depend on the seed, the epoch and the sample only.
+
+Not on the number of workers or processes, nor on whether the run was interrupted: the sampler hands out
+``(epoch, index)`` pairs, and every sample draws its augmentation from a generator seeded by that pair. Hence two
+processes see one process's global batches, and a resumed run the uninterrupted run's.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+class SeededDataset(Dataset):
+    """Wraps a map-style data set; an item ``(epoch, index)`` is transformed under a seed of its own."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]):
+        epoch, index = item
+        seed = zlib.crc32(f"{self.seed}/{epoch}/{index}".encode())
+        generator = torch.default_generator  # torch.manual_seed would also visit every accelerator, per sample
+        states = random.getstate(), np.random.get_state(), generator.get_state()
+        random.seed(seed), np.random.seed(seed), generator.manual_seed(seed)
+        try:
+            return self.dataset[index]
+        finally:
+            random.setstate(states[0]), np.random.set_state(states[1]), generator.set_state(states[2])
+
+
+class ShardedBatches(Sampler):
+    """Each process's share of every global batch, as lists of ``(epoch, index)``.
+
+    Args:
+        length: samples in the data set.
+        batch_size: samples of a **global** batch, over all processes.
+        shuffle: permute anew in each epoch.
+        drop_last: leave out the last batch where it is not full.
+        rank, world: this process and how many there are. Rank r takes the rows r, r + world, … of the batch.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int, rank=0, world=1):
+        self.length, self.batch_size, self.shuffle, self.drop_last = length, batch_size, shuffle, drop_last
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.length, self.batch_size)
+        return full + (0 < rest and not self.drop_last)
+
+    def global_size(self, batch: int) -> int:
+        """Samples of global batch number ``batch``, over all processes."""
+        return min(self.batch_size, self.length - batch * self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{self.epoch}".encode()))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = list(range(self.length))
+        for i in range(len(self)):
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in batch[self.rank :: self.world]]
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """A loader of this process's share of each global batch; set ``loader.batch_sampler.epoch`` before an epoch.
+
+    Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
+    """
+    common = dict(num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
+    batches = ShardedBatches(
+        len(dataset), batch_size, shuffle=train, drop_last=train and drop_last, seed=seed, rank=rank, world=world
+    )
+    return DataLoader(SeededDataset(dataset, seed), batch_sampler=batches, **common)

@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction driven by one typed YAML file."""

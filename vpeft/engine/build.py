@@ -1,0 +1,54 @@
+"""Model, data and task of one configuration."""
+
+from typing import Any
+
+import timm
+from omegaconf import DictConfig
+from timm.data import resolve_data_config
+from torch import nn
+
+from ..errors import ConfigError, did_you_mean
+
+
+def check_model_name(config: DictConfig) -> None:
+    """Refuse a backbone that timm does not know, or that has no weights behind ``pretrained=true``."""
+    name = config.model.name
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    if not timm.is_model(name):
+        raise ConfigError(f"model.name: timm has no '{name}'{did_you_mean(name, timm.list_models())}")
+    base, _, tag = name.partition(".")
+    tags = [m.partition(".")[2] for m in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags and config.model.pretrained:
+        raise ConfigError(f"model.name: '{base}' has no pretrained tag '{tag}'{did_you_mean(tag, tags)}")
+    if config.model.pretrained and not config.model.checkpoint and not tags:
+        raise ConfigError(f"model.pretrained: timm has no weights for '{name}'; set pretrained=false or give a checkpoint")
+
+
+def build_model(config: DictConfig, num_classes: int) -> nn.Module:
+    """The timm model with a head for ``num_classes``."""
+    m = config.model
+    # Fused attention is slower than the plain form on small models in bf16 on CPU.
+    timm.layers.set_fused_attn(config.train.fused_attention)
+    kwargs: dict[str, Any] = dict(m.kwargs)
+    if m.img_size:
+        kwargs["img_size"] = m.img_size
+    if m.drop_path:
+        kwargs["drop_path_rate"] = m.drop_path
+    if m.drop:
+        kwargs["drop_rate"] = m.drop
+    if m.checkpoint:
+        kwargs["pretrained_cfg_overlay"] = dict(file=m.checkpoint)
+    return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+
+
+def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:
+    """timm's data config of a model (input_size, mean, std, interpolation, crop) under the configuration's overrides."""
+    d = config.data
+    overrides = {"mean": d.mean, "std": d.std, "interpolation": d.interpolation, "crop_pct": d.crop_pct}
+    overrides = {k: (list(v) if k in ("mean", "std") else v) for k, v in overrides.items() if v is not None}
+    if d.crop_mode:
+        overrides["crop_mode"] = d.crop_mode
+    if config.model.img_size:
+        overrides["input_size"] = (3, config.model.img_size, config.model.img_size)
+    return resolve_data_config(overrides, pretrained_cfg=pretrained_cfg)

@@ -1,0 +1,277 @@
+"""One YAML per experiment, typed: unknown keys, wrong types and impossible values are refused with the key's path."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError, did_you_mean
+
+
+@dataclass
+class ModelConfig:
+    """The timm backbone. ``checkpoint`` is a local weight file that replaces timm's pretrained weights."""
+
+    name: str = "vit_micro_patch4_28.vpeft_fashion"
+    pretrained: bool = True
+    checkpoint: str | None = None
+    img_size: int | None = None
+    drop_path: float = 0.0
+    drop: float = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MethodConfig:
+    """A registered method and its hyper-parameters (see ``vpeft methods``)."""
+
+    name: str = "adaptformer"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Where images come from; mean, std, interpolation and size are the model's own unless set here."""
+
+    source: str = "digits"
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str | None = None
+    val_size: int = 0
+    test_split: str | None = "test"
+    num_classes: int | None = None
+    classes: list[str] | None = None
+    num_samples: int | None = None
+    download: bool = False
+    batch_size: int = 256
+    workers: int = 0
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+
+
+@dataclass
+class AugmentConfig:
+    """timm's training augmentation; off by default, as in VTAB-1k's protocol."""
+
+    enabled: bool = False
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    """timm's optimiser by name. Biases, norms and what a method exempts are never decayed."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    head_lr: float | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    """timm's learning-rate schedule, stepped at every update; lengths in epochs."""
+
+    name: str = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    cooldown_epochs: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """``batch_size`` is what one optimiser step sees, over all processes and accumulated parts."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    accumulate: int = 1
+    drop_last: bool = False
+    clip_grad: float | None = None
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    fused_attention: bool = True
+    grad_checkpointing: bool = False
+    select: str = "best"
+    deterministic: bool = True
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases tracking; off unless asked for."""
+
+    mode: str = "disabled"
+    project: str = "vpeft"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """A whole experiment."""
+
+    name: str = "run"
+    output: str = "runs"
+    seed: int = 0
+    resume: str = "auto"
+    overwrite: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+CHOICES = {
+    "resume": ("auto", "never"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+    "train.select": ("best", "last"),
+    "wandb.mode": ("disabled", "offline", "online"),
+    "data.crop_mode": ("center", "squash", "border"),
+    "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+    "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant", "none"),
+}
+# (lowest, highest) allowed value; None is open.
+RANGES = {
+    "seed": (0, None),
+    "model.drop_path": (0, 0.99),
+    "model.drop": (0, 0.99),
+    "model.img_size": (1, None),
+    "data.val_size": (0, None),
+    "data.num_classes": (1, None),
+    "data.batch_size": (1, None),
+    "data.workers": (0, None),
+    "data.crop_pct": (0.01, 1),
+    "augment.hflip": (0, 1),
+    "augment.vflip": (0, 1),
+    "augment.random_erasing": (0, 1),
+    "augment.mixup": (0, None),
+    "augment.cutmix": (0, None),
+    "optim.lr": (0, None),
+    "optim.head_lr": (0, None),
+    "optim.weight_decay": (0, None),
+    "optim.momentum": (0, 1),
+    "schedule.warmup_epochs": (0, None),
+    "schedule.cooldown_epochs": (0, None),
+    "schedule.min_lr": (0, None),
+    "schedule.warmup_lr": (0, None),
+    "train.epochs": (1, None),
+    "train.batch_size": (1, None),
+    "train.accumulate": (1, None),
+    "train.clip_grad": (0, None),
+    "train.label_smoothing": (0, 0.99),
+    "train.ema": (0, 0.999999),
+}
+
+
+def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> DictConfig:
+    """Read a YAML file with its bases and ``key.sub=value`` overrides into a checked, typed configuration.
+
+    Raises:
+        ConfigError: with the key's path, what was found, and the nearest valid name or value.
+    """
+    layers = _read(Path(file), ())
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override '{item}': expected key.sub=value")
+        try:
+            layers.append(OmegaConf.from_dotlist([item]))
+        except Exception as error:  # yaml's own errors have several unrelated classes
+            raise ConfigError(f"override '{item}': {error}") from error
+    config = OmegaConf.structured(Config)
+    for layer in layers:
+        config = merge(config, layer)
+    check(config)
+    return config
+
+
+def from_container(values: dict) -> DictConfig:
+    """A configuration from plain values, such as those stored inside a checkpoint."""
+    config = merge(OmegaConf.structured(Config), OmegaConf.create(values))
+    check(config)
+    return config
+
+
+def merge(config: DictConfig, layer: DictConfig) -> DictConfig:
+    """Lay untyped values over a typed configuration."""
+    _check_keys(Config, layer, "")
+    try:
+        return OmegaConf.merge(config, layer)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    """The file's bases, then the file."""
+    if not file.is_file():
+        near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        raise ConfigError(f"configuration {file} does not exist{did_you_mean(str(file), near)}")
+    file = file.resolve()
+    if file in seen:
+        raise ConfigError(f"{file}: its bases lead back to itself")
+    try:
+        layer = OmegaConf.load(file)
+    except Exception as error:
+        raise ConfigError(f"{file} is not readable YAML: {error}") from error
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{file}: expected a mapping of keys")
+    bases = layer.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    return [x for b in bases for x in _read(file.parent / b, (*seen, file))] + [layer]
+
+
+def _check_keys(schema: type, values: Any, path: str) -> None:
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"{path or 'configuration'}: expected a mapping of keys, got {values!r}")
+    known = {f.name: f for f in fields(schema)}
+    for key in values:
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key{did_you_mean(key, known)}")
+        if is_dataclass(known[key].type) and values[key] is not None:
+            _check_keys(known[key].type, values[key], where)
+
+
+def check(config: DictConfig) -> None:
+    """Refuse impossible values that types alone let through."""
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value not in choices:
+            raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+    for key, (low, high) in RANGES.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            raise ConfigError(f"{key}: {value} is impossible; it must be {bound}")
+    for key in ("augment.scale", "augment.ratio"):
+        pair = OmegaConf.select(config, key)
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise ConfigError(f"{key}: expected two numbers 0 < low <= high, got {list(pair)}")
+    if config.schedule.warmup_epochs >= config.train.epochs and config.schedule.warmup_epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below train.epochs {config.train.epochs}"
+        )
+    if config.train.accumulate > config.train.batch_size:
+        raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")
+    if (config.augment.mixup or config.augment.cutmix) and not config.augment.enabled:
+        raise ConfigError("augment.enabled: mixup and cutmix need augmentation to be on")

@@ -1,0 +1,37 @@
+"""The exceptions that a user's mistake raises: what was wrong, where, and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VpeftError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class UnsupportedModelError(VpeftError):
+    """The model, or a part of it that the method needs, has a structure this library cannot act on."""
+
+
+class MethodError(VpeftError):
+    """An unknown method, a wrong hyper-parameter, or an operation that the method does not allow."""
+
+
+class CheckpointError(VpeftError):
+    """A checkpoint that is damaged, foreign, or made for another backbone."""
+
+
+class ConfigError(VpeftError):
+    """A configuration with an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(VpeftError):
+    """A data source that is missing or does not fit the configuration."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

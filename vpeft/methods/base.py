@@ -1,0 +1,238 @@
+"""What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from ..errors import MethodError, VpeftError, did_you_mean
+from ..interventions import Intervention
+from ..sites import BlockSite, Sites
+
+Blocks = str | int | list[int] | None
+PerBlock = int | list[int]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published.
+
+    Attributes:
+        title, venue: of the paper.
+        arxiv: its arXiv id, or "" where there is none.
+        category: of the survey arXiv 2501.13787: additive, prompt, reparameterisation, selective, hybrid, side.
+        vtab: published VTAB-1k result with its source, "" where none is known.
+    """
+
+    title: str
+    venue: str
+    arxiv: str
+    category: str
+    vtab: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.title}, {self.venue}" + (f", arXiv {self.arxiv}" if self.arxiv else "")
+
+
+@dataclass
+class Method:
+    """Base of all methods: subclasses add their hyper-parameters and ``build``."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+    where: ClassVar[str]
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
+        """Yield ``(path, intervention)``: the path is where its tensors stand in the state dict.
+
+        Raises:
+            UnsupportedModelError: the model lacks what the method acts on.
+        """
+        raise NotImplementedError
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """The adapted model computes what the bare one does until the first update."""
+        return True
+
+    @property
+    def needs_calibration(self) -> bool:
+        """It looks at data once (``handle.calibrate``) before training."""
+        return False
+
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters, as plain values."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Refuse impossible hyper-parameters; subclasses extend it."""
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name, 0)
+            if not 0 <= value < 1:
+                raise MethodError(f"{self.name}.{name}: {value} is no probability in [0, 1)")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                value = list(value)
+                setattr(self, f.name, value)
+            elif isinstance(value, int) and not isinstance(value, bool) and hints[f.name] is float:
+                setattr(self, f.name, float(value))
+            if not _fits(value, hints[f.name]):
+                raise MethodError(f"{self.name}.{f.name}: {value!r} is no {_readable(hints[f.name])}")
+        self.check()
+
+    def sized_blocks(self, sites: Sites, option: str, blocks: Blocks) -> Iterator[tuple[BlockSite, int]]:
+        """The chosen blocks with their size of a per-block option; size 0 leaves a block out.
+
+        A list holds one size for each block of the model, or one for each chosen block.
+        """
+        size: PerBlock = getattr(self, option)
+        chosen = sites.choose(blocks)
+        if isinstance(size, list):
+            if len(size) == len(sites.blocks):
+                sizes = [size[b.index] for b in chosen]
+            elif len(size) == len(chosen):
+                sizes = size
+            else:
+                raise MethodError(
+                    f"{self.name}.{option}: {len(size)} sizes for {len(chosen)} chosen of {len(sites.blocks)} blocks"
+                )
+        else:
+            sizes = [size] * len(chosen)
+        for block, n in zip(chosen, sizes, strict=True):
+            if n < 0:
+                raise MethodError(f"{self.name}.{option}: {n} is no size")
+            if n:
+                yield block, n
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, paper: Paper, where: str):
+    """Class decorator that makes a dataclass a method under ``name``."""
+
+    def decorate(cls: M) -> M:
+        if name in METHODS:
+            raise MethodError(f"two methods are called '{name}'")
+        cls = dataclass(cls)
+        cls.name, cls.paper, cls.where = name, paper, where
+        METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def create(method: "str | Method | type[Method]", **options: Any) -> Method:
+    """A method from its name and hyper-parameters.
+
+    Raises:
+        MethodError: unknown name, unknown or impossible hyper-parameter, with the nearest valid one.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise MethodError("hyper-parameters belong to the method object, or to its name, not to both")
+        return method
+    cls = METHODS.get(method) if isinstance(method, str) else method
+    if cls is None:
+        raise MethodError(f"unknown method '{method}'{did_you_mean(method, METHODS)}")
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise MethodError(f"expected a method's name, class or object, got {type(method).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in options:
+        if key not in known:
+            raise MethodError(f"{cls.name} has no hyper-parameter '{key}'{did_you_mean(key, known)}")
+    return cls(**options)
+
+
+@dataclass
+class Description:
+    """What ``vpeft.describe`` tells about a method."""
+
+    name: str
+    paper: Paper
+    where: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    starts_as_identity: bool = True
+    needs_calibration: bool = False
+    text: str = ""
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
+        return "\n".join(
+            [
+                f"{self.name}: {self.paper}",
+                f"  category   {self.paper.category}",
+                f"  where      {self.where}",
+                f"  options    {options}",
+                f"  starts as  {'the bare model' if self.starts_as_identity else 'a perturbed model'}",
+                f"  VTAB-1k    {self.paper.vtab or 'no published mean known to us'}",
+                "",
+                self.text,
+            ]
+        )
+
+
+def describe(name: str) -> Description:
+    """Paper, place, defaults and properties of a method (printable)."""
+    method = create(name)
+    import inspect
+
+    return Description(
+        name=method.name,
+        paper=method.paper,
+        where=method.where,
+        defaults=method.options(),
+        starts_as_identity=method.starts_as_identity,
+        needs_calibration=method.needs_calibration,
+        text=inspect.cleandoc(type(method).__doc__ or ""),
+    )
+
+
+def list_methods(category: str | None = None) -> list[str]:
+    """Registered method names, of one category of the survey or of all.
+
+    Raises:
+        VpeftError: no method has this category.
+    """
+    categories = {m.paper.category for m in METHODS.values()}
+    if category is not None and category not in categories:
+        raise VpeftError(f"no category '{category}'{did_you_mean(category, categories)}")
+    return sorted(n for n, m in METHODS.items() if category in (None, m.paper.category))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin is list:
+        (inner,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_fits(v, inner) for v in value)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Any:
+        return True
+    return isinstance(value, hint)
+
+
+def _readable(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
+
+
+__all__ = ["Intervention"]

@@ -1,0 +1,437 @@
+"""Where things are inside a timm transformer: its blocks in order, their norms, attention, linears and branch ends.
+
+This is the only file that knows timm's insides. It looks at structure (which parts a module has, in which order they
+run), never at model names, and proves what it read by one dry forward. What it cannot read it refuses, saying what is
+missing.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError, VpeftError, did_you_mean
+
+QKV_SLOTS = ("q", "k", "v")
+SLOTS = ("qkv", *QKV_SLOTS, "proj", "fc1", "fc2")
+
+# A block may have these parts and no other that holds parameters; anything else would act where we do not know of it.
+_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module of the model and its dotted path."""
+
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSite(Place):
+    """A frozen linear, or some of its output rows.
+
+    Attributes:
+        slot: what it computes: ``qkv``, ``q``, ``k``, ``v``, ``proj``, ``fc1`` or ``fc2``.
+        rows: the output rows ``(start, stop)`` of the slot.
+        bias_outside: the attention that adds its own q, k, v bias after this linear (BEiT, EVA, SwinV2), or None.
+    """
+
+    slot: str
+    rows: tuple[int, int]
+    bias_outside: Place | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def is_part(self) -> bool:
+        """True where the slot is one of several in a fused linear."""
+        return self.out_features != self.module.out_features
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSite(Place):
+    """One transformer block.
+
+    Attributes:
+        index: position in forward order over the whole model.
+        stage: 0 in plain ViTs; the stage in hierarchical ones.
+        width: channels of its residual stream.
+        pre_norm: norm1 feeds the branch (else it follows it, as in SwinV2).
+        maps: the block sees (B, H, W, C) instead of (B, N, C).
+        norm1, attn, branch1, norm2, mlp, branch2: its parts; ``branch1`` and ``branch2`` are the drop-path modules,
+            whose outputs are what is added to the residual stream.
+    """
+
+    index: int
+    stage: int
+    width: int
+    pre_norm: bool
+    maps: bool
+    norm1: Place
+    attn: Place
+    branch1: Place
+    norm2: Place
+    mlp: Place
+    branch2: Place
+
+    @property
+    def mlp_input(self) -> Place:
+        """The module whose input is the residual stream between the two branches."""
+        return self.norm2 if self.pre_norm else self.mlp
+
+    def linears(self, slot: str) -> list[LinearSite]:
+        """The linears behind a slot: usually one; several for ``qkv`` kept apart and for SwiGLU's ``fc1``.
+
+        Raises:
+            UnsupportedModelError: the block has no such linear.
+        """
+        if slot not in SLOTS:
+            raise VpeftError(f"targets: unknown slot '{slot}'{did_you_mean(slot, SLOTS)}; known: {', '.join(SLOTS)}")
+        attn, mlp = self.attn.module, self.mlp.module
+        if slot == "proj":
+            return [self._linear(self.attn, "proj", slot)]
+        if slot in ("fc1", "fc2"):
+            names = ("fc1_g", "fc1_x") if slot == "fc1" and hasattr(mlp, "fc1_g") else (slot,)
+            return [self._linear(self.mlp, name, slot) for name in names]
+        if isinstance(getattr(attn, "qkv", None), nn.Linear):
+            whole = self._linear(self.attn, "qkv", slot)
+            if slot == "qkv":
+                return [whole]
+            part, i = whole.module.out_features // 3, QKV_SLOTS.index(slot)
+            return [LinearSite(whole.path, whole.module, slot, (i * part, (i + 1) * part), whole.bias_outside)]
+        return [self._linear(self.attn, f"{s}_proj", s) for s in (QKV_SLOTS if slot == "qkv" else slot)]
+
+    def _linear(self, parent: Place, name: str, slot: str) -> LinearSite:
+        module = getattr(parent.module, name, None)
+        path = f"{parent.path}.{name}"
+        if not isinstance(module, nn.Linear):
+            have = [n for n, m in parent.module.named_children() if isinstance(m, nn.Linear)]
+            found = "missing" if module is None else f"a {type(module).__name__}"
+            raise UnsupportedModelError(
+                f"slot '{slot}': expected a linear at {path}, found it {found}; "
+                f"{type(parent.module).__name__} has {', '.join(have) or 'no linears'}"
+            )
+        outside = parent if slot in ("qkv", *QKV_SLOTS) and getattr(parent.module, "q_bias", None) is not None else None
+        return LinearSite(path, module, slot, (0, module.out_features), outside)
+
+
+class Sites:
+    """What a method may act on in one model.
+
+    Attributes:
+        model: the timm model.
+        blocks: its transformer blocks in forward order.
+        prefix_tokens: class, distillation and register tokens in front of the patches (0 in Swin).
+        patch_embed: the patch embedding's convolution or linear, or None.
+        patch_norm: the norm after it, or None where there is none.
+        final_norms: the norms between the last block and the classifier that are real (``norm``, ``fc_norm``).
+        heads: the classifiers (two in a distilled DeiT; none with ``num_classes=0``).
+        input_size: (channels, height, width) of the dry forward.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.input_size = input_size(model)
+        blocks = _find_blocks(model)
+        self.blocks = _read_blocks(model, blocks, self.input_size)
+        self.prefix_tokens = 0 if self.blocks[0].maps else int(getattr(model, "num_prefix_tokens", 0))
+        embed = getattr(model, "patch_embed", None)
+        self.patch_embed = self.patch_norm = None
+        if isinstance(getattr(embed, "proj", None), nn.Conv2d | nn.Linear):
+            self.patch_embed = Place("patch_embed.proj", embed.proj)
+        if embed is not None and is_norm(getattr(embed, "norm", None)):
+            self.patch_norm = Place("patch_embed.norm", embed.norm)
+        self.final_norms = [
+            Place(name, getattr(model, name)) for name in ("norm", "fc_norm") if is_norm(getattr(model, name, None))
+        ]
+        self.heads = head_places(model)
+
+    def choose(self, blocks: Any) -> list[BlockSite]:
+        """The blocks that ``"8-11"``, ``"0,4,8-11"``, ``[0, 4]``, ``[-1]``, a number or None (all) names.
+
+        Raises:
+            VpeftError: a block that does not exist, or a text that is no list of numbers and ranges.
+        """
+        return [self.blocks[i] for i in block_indices(blocks, len(self.blocks))]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The backbone's own parameters: not the classifier's, not what a method brought."""
+        heads = tuple(f"{h.path}." for h in self.heads)
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(("vpeft.", *heads)):
+                yield name, parameter
+
+    def norms(self) -> Iterator[Place]:
+        """Every normalisation module of the backbone."""
+        for path, module in self.model.named_modules():
+            if is_norm(module) and not path.startswith("vpeft."):
+                yield Place(path, module)
+
+
+def is_norm(module: Any) -> bool:
+    """A normalisation with something to normalise: no Identity, no container."""
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.Module) and "norm" in name and not list(module.children())
+
+
+def head_places(model: nn.Module) -> list[Place]:
+    """The classifier module(s), as timm names them."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    found = model.get_classifier()
+    found = found if isinstance(found, tuple | list) else (found,)
+    paths = {id(m): n for n, m in model.named_modules()}
+    return [Place(paths[id(m)], m) for m in found if id(m) in paths and any(True for _ in m.parameters())]
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    return [h.path for h in head_places(model)]
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that the model is built for."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    channels, height, width = cfg.get("input_size", (3, 224, 224))
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+    weights = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return (weights.in_channels if weights is not None else channels), int(height), int(width)
+
+
+def block_indices(blocks: Any, depth: int) -> list[int]:
+    """See ``Sites.choose``."""
+    if blocks is None:
+        return list(range(depth))
+    if isinstance(blocks, str):
+        chosen = []
+        for part in blocks.replace(" ", "").split(","):
+            first, dash, last = part.partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                raise VpeftError(f"blocks: '{blocks}' is no list of blocks and ranges such as '8-11' or '0,4,8-11'")
+            if dash and int(last) < int(first):
+                raise VpeftError(f"blocks: the range '{part}' runs backwards")
+            chosen += range(int(first), int(last if dash else first) + 1)
+    else:
+        chosen = [blocks] if isinstance(blocks, int) else list(blocks)
+    for i in chosen:
+        if isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth:
+            raise VpeftError(f"blocks: there is no block {i}; this model has blocks 0 to {depth - 1}")
+    return sorted({i % depth for i in chosen})
+
+
+# ---- reading a model ----
+
+
+def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found = []
+    parents = {path: module for path, module in model.named_modules() if not path.startswith("vpeft")}
+    almost: dict[str, str] = {}
+    for path, module in parents.items():
+        missing = [p for p in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2") if not _has(module, p)]
+        if missing:
+            if _has(module, "attn") or _has(module, "norm1"):
+                almost.setdefault(type(module).__name__, f"no {', '.join(missing)}")
+            continue
+        strange = [
+            n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())
+        ]
+        if strange:
+            almost.setdefault(type(module).__name__, f"it also has {', '.join(strange)}")
+            continue
+        parent = parents[path.rpartition(".")[0]]
+        if not isinstance(parent, nn.Sequential | nn.ModuleList):
+            almost.setdefault(type(module).__name__, f"it is a part of {type(parent).__name__}")
+            continue
+        reason = _attention_reason(module.attn)
+        if reason:
+            almost.setdefault(type(module).__name__, reason)
+            continue
+        found.append((path, module))
+    name = type(model).__name__
+    if almost:
+        text = "; ".join(f"{k}: {v}" for k, v in almost.items())
+        raise UnsupportedModelError(f"{name} has blocks that cannot be read as norm1, attention, norm2, mlp ({text})")
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} has no transformer blocks: no module with norm1, attn, drop_path1, norm2, mlp and drop_path2"
+        )
+    return found
+
+
+def _has(module: nn.Module, part: str) -> bool:
+    return isinstance(getattr(module, part, None), nn.Module)
+
+
+def _attention_reason(attn: nn.Module) -> str | None:
+    """Why an attention's projections cannot be told apart, or None."""
+    name = type(attn).__name__
+    heads = getattr(attn, "num_heads", None)
+    if not isinstance(getattr(attn, "proj", None), nn.Linear):
+        return f"its {name} has no linear proj"
+    qkv = getattr(attn, "qkv", None)
+    if isinstance(qkv, nn.Linear):
+        head_dim = getattr(attn, "head_dim", None) or getattr(attn, "dim_head", None)
+        if heads is None or qkv.out_features % 3 or (qkv.out_features // 3) % heads:
+            return f"its {name}.qkv does not split into queries, keys and values"
+        if isinstance(head_dim, int) and qkv.out_features % (3 * head_dim):
+            return f"its {name}.qkv does not split into heads of {head_dim}"
+        return None
+    if all(isinstance(getattr(attn, f"{s}_proj", None), nn.Linear) for s in QKV_SLOTS):
+        return None
+    return f"its {name} has neither a linear qkv nor q_proj, k_proj and v_proj"
+
+
+def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tuple) -> list[BlockSite]:
+    """Watch one dry forward: which blocks run, in which order, on which layout, and where their norms stand."""
+    order: list[int] = []
+    inputs: dict[int, Tensor] = {}
+    pre_norm: dict[int, bool] = {}
+    maps: dict[int, bool] = {}
+    widths: dict[int, int] = {}
+    handles = []
+    for i, (_, block) in enumerate(found):
+
+        def enter(module, args, kwargs, i=i):
+            x = args[0] if args else kwargs["x"]
+            order.append(i)
+            inputs[i], maps[i], widths[i] = x, x.ndim == 4, x.shape[-1]
+
+        def norm(module, args, i=i):
+            # The same numbers at the same place: norm1 reads the block's input, so the block is pre-norm.
+            pre_norm[i] = i in inputs and args[0].shape == inputs[i].shape and args[0] is inputs[i]
+
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(block.norm1.register_forward_pre_hook(norm))
+    try:
+        dry_forward(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if sorted(order) != list(range(len(found))):
+        lost = sorted(set(range(len(found))) - set(order)) or sorted({i for i in order if order.count(i) > 1})
+        paths = ", ".join(found[i][0] for i in lost[:4])
+        raise UnsupportedModelError(f"{type(model).__name__}: blocks that do not run exactly once in a forward: {paths}")
+    stages: dict[str, int] = {}
+    blocks = []
+    for index, i in enumerate(order):
+        path, block = found[i]
+        stage = stages.setdefault(path.rpartition(".")[0], len(stages))
+        parts = {
+            field: Place(f"{path}.{name}", getattr(block, name))
+            for field, name in (
+                ("norm1", "norm1"), ("attn", "attn"), ("branch1", "drop_path1"),
+                ("norm2", "norm2"), ("mlp", "mlp"), ("branch2", "drop_path2"),
+            )
+        }  # fmt: skip
+        blocks.append(BlockSite(path, block, index, stage, widths[i], pre_norm.get(i, False), maps[i], **parts))
+    return blocks
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def dry_forward(model: nn.Module, size: tuple[int, int, int]) -> None:
+    """One forward of one blank image, without gradients, in eval mode, on the model's own device and dtype.
+
+    Raises:
+        UnsupportedModelError: the model does not take an image of its own size.
+    """
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
+    with _evaluating(model), torch.no_grad():
+        try:
+            model(image)
+        except VpeftError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"a dry forward of {type(model).__name__} on a {'x'.join(map(str, size))} image failed: {error}"
+            ) from error
+
+
+def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, int, int]) -> None:
+    """One dry forward in which every given module must be called.
+
+    Raises:
+        UnsupportedModelError: names the modules whose forward is never called, so that a hook there does nothing.
+    """
+    calls: dict[int, int] = {}
+    unique = {id(p.module): p for p in places}
+
+    def count(module, args, output):
+        calls[id(module)] = calls.get(id(module), 0) + 1
+
+    handles = [p.module.register_forward_hook(count) for p in unique.values()]
+    try:
+        dry_forward(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    dead = [p.path for key, p in unique.items() if key not in calls]
+    if dead:
+        raise UnsupportedModelError(
+            f"hooks at {', '.join(dead[:4])} would do nothing: {type(model).__name__} never calls "
+            f"{'this module' if len(dead) == 1 else 'these modules'}"
+        )
+
+
+# ---- small facts that methods ask for ----
+
+
+def separate_bias(attention: nn.Module) -> Tensor | None:
+    """The q, k, v bias that an attention adds outside its fused linear, as one vector."""
+    if getattr(attention, "q_bias", None) is None:
+        return None
+    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+
+
+def needs_separate_bias_call(attention: nn.Module) -> bool:
+    """True where timm would bypass the module ``attn.qkv`` (so that hooks on it are dead)."""
+    return getattr(attention, "q_bias", None) is not None and not getattr(attention, "qkv_bias_separate", True)
+
+
+def pad_rope(rope: Tensor, tokens: int) -> Tensor:
+    """Rotary table for ``tokens`` more rows in front that are not rotated; ``(…, N, 2 d)`` holds sines, then cosines."""
+    half = rope.shape[-1] // 2
+    shape = (*rope.shape[:-2], tokens)
+    still = torch.cat([rope.new_zeros(*shape, half), rope.new_ones(*shape, half)], -1)
+    return torch.cat([still, rope], -2)
+
+
+def pad_pairs(bias: Tensor, prefix: int, tokens: int) -> Tensor:
+    """A ``(…, N, N)`` bias or mask with zero (or True) rows and columns for ``tokens`` inserted after the prefix."""
+    if bias.dtype == torch.bool:
+        fill = bias.new_ones
+    else:
+        fill = bias.new_zeros
+    rows = fill(*bias.shape[:-2], tokens, bias.shape[-1])
+    bias = torch.cat([bias[..., :prefix, :], rows, bias[..., prefix:, :]], -2)
+    columns = fill(*bias.shape[:-1], tokens)
+    return torch.cat([bias[..., :prefix], columns, bias[..., prefix:]], -1)
+
+
+def patch_fan(sites: Sites) -> int:
+    """Values of one patch per channel group of three: 3 * patch height * patch width (VPT's initial bound)."""
+    weight = sites.patch_embed.module.weight
+    return 3 * math.prod(weight.shape[-2:]) if weight.ndim == 4 else weight.shape[1]
