@@ -1,0 +1,24 @@
+"""vpeft: parameter-efficient fine-tuning of timm's vision transformers, each published method exact, through hooks."""
+
+from . import backbones as _backbones  # noqa: F401 - registers the embedded backbones with timm
+from .attach import Handle, attach, get_handle, load
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MethodError,
+    UnsupportedModelError,
+    VpeftError,
+)
+from .methods import METHODS, Method, describe, list_methods
+
+__version__ = "0.1.0"
+
+# Every method's class, under its own name: vpeft.LoRA, vpeft.AdaptFormer, …
+globals().update({cls.__name__: cls for cls in METHODS.values()})
+
+__all__ = [
+    "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
+    "VpeftError", "attach", "describe", "get_handle", "list_methods", "load",
+    *(cls.__name__ for cls in METHODS.values()),
+]  # fmt: skip

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MethodError
-from .sites import BlockSite, LinearSite, Place, needs_separate_bias_call, pad_pairs, pad_rope, separate_bias
+from .sites import FIRST, LAST, BlockSite, LinearSite, Place, pad_pairs, pad_rope, separate_bias
 
-FIRST, LAST = -1, 10**9
+__all__ = [
+    "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "Folded", "InsertTokens", "Intervention",
+    "MapOutput", "ScaleAndShift",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,12 @@ class AddToBranch(Intervention):
         block: where.
         reads: the module whose input is u.
         adds: the drop-path module whose output is the residual addition's operand.
+        after: u is the stream after the branch instead, which is what was read plus the branch's output.
     """
 
-    def __init__(self, block: BlockSite, reads: Place, adds: Place):
+    def __init__(self, block: BlockSite, reads: Place, adds: Place, *, after: bool = False):
         super().__init__(block.index)
-        self.reads, self.adds = reads, adds
+        self.reads, self.adds, self.after = reads, adds, after
         self._read: Tensor | None = None
 
     def places(self) -> list[Place]:
@@ -108,7 +112,7 @@ class AddToBranch(Intervention):
         if not self.enabled:
             return None
         u, self._read = self._read, None
-        return output + self(u)
+        return output + self(u + output if self.after else u)
 
 
 class MapOutput(Intervention):
@@ -135,7 +139,13 @@ class MapOutput(Intervention):
 
 
 class AddToLinear(Intervention):
-    """Adds ``forward(x, y)`` … returns the linear's new output from its input x and frozen output y."""
+    """``forward(x, y)`` gives the linear's new output from its input x and its frozen output y = x W^T + b.
+
+    The change is linear in x: y plus x times a low-rank or structured matrix (``delta``), added in activation space so
+    that autograd never forms a gradient of the whole weight.
+    """
+
+    mergeable = True
 
     def __init__(self, site: LinearSite, position: int):
         super().__init__(position)
@@ -233,8 +243,11 @@ class InsertTokens(Intervention):
     token is not rotated, is visible to all, and has bias 0.
     """
 
-    def __init__(self, block: BlockSite, tokens: int, prefix: int, previous: "InsertTokens | None", hands_on: bool):
+    def __init__(
+        self, model: nn.Module, block: BlockSite, tokens: int, prefix: int, previous: "InsertTokens | None", hands_on: bool
+    ):
         super().__init__(block.index)
+        self.model = Place("", model)
         self.block, self.tokens, self.prefix, self.hands_on = block, tokens, prefix, hands_on
         # Not registered as a submodule: each block's tokens are saved once, under their own name.
         object.__setattr__(self, "previous", previous)
@@ -262,7 +275,8 @@ class InsertTokens(Intervention):
         fresh = self(x.shape[0])
         if fresh is None:
             fresh = self.previous._left
-            if not self._replayed():
+            # Activation checkpointing runs this hook again in backward, and needs the same tokens then.
+            if not (torch.is_grad_enabled() and getattr(self.model.module, "grad_checkpointing", False)):
                 self.previous._left = None
         x = torch.cat([x[:, : self.prefix], fresh.to(x.dtype), x[:, self.prefix :]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
@@ -281,23 +295,16 @@ class InsertTokens(Intervention):
             self._left = output[:, start:stop]
         return torch.cat([output[:, :start], output[:, stop:]], 1)
 
-    def _replayed(self) -> bool:
-        """Activation checkpointing runs the hooks again in backward, so what they read must still be there then."""
-        return torch.is_grad_enabled() and self.checkpointed()
-
-    def checkpointed(self) -> bool:
-        return False
-
     def __getstate__(self) -> dict:
         # Copies and pickles carry no activations.
         return {**self.__dict__, "_left": None}
 
 
 class ExistingTensors(Intervention):
-    """Unfreezes tensors of the model itself, keeping their original values for ``detach`` and ``disable``.
+    """Unfreezes tensors of the model itself, keeping their original values for ``disable`` and ``detach``.
 
     Args:
-        owner: the model's modules by path, to find the tensors in.
+        model: whose tensors.
         names: their names in the model.
         position: see ``Intervention``.
     """
@@ -311,16 +318,24 @@ class ExistingTensors(Intervention):
         for name in names:
             path, _, leaf = name.rpartition(".")
             self.slots[name] = (Place(path, model.get_submodule(path)), leaf)
-        # The other set of values: the originals while enabled, the trained ones while not.
-        self.other = {name: p.detach().clone() for name, p in self.tensors()}
+        # The set of values that is not in use: the originals while enabled, the trained ones while not. Kept in main
+        # memory, since a whole backbone can be behind it.
+        self.other = {name: _aside(p) for name, p in self.tensors()}
 
     def tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and live parameters."""
         for name, (place, leaf) in self.slots.items():
             yield name, getattr(place.module, leaf)
 
-    def originals(self) -> dict[str, Tensor]:
-        return self.other if self.enabled else {n: p.detach() for n, p in self.tensors()}
+    def values(self) -> dict[str, Tensor]:
+        """The trained values, in use or not."""
+        return {n: p.detach() for n, p in self.tensors()} if self.enabled else dict(self.other)
+
+    @torch.no_grad()
+    def set_value(self, name: str, value: Tensor) -> None:
+        """Replace one trained value."""
+        place, leaf = self.slots[name]
+        (getattr(place.module, leaf) if self.enabled else self.other[name]).copy_(value)
 
     def places(self) -> list[Place]:
         return []
@@ -332,24 +347,14 @@ class ExistingTensors(Intervention):
     @torch.no_grad()
     def swap(self) -> None:
         for name, parameter in self.tensors():
-            kept = parameter.detach().clone()
+            kept = _aside(parameter)
             parameter.copy_(self.other[name])
             self.other[name] = kept
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the original values back."""
-        if self.enabled:
-            for name, parameter in self.tensors():
-                parameter.copy_(self.other[name])
 
     def fold(self) -> list[Folded]:
         return []
 
 
-def ensure_called(place: Place) -> bool:
-    """Tell an attention to call its qkv module; True where that changed something."""
-    if needs_separate_bias_call(place.module):
-        place.module.qkv_bias_separate = True
-        return True
-    return False
+def _aside(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)

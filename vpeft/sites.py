@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
 
+FIRST, LAST = -1, 10**9  # positions before and after all blocks
 QKV_SLOTS = ("q", "k", "v")
 SLOTS = ("qkv", *QKV_SLOTS, "proj", "fc1", "fc2")
 
@@ -171,6 +172,32 @@ class Sites:
         for name, parameter in self.model.named_parameters():
             if not name.startswith(("vpeft.", *heads)):
                 yield name, parameter
+
+    def position(self, name: str) -> int:
+        """The block that a tensor of the backbone acts in: FIRST before all blocks, LAST after them.
+
+        What stands between two stages counts for the block before it, so that nothing below is taken for frozen.
+        """
+        for block in self.blocks:
+            if name.startswith(f"{block.path}."):
+                return block.index
+        after = [f"{p.path}." for p in self.final_norms] + [f"{h.path}." for h in self.heads] + ["attn_pool."]
+        if name.startswith(tuple(after)):
+            return LAST
+        parts = name.split(".")
+        for depth in range(len(parts) - 1, 0, -1):
+            inside = [b.index for b in self.blocks if b.path.startswith(".".join(parts[:depth]) + ".")]
+            if inside:
+                return max(min(inside) - 1, FIRST)
+        return FIRST
+
+    def boundary(self, position: int) -> str:
+        """The path of the first module that needs a gradient, for a position."""
+        if position == FIRST:
+            return "patch_embed"
+        if position < LAST:
+            return self.blocks[position].path
+        return next((p.path for p in [*self.final_norms, *self.heads]), "head")
 
     def norms(self) -> Iterator[Place]:
         """Every normalisation module of the backbone."""

@@ -1,17 +1,16 @@
 """What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
 
 import dataclasses
+import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
-
 from ..errors import MethodError, VpeftError, did_you_mean
-from ..interventions import Intervention
-from ..sites import BlockSite, Sites
+from ..interventions import LAST, ExistingTensors, Intervention
+from ..sites import BlockSite, LinearSite, Sites
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]
@@ -40,13 +39,18 @@ class Paper:
 
 @dataclass
 class Method:
-    """Base of all methods: subclasses add their hyper-parameters and ``build``."""
+    """Base of all methods: subclasses add their hyper-parameters and ``build``.
+
+    Attributes:
+        presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
     where: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         """Yield ``(path, intervention)``: the path is where its tensors stand in the state dict.
 
         Raises:
@@ -113,16 +117,33 @@ class Method:
                 yield block, n
 
 
+def linears_by_path(block: BlockSite, targets: Iterable[str]) -> dict[str, list[LinearSite]]:
+    """The linears behind the targeted slots; slots of one fused linear stand together."""
+    found: dict[str, list[LinearSite]] = {}
+    for slot in targets:
+        for site in block.linears(slot):
+            found.setdefault(site.path, []).append(site)
+    return found
+
+
+def tensors_of(sites: Sites, names: Iterable[str]) -> ExistingTensors:
+    """The intervention that unfreezes tensors of the backbone by name."""
+    names = list(names)
+    return ExistingTensors(sites.model, names, min((sites.position(n) for n in names), default=LAST))
+
+
 METHODS: dict[str, type[Method]] = {}
+ALIASES: dict[str, str] = {}
 M = TypeVar("M", bound=type[Method])
 
 
-def register(name: str, paper: Paper, where: str):
-    """Class decorator that makes a dataclass a method under ``name``."""
+def register(name: str, paper: Paper, where: str, aliases: tuple[str, ...] = ()):
+    """Class decorator that makes a dataclass a method under ``name`` (and other names that people use for it)."""
 
     def decorate(cls: M) -> M:
-        if name in METHODS:
-            raise MethodError(f"two methods are called '{name}'")
+        for taken in {name, *aliases} & (METHODS.keys() | ALIASES.keys()):
+            raise MethodError(f"two methods are called '{taken}'")
+        ALIASES.update(dict.fromkeys(aliases, name))
         cls = dataclass(cls)
         cls.name, cls.paper, cls.where = name, paper, where
         METHODS[name] = cls
@@ -131,21 +152,25 @@ def register(name: str, paper: Paper, where: str):
     return decorate
 
 
-def create(method: "str | Method | type[Method]", **options: Any) -> Method:
-    """A method from its name and hyper-parameters.
+def create(method: "str | Method | type[Method]", *, preset: str | None = None, **options: Any) -> Method:
+    """A method from its name and hyper-parameters, which go before those of a preset.
 
     Raises:
         MethodError: unknown name, unknown or impossible hyper-parameter, with the nearest valid one.
     """
     if isinstance(method, Method):
-        if options:
+        if options or preset:
             raise MethodError("hyper-parameters belong to the method object, or to its name, not to both")
         return method
-    cls = METHODS.get(method) if isinstance(method, str) else method
+    cls = METHODS.get(ALIASES.get(method, method)) if isinstance(method, str) else method
     if cls is None:
-        raise MethodError(f"unknown method '{method}'{did_you_mean(method, METHODS)}")
+        raise MethodError(f"unknown method '{method}'{did_you_mean(method, [*METHODS, *ALIASES])}")
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"expected a method's name, class or object, got {type(method).__name__}")
+    if preset is not None:
+        if preset not in cls.presets:
+            raise MethodError(f"{cls.name} has no preset '{preset}'{did_you_mean(preset, cls.presets)}")
+        options = cls.presets[preset] | options
     known = {f.name for f in dataclasses.fields(cls)}
     for key in options:
         if key not in known:
@@ -163,6 +188,7 @@ class Description:
     defaults: dict[str, Any] = field(default_factory=dict)
     starts_as_identity: bool = True
     needs_calibration: bool = False
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     text: str = ""
 
     def __str__(self) -> str:
@@ -173,6 +199,7 @@ class Description:
                 f"  category   {self.paper.category}",
                 f"  where      {self.where}",
                 f"  options    {options}",
+                f"  presets    {', '.join(self.presets) or 'none'}",
                 f"  starts as  {'the bare model' if self.starts_as_identity else 'a perturbed model'}",
                 f"  VTAB-1k    {self.paper.vtab or 'no published mean known to us'}",
                 "",
@@ -184,8 +211,6 @@ class Description:
 def describe(name: str) -> Description:
     """Paper, place, defaults and properties of a method (printable)."""
     method = create(name)
-    import inspect
-
     return Description(
         name=method.name,
         paper=method.paper,
@@ -193,6 +218,7 @@ def describe(name: str) -> Description:
         defaults=method.options(),
         starts_as_identity=method.starts_as_identity,
         needs_calibration=method.needs_calibration,
+        presets=type(method).presets,
         text=inspect.cleandoc(type(method).__doc__ or ""),
     )
 
@@ -234,5 +260,3 @@ def _readable(hint: Any) -> str:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
     return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
 
-
-__all__ = ["Intervention"]

@@ -1,0 +1,11 @@
+"""One file per family of methods. Every file in this folder is imported, which registers what it holds."""
+
+import importlib
+import pkgutil
+
+from .base import METHODS, Method, create, describe, list_methods
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Method", "create", "describe", "list_methods"]

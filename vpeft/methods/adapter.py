@@ -1,0 +1,193 @@
+"""Bottleneck adapters at their published places (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021; and kin)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.layers import DropPath, get_act_fn
+from torch import Tensor, nn
+
+from ..interventions import AddToBranch, Intervention, MapOutput
+from ..sites import BlockSite, Place, Sites
+from .base import Blocks, Method, Paper, PerBlock, register, tensors_of
+
+Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
+
+
+class Bottleneck:
+    """Gives an intervention the parts of g(v) = scaling * drop_path(drop(act(norm(v) Wd^T + bd)) Wu^T + bu)."""
+
+    no_decay = frozenset({"scaling"})
+
+    def add_parts(self, method: "Adapter", block: BlockSite, size: int) -> None:
+        width, eps = block.width, getattr(block.norm1.module, "eps", 1e-5)
+        self.norm = nn.LayerNorm(width, eps=eps) if method.norm else nn.Identity()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        self.act, self.drop = get_act_fn(method.act), nn.Dropout(method.dropout)
+        self.drop_path = DropPath(method.drop_path)
+        self.fixed = 1.0
+        if isinstance(method.scale, str):
+            self.scaling = nn.Parameter(torch.ones(width if method.scale == "channel" else 1))
+        else:
+            self.fixed = method.scale
+        initialise(self, method.init)
+
+    def g(self, v: Tensor) -> Tensor:
+        a = self.drop_path(self.up(self.drop(self.act(self.down(self.norm(v))))))
+        return a * getattr(self, "scaling", self.fixed)
+
+
+def initialise(adapter: nn.Module, scheme: str) -> None:
+    """The schemes of the field for a down and an up projection; only ``lora`` and ``zeros`` start as the identity."""
+    linears = (adapter.down, adapter.up)
+    for linear in linears:
+        nn.init.zeros_(linear.bias)
+    if scheme == "houlsby":
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+    elif scheme == "bert":
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=0.02)
+    elif scheme == "noah":
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+    elif scheme == "lora":
+        bound = adapter.down.in_features**-0.5
+        nn.init.uniform_(adapter.down.weight, -bound, bound)
+        nn.init.uniform_(adapter.down.bias, -bound, bound)
+        nn.init.zeros_(adapter.up.weight)
+    else:
+        for linear in linears:
+            nn.init.zeros_(linear.weight)
+
+
+class MappedBottleneck(Bottleneck, MapOutput):
+    """v + g(v) in place of v."""
+
+    def __init__(self, method: "Adapter", block: BlockSite, size: int, place: Place, *, on_input: bool = False):
+        super().__init__(place, block.index, on_input=on_input)
+        self.add_parts(method, block, size)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v + self.g(v)
+
+
+class AddedBottleneck(Bottleneck, AddToBranch):
+    """g(u) added at a branch's end."""
+
+    def __init__(self, method: "Adapter", block: BlockSite, size: int, reads: Place, adds: Place, *, after=False):
+        super().__init__(block, reads, adds, after=after)
+        self.add_parts(method, block, size)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.g(u)
+
+
+@dataclass
+class Adapter(Method):
+    """A two-layer bottleneck with a skip connection after a frozen sub-block.
+
+    With b1 and b2 the outputs of the two branches (after LayerScale and drop path), u = x + b1 and m the second
+    branch before its drop path, the block's output is
+
+    - ``post``: y + g(y) with y = u + b2
+    - ``houlsby``: u' + b2 + g_mlp(b2) with u' = x + b1 + g_attn(b1)
+    - ``intermediate``: u + b2 + g(b2)
+    - ``vpt``: u + drop_path(m + g(m))
+    - ``pre``: u becomes u + g(u) before the second branch
+    - ``parallel``: u + b2 + g(u)
+
+    On backbones whose LayerScale is small (DINOv2: 1e-5) prefer ``post``: what reads a branch's output sees it shrunk.
+
+    Args:
+        bottleneck: width of the bottleneck, one for all blocks or one per block.
+        variant: the place, see above.
+        act: activation, by timm's name.
+        norm: a LayerNorm of its own on the input, with the backbone's eps.
+        scale: a constant, ``"learned"`` (one number) or ``"channel"`` (one per channel), both starting at 1.
+        init: ``houlsby`` N(0, 0.01²) cut at two sigmas, ``bert`` N(0, 0.02²), ``noah`` N(0, 0.02²) cut, ``lora`` zero
+            up-projection, ``zeros`` (both zero: then only the last bias ever learns; to replicate VPT's baseline).
+        dropout: on the bottleneck.
+        drop_path: of the adapter itself, the same in every block.
+        train_norms: also train the backbone's own norms, as the original does.
+        blocks: which blocks; None for all.
+    """
+
+    bottleneck: PerBlock = 8
+    variant: Variant = "intermediate"
+    act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "gelu"
+    norm: bool = False
+    scale: float | Literal["learned", "channel"] = 1.0
+    init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "houlsby"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    train_norms: bool = False
+    blocks: Blocks = None
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return self.init in ("lora", "zeros")
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        for block, size in self.sized_blocks(sites, "bottleneck", self.blocks):
+            for name, intervention in self.at(block, size):
+                yield f"{block.path}.{name}", intervention
+        if self.train_norms:
+            names = {f"{place.path}.{n}" for place in sites.norms() for n, _ in place.module.named_parameters()}
+            yield "norms", tensors_of(sites, sorted(names))
+
+    def at(self, block: BlockSite, size: int) -> Iterator[tuple[str, Intervention]]:
+        """The adapters of one block."""
+        if self.variant == "houlsby":
+            yield "adapter_attn", MappedBottleneck(self, block, size, block.branch1)
+        if self.variant in ("houlsby", "intermediate", "vpt"):
+            yield "adapter_mlp", MappedBottleneck(self, block, size, block.branch2, on_input=self.variant == "vpt")
+        elif self.variant == "post":
+            yield "adapter_mlp", MappedBottleneck(self, block, size, block)
+        elif self.variant == "pre":
+            yield "adapter_mlp", AddedBottleneck(self, block, size, block, block.branch1, after=True)
+        else:
+            yield "adapter_mlp", AddedBottleneck(self, block, size, block.mlp_input, block.branch2)
+
+
+@register(
+    "adapter",
+    Paper(
+        "Parameter-Efficient Transfer Learning for NLP (as the vision field's 'Adapter' baseline)",
+        "ICML 2019",
+        "1902.00751",
+        "additive",
+        vtab="71.4 mean of 19 tasks (73.9 group mean), table of NOAH and Convpass",
+    ),
+    where="output of the MLP branch (or variant)",
+)
+class BottleneckAdapter(Adapter):
+    presets = {
+        "noah": {"variant": "intermediate", "act": "quick_gelu", "init": "noah", "bottleneck": 8},
+        "vpt": {"variant": "vpt", "act": "gelu", "init": "zeros"},
+    }
+
+
+@register(
+    "houlsby",
+    Paper("Parameter-Efficient Transfer Learning for NLP", "ICML 2019", "1902.00751", "additive"),
+    where="outputs of the attention and the MLP branch",
+)
+class Houlsby(Adapter):
+    variant: Variant = "houlsby"
+    presets = {"adapter_plus": {"drop_path": 0.1, "train_norms": True}}
+
+
+@register(
+    "pfeiffer",
+    Paper(
+        "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", "EACL 2021", "2005.00247", "additive"
+    ),
+    where="output of the block, normed",
+)
+class Pfeiffer(Adapter):
+    variant: Variant = "post"
+    norm: bool = True
+    init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "bert"
+    presets = {"adapter_plus": {"drop_path": 0.1}}

@@ -1,0 +1,160 @@
+"""VPT: visual prompt tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119)."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MethodError, UnsupportedModelError
+from ..interventions import InsertTokens
+from ..sites import BlockSite, Sites, patch_fan
+from .base import Blocks, Method, Paper, register
+
+_PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
+
+
+class Prompts(InsertTokens):
+    """Prompts in front of one block's patches: ``prompts`` (P, D') of its own, another block's, or what block i-1 left.
+
+    Args:
+        own: holds ``prompts``.
+        source: the block whose prompts are used here too, or None.
+        proj: the projection D' -> D that all blocks share, or None.
+    """
+
+    no_decay = frozenset({"prompts"})
+
+    def __init__(
+        self,
+        method: "VPTShallow",
+        sites: Sites,
+        block: BlockSite,
+        *,
+        own: bool,
+        source: "Prompts | None",
+        proj: nn.Linear | None,
+        previous: "Prompts | None",
+        hands_on: bool,
+    ):
+        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, hands_on)
+        self.drop = nn.Dropout(method.dropout)
+        if own:
+            width = method.project or block.width
+            bound = math.sqrt(6 / (patch_fan(sites) + width))
+            self.prompts = nn.Parameter(torch.empty(method.tokens, width).uniform_(-bound, bound))
+        # Unregistered: what blocks share is saved once, where it belongs.
+        object.__setattr__(self, "source", self if own else source)
+        object.__setattr__(self, "shared_proj", proj)
+
+    def forward(self, batch: int) -> Tensor | None:
+        if self.source is None:
+            return None
+        prompts = self.source.prompts
+        if self.shared_proj is not None:
+            prompts = self.shared_proj(prompts)
+        return self.drop(prompts.expand(batch, -1, -1))
+
+
+class _VPT(Method):
+    @property
+    def starts_as_identity(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        super().check()
+        if self.tokens < 1 or (self.project is not None and self.project < 1):
+            raise MethodError(f"{self.name}: tokens and project must be at least 1")
+
+    def _blocks(self, sites: Sites) -> list[BlockSite]:
+        if any(b.maps for b in sites.blocks):
+            raise UnsupportedModelError(
+                f"{self.name} inserts tokens into one sequence; {type(sites.model).__name__} attends in windows of a map"
+            )
+        if sites.patch_embed is None:
+            raise UnsupportedModelError(f"{self.name}: no patch embedding to read the prompts' initial range from")
+        return sites.blocks
+
+    def _proj(self, width: int) -> nn.Linear | None:
+        if not self.project:
+            return None
+        proj = nn.Linear(self.project, width)
+        nn.init.kaiming_normal_(proj.weight, a=0, mode="fan_out")
+        return proj
+
+
+@register(
+    "vpt_shallow",
+    Paper(*_PAPER, vtab="64.9 mean of 19 tasks (67.8 group mean), the paper"),
+    where="tokens after the prefix tokens of the first block's input",
+)
+class VPTShallow(_VPT):
+    """P learned tokens enter the sequence once, in front of the first block, and travel through all blocks.
+
+    They start uniform in ±sqrt(6 / (3 ph pw + D')) for patches of ph x pw pixels, and never enter the pooling.
+
+    Args:
+        tokens: P.
+        dropout: on the prompts, one draw per sample.
+        project: width D' of prompts that one shared linear maps to D; None for prompts of width D.
+    """
+
+    tokens: int = 50
+    dropout: float = 0.0
+    project: int | None = None
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
+        blocks = self._blocks(sites)
+        previous, proj = None, self._proj(blocks[0].width)
+        for block in blocks:
+            last = block is blocks[-1]
+            own = previous is None
+            previous = Prompts(
+                self, sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last
+            )
+            yield ("vpt" if own else f"{block.path}.vpt"), previous
+        if proj is not None:
+            yield "vpt.proj", proj
+
+
+@register(
+    "vpt_deep",
+    Paper(*_PAPER, vtab="69.4 mean of 19 tasks (72.0 group mean), the paper"),
+    where="fresh tokens after the prefix tokens of every block's input",
+    aliases=("vpt",),
+)
+class VPTDeep(_VPT):
+    """P fresh learned tokens in front of every chosen block; the previous block's prompt outputs are thrown away.
+
+    A block that was not chosen carries on with what the last chosen one before it left; none stand before the first.
+
+    Args:
+        tokens: P.
+        dropout: on the prompts, one draw per sample.
+        project: width D' of prompts that one shared linear maps to D; None for prompts of width D.
+        shared: one set of prompts for all blocks (then saved as ``vpt.prompts``).
+        blocks: which blocks get fresh prompts; None for all.
+    """
+
+    tokens: int = 50
+    dropout: float = 0.0
+    project: int | None = None
+    shared: bool = False
+    blocks: Blocks = None
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
+        blocks, chosen = self._blocks(sites), [b.index for b in sites.choose(self.blocks)]
+        first = source = previous = None
+        proj = self._proj(blocks[0].width)
+        for block in blocks[chosen[0] :]:
+            fresh = block.index in chosen
+            own = fresh and not (self.shared and first is not None)
+            source = first if fresh and not own else None
+            carried_on = block.index + 1 < len(blocks) and block.index + 1 not in chosen
+            previous = Prompts(
+                self, sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on
+            )
+            first = first or previous
+            yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
+        if proj is not None:
+            yield "vpt.proj", proj
