@@ -269,7 +269,7 @@ def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in parents.items():
         missing = [p for p in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2") if not _has(module, p)]
         if missing:
-            if _has(module, "attn") or _has(module, "norm1"):
+            if _has(module, "attn"):  # an attention block of another shape; a convolution's norm1 is no matter
                 almost.setdefault(type(module).__name__, f"no {', '.join(missing)}")
             continue
         strange = [

@@ -25,6 +25,13 @@ def check_model_name(config: DictConfig) -> None:
         raise ConfigError(f"model.pretrained: timm has no weights for '{name}'; set pretrained=false or give a checkpoint")
 
 
+def pretrained_cfg(name: str) -> dict:
+    """timm's data config of a model's weights, without building the model; a tag that timm lacks falls to the default."""
+    cfg = timm.get_pretrained_cfg(name) if "." in name else None
+    cfg = cfg or timm.get_pretrained_cfg(name.partition(".")[0])
+    return cfg.to_dict() if cfg is not None else {}
+
+
 def build_model(config: DictConfig, num_classes: int) -> nn.Module:
     """The timm model with a head for ``num_classes``."""
     m = config.model

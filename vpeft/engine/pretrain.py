@@ -1,57 +1,54 @@
-"""Train a whole timm model from random weights and write them as a file that timm loads."""
+"""Train a whole timm model from random weights and write its weights as a file that timm loads."""
 
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
-import timm
-import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
-from .. import backbones as _  # noqa: F401 - registers the embedded models with timm
-from ..data import build_datasets, check_source
+from ..attach import attach
+from ..data import check_source
+from ..errors import ConfigError
 from ..tasks import Classification
-from .build import build_model, data_stats
+from .build import build_model, check_model_name
 from .loop import Trainer, make_accelerator
 from .run import RunFolder
+from .train import open_data, start_tracking
 
 
-class WholeModel:
-    """A model of which everything is trained, in the shape that the loop expects."""
+def pretrain(config: DictConfig) -> dict[str, Any]:
+    """Train every tensor; the result is ``weights.safetensors`` in the run's folder, with its checksum in the log.
 
-    def __init__(self, model):
-        self.model = model
-
-    def param_groups(self, lr, weight_decay, head_lr=None):
-        from timm.optim import param_groups_weight_decay
-
-        return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=self.model.no_weight_decay())
-
-    def load_state_dict(self, state, strict=True):
-        self.model.load_state_dict(state, strict=strict)
-
-    def train(self, mode=True, backbone=False):
-        self.model.train(mode)
-
-    def save(self, path, **about):
-        temporary = Path(path).with_suffix(".tmp")
-        save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, temporary)
-        os.replace(temporary, path)
-
-
-def pretrain(config: DictConfig) -> dict:
+    Raises:
+        ConfigError: a configuration that starts from pretrained weights.
+    """
+    if config.model.pretrained:
+        raise ConfigError("model.pretrained: pretraining starts from random weights; set it to false")
+    check_model_name(config)
     check_source(config.data)
     accelerator = make_accelerator(config)
+    data, stats = open_data(config)
     run = RunFolder(config, main=accelerator.is_main_process)
     set_seed(config.seed)
-    model = build_model(config, config.data.num_classes or 10)
-    data = build_datasets(config.data, config.augment, data_stats(config, model.pretrained_cfg), seed=config.seed)
-    task = Classification(
-        len(data.classes), config.train.label_smoothing, config.augment.mixup, config.augment.cutmix
-    )
-    metrics = Trainer(config, model, WholeModel(model), data, task, run, accelerator).fit()
-    file = run.file("best.safetensors")
-    run.logger.info("%s  sha256 %s  %s", file, hashlib.sha256(file.read_bytes()).hexdigest(), metrics)
+    model = build_model(config, len(data.classes))
+    handle = attach(model, config.method.name)
+    task = Classification(len(data.classes), config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+    start_tracking(config, accelerator)
+    about = {"class_names": data.classes, "data": stats}
+    metrics = Trainer(config, model, handle, data, task, run, accelerator, about).fit()
+    if run.main:
+        plain = handle.merge().detach(keep_merged=True)
+        digest = write_weights(plain.state_dict(), run.file("weights.safetensors"))
+        run.logger.info("%s  sha256 %s  %s", run.file("weights.safetensors"), digest, metrics)
     return metrics
+
+
+def write_weights(state: dict, path: Path) -> str:
+    """Write a plain safetensors file that appears whole or not at all; returns its SHA-256."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, temporary)
+    os.replace(temporary, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()

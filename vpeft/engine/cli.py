@@ -1,0 +1,116 @@
+"""The ``vpeft`` command; ``tools/*.py`` are the same commands as files."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from ..errors import VpeftError
+
+
+def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .config import load_config
+        from .train import train
+
+        train(load_config(args.cfg, args.overrides))
+
+    return run
+
+
+def _pretrain(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .config import load_config
+        from .pretrain import pretrain
+
+        pretrain(load_config(args.cfg, args.overrides))
+
+    return run
+
+
+def _test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration (its model and data sections)")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--merge", action="store_true", help="fold the method into the weights first")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .config import load_config
+        from .test import test
+
+        test(load_config(args.cfg, args.overrides), args.ckpt, split=args.split, merge=args.merge)
+
+    return run
+
+
+def _predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
+    parser.add_argument("--topk", type=int, default=5, help="classes to report per image")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--checkpoint", metavar="FILE", help="backbone weights, where timm cannot find or download them")
+    parser.add_argument("--json", metavar="FILE", help="also write the predictions here")
+
+    def run(args: argparse.Namespace) -> None:
+        from .predict import predict
+
+        predict(args.ckpt, args.images, topk=args.topk, batch_size=args.batch_size, weights=args.checkpoint, out=args.json)
+
+    return run
+
+
+def _methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("name", nargs="?", help="describe this one; without it, list all")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..methods import METHODS, describe, list_methods
+
+        if args.name:
+            print(describe(args.name))
+        else:
+            for name in list_methods():
+                print(f"{name:16s} {METHODS[name].paper}")
+
+    return run
+
+
+COMMANDS = {
+    "train": (_train, "train a method on a data set"),
+    "test": (_test, "evaluate a checkpoint on a data set"),
+    "predict": (_predict, "classify image files with a checkpoint"),
+    "methods": (_methods, "list the methods, or describe one"),
+    "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
+}
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Run one command; a user's mistake ends in one line on stderr and exit status 2.
+
+    Args:
+        argv: arguments, those of the process where None.
+        command: the command, where the program stands for one (``tools/train.py``).
+    """
+    parser = argparse.ArgumentParser(prog=None if command else "vpeft", description=__doc__ if not command else None)
+    if command:
+        parser.set_defaults(run=COMMANDS[command][0](parser))
+    else:
+        parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        for name, (build, text) in COMMANDS.items():
+            child = parsers.add_parser(name, help=text, description=text)
+            child.set_defaults(run=build(child))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except VpeftError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
