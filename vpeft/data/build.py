@@ -175,6 +175,7 @@ def _check_labels(found: Datasets) -> None:
     """Labels that fit the classes, looked at where the data set holds them in memory."""
     for split in ("train", "val", "test"):
         dataset = getattr(found, split)
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
         labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
         if labels is not None and len(labels) and max(labels) >= len(found.classes):
             raise DataError(f"data.num_classes: {split} has a label {max(labels)}, but {len(found.classes)} classes")

@@ -46,6 +46,11 @@ def build_model(config: DictConfig, num_classes: int) -> nn.Module:
         kwargs["drop_rate"] = m.drop
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = dict(file=m.checkpoint)
+    if m.pretrained and not m.keep_head:
+        # Without a classifier first: weights with the same class count would bring their own.
+        model = timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs)
+        model.reset_classifier(num_classes)
+        return model
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
 
 

@@ -12,11 +12,15 @@ from ..errors import ConfigError, did_you_mean
 
 @dataclass
 class ModelConfig:
-    """The timm backbone. ``checkpoint`` is a local weight file that replaces timm's pretrained weights."""
+    """The timm backbone. ``checkpoint`` is a local weight file that replaces timm's pretrained weights.
+
+    The classifier starts afresh, even where its class count equals that of the weights, unless ``keep_head`` is set.
+    """
 
     name: str = "vit_micro_patch4_28.vpeft_fashion"
     pretrained: bool = True
     checkpoint: str | None = None
+    keep_head: bool = False
     img_size: int | None = None
     drop_path: float = 0.0
     drop: float = 0.0

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from safetensors import safe_open
@@ -341,6 +342,8 @@ class _Bar:
 
 def make_accelerator(config: DictConfig) -> Accelerator:
     """accelerate's Accelerator for this configuration: GPU where there is one, else CPU."""
+    # accelerate keeps one precision per process; a second run in the same process may want another.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
         cpu=not torch.cuda.is_available(),

@@ -1,0 +1,42 @@
+"""A run that takes seconds: a tiny random ViT on the digits."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from vpeft.engine.config import load_config
+
+ROOT = Path(__file__).parents[2]
+# The shell tools call ``python``: this interpreter, also where its environment is not activated.
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+TINY = """
+model:
+  name: vit_tiny_patch16_224
+  pretrained: false
+  img_size: 16
+  kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}
+method: {name: lora, options: {rank: 2}}
+data: {source: digits, val_size: 100, batch_size: 400}
+train: {epochs: 2, batch_size: 100}
+optim: {lr: 5.0e-3}
+"""
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY + f"output: {tmp_path / 'runs'}\n")
+    return file
+
+
+@pytest.fixture
+def tiny(tiny_file: Path):
+    """Makes the configuration with overrides."""
+
+    def make(*overrides: str) -> DictConfig:
+        return load_config(tiny_file, overrides)
+
+    return make

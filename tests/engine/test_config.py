@@ -1,0 +1,84 @@
+import pytest
+
+import vpeft
+from vpeft.engine.config import from_container, load_config
+from vpeft.engine.train import check, open_data, train
+
+CONFIG = vpeft.ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochz=3", r"train\.epochz: unknown key; did you mean 'epochs'"),
+        ("trian.epochs=3", r"trian: unknown key; did you mean 'train'"),
+        ("train.epochs=many", r"train\.epochs: .*many"),
+        ("train.epochs=0", r"train\.epochs: 0 is impossible; it must be at least 1"),
+        ("optim.lr=-1", r"optim\.lr: -1.* is impossible"),
+        ("train.precision=fp8", r"train\.precision: 'fp8' is not one of fp32, bf16, fp16"),
+        ("wandb.mode=ofline", r"wandb\.mode: 'ofline' is not one of .*did you mean 'offline'"),
+        ("train=5", r"train: expected a mapping"),
+        ("augment.scale=[1.0, 0.5]", r"augment\.scale: expected two numbers"),
+        ("augment.mixup=0.8", r"augment\.enabled: mixup and cutmix need"),
+        ("schedule.warmup_epochs=50", r"schedule\.warmup_epochs: 50 must be below"),
+        ("noequals", r"override 'noequals': expected key\.sub=value"),
+        ("model.img_size=0", r"model\.img_size: 0 is impossible"),
+    ],
+)
+def test_refused_while_reading(tiny_file, override, message):
+    with pytest.raises(CONFIG, match=message):
+        load_config(tiny_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["model.name=vit_tiny_patch16_242"], CONFIG, r"model\.name: timm has no .*did you mean 'vit_tiny_patch16_224'"),
+        (["model.name=vit_tiny_patch16_224.augreg_in22k", "model.pretrained=true"], CONFIG,
+         r"model\.name: .* no pretrained tag 'augreg_in22k'; did you mean 'augreg_in21k'"),
+        (["method.name=adaptfromer", "method.options={}"], CONFIG, r"method: unknown method .*did you mean 'adaptformer'"),
+        (["method.options.ranks=4"], CONFIG, r"method: lora has no hyper-parameter 'ranks'; did you mean 'rank'"),
+        (["method.options.rank=four"], CONFIG, r"method: lora\.rank: 'four' is no int"),
+        (["data.source=digit"], vpeft.DataError, r"data\.source: 'digit' is not a known source; did you mean 'digits'"),
+        (["data.source=folder", "data.root=/nowhere"], vpeft.DataError, r"data\.root: folder '/nowhere' does not exist"),
+        (["data.source=fashion_mnist", "data.root=/nowhere"], vpeft.DataError, r"/nowhere/.* does not exist; install"),
+        (["data.val_split=val"], vpeft.DataError, r"data\.val_size: give a validation split"),
+    ],
+)  # fmt: skip
+def test_refused_before_a_model_is_built(tiny, overrides, error, message, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("a model was built"))
+    with pytest.raises(error, match=message):
+        check(tiny(*overrides))
+    with pytest.raises(error):
+        train(tiny(*overrides))
+
+
+def test_class_count_must_fit(tiny):
+    with pytest.raises(vpeft.DataError, match=r"data\.num_classes: 7 asked for, but 'digits' has 10"):
+        open_data(tiny("data.num_classes=7"))
+    with pytest.raises(vpeft.DataError, match=r"train has a label 9, but 3 classes"):
+        open_data(tiny("data.classes=[a,b,c]"))
+    with pytest.raises(vpeft.DataError, match="leaves nothing"):
+        open_data(tiny("data.val_size=1000"))
+
+
+def test_base_files_and_overrides(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {epochs: 7, batch_size: 32}\noptim: {lr: 0.5}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
+    config = load_config(tmp_path / "b.yaml", ["optim.lr=0.25"])
+    assert (config.train.epochs, config.train.batch_size, config.optim.lr) == (9, 32, 0.25)
+    assert from_container({"train": {"epochs": 3}}).train.epochs == 3
+    (tmp_path / "c.yaml").write_text("base: c.yaml\n")
+    with pytest.raises(CONFIG, match="lead back"):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(CONFIG, match=r"does not exist; did you mean '.*b\.yaml'"):
+        load_config(tmp_path / "bb.yaml")
+
+
+def test_shipped_configurations_are_valid():
+    from conftest import ROOT
+
+    files = [f for f in (ROOT / "configs").rglob("*.yaml") if "_base_" not in f.parts]
+    assert len(files) > 10
+    for file in files:
+        check(load_config(file))

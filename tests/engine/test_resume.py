@@ -1,0 +1,76 @@
+"""kill -9 at a random step: the continued run's weights equal an uninterrupted one's bit for bit."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import vpeft
+from vpeft.engine.train import train
+
+OPTIONS = [
+    "train.epochs=6", "method.name=adaptformer", "method.options={bottleneck: 4}", "augment.enabled=true",
+    "train.ema=0.9", "model.drop_path=0.1", "train.clip_grad=1.0",
+]  # fmt: skip
+
+
+def start(file, name):
+    command = [sys.executable, ROOT / "tools/train.py", "--cfg", file, f"name={name}", *OPTIONS]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def file(tiny_file):
+    text = tiny_file.read_text().replace("method: {name: lora, options: {rank: 2}}\n", "")
+    tiny_file.write_text(text)
+    return tiny_file
+
+
+def test_kill_and_resume(file, tmp_path):
+    runs = tmp_path / "runs"
+    assert start(file, "whole").wait() == 0
+    process = start(file, "killed")
+    log = runs / "killed/log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (runs / "killed/metrics.json").exists()
+    assert (runs / "killed/state.safetensors").exists()
+    assert start(file, "killed").wait() == 0
+    for kind in ("best", "last"):
+        whole, killed = (load_file(runs / n / f"{kind}.safetensors") for n in ("whole", "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[k], killed[k]) for k in whole), kind
+    assert "resuming" in (runs / "killed/console.log").read_text()
+    rows = (runs / "killed/log.jsonl").read_text().splitlines()
+    assert len(rows) == 6
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatch):
+    from vpeft.engine.loop import Trainer
+
+    real = Trainer._epoch
+
+    def stop(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(Trainer, "_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny())
+    monkeypatch.setattr(Trainer, "_epoch", real)
+    with pytest.raises(vpeft.ConfigError, match="other settings in: optim"):
+        train(tiny("optim.lr=0.1"))
+    with pytest.raises(vpeft.ConfigError, match="resume=auto continues it"):
+        train(tiny("resume=never"))
+    assert train(tiny())["epoch"] in (1, 2)
