@@ -20,9 +20,9 @@ CONTAINER = "vpeft"
 class Root(nn.Module):
     """All that one attached method brought to a model: a tree of modules whose names are the method cards' names."""
 
-    def __init__(self, method: Method, sites: Sites):
+    def __init__(self, name: str, method: Method, sites: Sites):
         super().__init__()
-        self.method, self.sites = method, sites
+        self.name, self.method, self.sites = name, method, sites
         self.enabled = True
         # While merged: what each folded module held before, as (place, tensor's name, value or None).
         self.unmerged: list[tuple[Place, str, Tensor | None]] | None = None
@@ -272,7 +272,7 @@ class Handle:
             intervention.enabled = on
 
     def _others(self) -> list[Root]:
-        return [r for n, r in getattr(self.model, CONTAINER).named_children() if n != self.name]
+        return [r for r in getattr(self.model, CONTAINER).children() if r.name != self.name]
 
     @property
     def mergeable(self) -> bool:
@@ -480,7 +480,7 @@ def attach(
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
     try:
         sites = Sites(model)
-        root = _build(method, sites)
+        root = _build(name, method, sites)
         if earlier is None:
             model.add_module(CONTAINER, Container(model))
         container = getattr(model, CONTAINER)
@@ -585,8 +585,8 @@ def load(
 # ---- helpers ----
 
 
-def _build(method: Method, sites: Sites) -> Root:
-    root = Root(method, sites)
+def _build(name: str, method: Method, sites: Sites) -> Root:
+    root = Root(name, method, sites)
     like = next(p for p in sites.model.parameters() if p.is_floating_point())
     count = 0
     with _named(method, sites.model), torch.random.fork_rng(devices=[], enabled=like.is_meta):

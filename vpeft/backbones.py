@@ -57,7 +57,11 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer
     """ViT of width 128, depth 6, 4 heads, patch 4 at 28x28 (1.2M parameters)."""
     args = dict(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=4)
     return timm.models.build_model_with_cfg(
-        VisionTransformer, "vit_micro_patch4_28", pretrained, **dict(args, **kwargs)
+        VisionTransformer,
+        "vit_micro_patch4_28",
+        pretrained,
+        feature_cfg=dict(out_indices=(1, 3, 5), feature_cls="getter"),
+        **dict(args, **kwargs),
     )
 
 

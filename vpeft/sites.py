@@ -270,7 +270,10 @@ def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         missing = [p for p in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2") if not _has(module, p)]
         if missing:
             if _has(module, "attn"):  # an attention block of another shape; a convolution's norm1 is no matter
-                almost.setdefault(type(module).__name__, f"no {', '.join(missing)}")
+                owner = path
+                while isinstance(parents[owner], nn.Sequential | nn.ModuleList | nn.ModuleDict):
+                    owner = owner.rpartition(".")[0]
+                almost.setdefault(type(parents[owner]).__name__, f"no {', '.join(missing)}")
             continue
         strange = [
             n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())
