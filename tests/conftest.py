@@ -9,7 +9,7 @@ from vpeft.methods import METHODS
 
 torch.set_num_threads(1)
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
 def vit(**kwargs) -> nn.Module:
@@ -22,7 +22,7 @@ def vit_reg(**kwargs) -> nn.Module:
 
 
 def swin(**kwargs) -> nn.Module:
-    small = dict(img_size=48, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5)
+    small = {"img_size": 48, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
     return timm.create_model("swin_tiny_patch4_window7_224", **(small | kwargs))
 
 

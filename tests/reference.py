@@ -69,10 +69,9 @@ class Reference:
             first.append(self.p["reg_token"])
         prefix = torch.cat(first, 1).expand(batch, -1, -1)
         position = self.p["pos_embed"]
-        if position.shape[1] == x.shape[1]:  # registers: positions are for the patches alone
-            x = torch.cat([prefix, x + position], 1)
-        else:
-            x = torch.cat([prefix, x], 1) + position
+        # With registers, positions are for the patches alone.
+        alone = position.shape[1] == x.shape[1]
+        x = torch.cat([prefix, x + position], 1) if alone else torch.cat([prefix, x], 1) + position
         for i, block in enumerate(self.model.blocks):
             path = f"blocks.{i}"
             x = self.enter(i, path, x)

@@ -11,7 +11,7 @@ from torch import nn
 import vpeft
 from vpeft.sites import FIRST, LAST, Sites, block_indices
 
-TINY = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5)
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 SMALL = {
     "vit class token": ("vit_tiny_patch16_224", dict(TINY, img_size=32)),
     "vit average pooling": ("vit_base_patch16_siglip_gap_224", dict(TINY, img_size=32)),
@@ -36,11 +36,11 @@ SMALL = {
     "dinov3": ("vit_small_patch16_dinov3", dict(TINY, img_size=32)),
     "dinov3 qkv bias": ("vit_small_patch16_dinov3_qkvb", dict(TINY, img_size=32)),
     "pe": ("vit_pe_core_tiny_patch16_384", dict(TINY, img_size=32)),
-    "swin": ("swin_tiny_patch4_window7_224", dict(img_size=48, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5)),
-    "swinv2": ("swinv2_tiny_window8_256", dict(img_size=48, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5)),
-    "swinv2 cr like": ("swinv2_tiny_window8_256", dict(img_size=64, window_size=8, embed_dim=16, depths=(1, 2), num_heads=(2, 2), num_classes=5)),
-    "sam": ("samvit_base_patch16", dict(img_size=64, embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, num_classes=5)),
-    "naflex": ("naflexvit_base_patch16_gap", dict(num_classes=5, embed_dim=32, depth=2, num_heads=2)),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 48, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 5}),
+    "swinv2": ("swinv2_tiny_window8_256", {"img_size": 48, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 5}),
+    "swinv2 cr like": ("swinv2_tiny_window8_256", {"img_size": 64, "window_size": 8, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "num_classes": 5}),
+    "sam": ("samvit_base_patch16", {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,), "window_size": 2, "num_classes": 5}),
+    "naflex": ("naflexvit_base_patch16_gap", {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}),
     "hybrid": ("vit_tiny_r_s16_p8_224", dict(TINY, img_size=32)),
 }  # fmt: skip
 families = pytest.mark.parametrize("family", list(SMALL))
@@ -120,7 +120,7 @@ def test_adaptformer_and_ssf_or_a_reason(family):
             handle.merge()
             assert (model(x) - out).abs().max() < 1e-12, method
         elif method == "ssf":
-            with pytest.raises(vpeft.MethodError, match="cannot merge: .*bias"):
+            with pytest.raises(vpeft.MethodError, match=r"cannot merge: .*bias"):
                 handle.merge()
         handle.detach()
         assert torch.equal(model(x), bare), method

@@ -121,7 +121,7 @@ class Handle:
         The head is not among them; ``save`` adds it.
         """
         state = {name: p.detach() for name, p in self.root.named_parameters()}
-        state |= {name: b for name, b in self.root.named_buffers()}
+        state |= dict(self.root.named_buffers())
         for existing in self.root.existing:
             state |= existing.values()
         return state

@@ -55,12 +55,12 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """ViT of width 128, depth 6, 4 heads, patch 4 at 28x28 (1.2M parameters)."""
-    args = dict(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=4)
+    args = {"img_size": 28, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
     return timm.models.build_model_with_cfg(
         VisionTransformer,
         "vit_micro_patch4_28",
         pretrained,
-        feature_cfg=dict(out_indices=(1, 3, 5), feature_cls="getter"),
+        feature_cfg={"out_indices": (1, 3, 5), "feature_cls": "getter"},
         **dict(args, **kwargs),
     )
 
@@ -68,11 +68,11 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer
 @register_model
 def swin_micro_patch2_window7_28(pretrained: bool = False, **kwargs) -> SwinTransformer:
     """Swin of widths 64 and 128, depths 2 and 4, patch 2 at 28x28 (0.9M parameters)."""
-    args = dict(img_size=28, patch_size=2, window_size=7, embed_dim=64, depths=(2, 4), num_heads=(2, 4))
+    args = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4)}
     return timm.models.build_model_with_cfg(
         SwinTransformer,
         "swin_micro_patch2_window7_28",
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1), flatten_sequential=True),
+        feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
         **dict(args, **kwargs),
     )

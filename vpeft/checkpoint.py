@@ -142,7 +142,7 @@ def fingerprint(model: nn.Module, trained: Iterable[str]) -> str:
 
     Tensors on an accelerator are copied over one by one.
     """
-    skip = tuple(f"{h.path}." for h in head_places(model)) + ("vpeft.",)
+    skip = (*tuple(f"{h.path}." for h in head_places(model)), "vpeft.")
     trained = set(trained)
     chosen = [(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)]
     digest = hashlib.sha256()

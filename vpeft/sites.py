@@ -451,10 +451,7 @@ def pad_rope(rope: Tensor, tokens: int) -> Tensor:
 
 def pad_pairs(bias: Tensor, prefix: int, tokens: int) -> Tensor:
     """A ``(…, N, N)`` bias or mask with zero (or True) rows and columns for ``tokens`` inserted after the prefix."""
-    if bias.dtype == torch.bool:
-        fill = bias.new_ones
-    else:
-        fill = bias.new_zeros
+    fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
     rows = fill(*bias.shape[:-2], tokens, bias.shape[-1])
     bias = torch.cat([bias[..., :prefix, :], rows, bias[..., prefix:, :]], -2)
     columns = fill(*bias.shape[:-1], tokens)

@@ -187,6 +187,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny):
         train(tiny("optim.name=sgd", "optim.lr=1e30"))
 
 
+def test_tensors_that_get_no_gradient_are_reported(tiny, capsys):
+    """VPT's adapter baseline starts with both weights at zero: only its last bias can ever learn."""
+    from pathlib import Path
+
+    config = tiny("train.epochs=1")
+    config.method.name, config.method.options = "adapter", {"preset": "vpt", "bottleneck": 4}
+    train(config)
+    log = (Path(config.output) / "run/console.log").read_text()
+    assert "no gradient in the first 5 steps reached 6 trained tensors: blocks.0.adapter_mlp.down.weight" in log
+    train(tiny("name=lora"))
+    assert "no gradient" not in (Path(config.output) / "lora/console.log").read_text()
+
+
 def test_command_line_errors_are_one_line(tiny_file):
     done = subprocess.run(
         [sys.executable, ROOT / "tools/train.py", "--cfg", tiny_file, "train.epochz=1"], capture_output=True, text=True

@@ -52,7 +52,7 @@ class ShardedBatches(Sampler):
 
     def __len__(self) -> int:
         full, rest = divmod(self.length, self.batch_size)
-        return full + (0 < rest and not self.drop_last)
+        return full + (rest > 0 and not self.drop_last)
 
     def global_size(self, batch: int) -> int:
         """Samples of global batch number ``batch``, over all processes."""
@@ -84,7 +84,7 @@ def make_loader(
 
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
     """
-    common = dict(num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
     batches = ShardedBatches(

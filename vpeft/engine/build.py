@@ -45,7 +45,7 @@ def build_model(config: DictConfig, num_classes: int) -> nn.Module:
     if m.drop:
         kwargs["drop_rate"] = m.drop
     if m.checkpoint:
-        kwargs["pretrained_cfg_overlay"] = dict(file=m.checkpoint)
+        kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
     if m.pretrained and not m.keep_head:
         # Without a classifier first: weights with the same class count would bring their own.
         model = timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs)

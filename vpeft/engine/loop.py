@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ class Tuned(Protocol):
     """What the loop needs of whatever is being trained; ``vpeft.attach``'s handle is one."""
 
     def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None: ...
     def train(self, mode: bool = True, backbone: bool = False) -> Any: ...
@@ -83,7 +85,7 @@ class Trainer:
         self.config, self.tuned, self.task, self.run, self.accelerator = config, tuned, task, run, accelerator
         self.data, self.about = data, about or {}
         rank, world = accelerator.process_index, accelerator.num_processes
-        common = dict(seed=config.seed, workers=config.data.workers, rank=rank, world=world)
+        common = {"seed": config.seed, "workers": config.data.workers, "rank": rank, "world": world}
         self.train_loader = make_loader(
             data.train, config.train.batch_size, train=True, drop_last=config.train.drop_last, **common
         )
@@ -122,6 +124,9 @@ class Trainer:
         )
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
         self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
+        # Trained tensors that no gradient has reached yet, watched over the first steps.
+        self.silent = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+        self.steps = 0
 
     def _count_steps(self) -> int:
         steps = len(self.train_loader)
@@ -215,6 +220,7 @@ class Trainer:
                     loss = self.task.loss(self.model, a, b)
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
+        self._watch()
         if self.config.train.clip_grad:
             accelerator.clip_grad_norm_(self.params, self.config.train.clip_grad)
         self.optimizer.step()
@@ -222,6 +228,17 @@ class Trainer:
         if self.average:
             self.average.update()
         return summed
+
+    def _watch(self) -> None:
+        """Warn of trained tensors without a gradient: a dead site, or an initial value that can never learn."""
+        self.steps += 1
+        if self.silent and self.steps <= 5:
+            self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
+            if self.silent and self.steps == 5:
+                names = list(self.silent)
+                self.run.logger.warning(
+                    "no gradient in the first 5 steps reached %d trained tensors: %s", len(names), ", ".join(names[:4])
+                )
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Metrics of one split (empty where it does not exist), of the averaged weights where there are any."""

@@ -24,6 +24,8 @@ def check(config: DictConfig) -> None:
         ConfigError, DataError: names the key and the nearest valid value.
     """
     check_model_name(config)
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
     try:
         create(config.method.name, **OmegaConf.to_container(config.method.options))
     except VpeftError as error:

@@ -1,0 +1,59 @@
+"""The backbones that ship with the package are really pretrained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+import vpeft.backbones
+from vpeft.data.embedded import FASHION_ROOT, digits, fashion_mnist
+
+NAMES = ["vit_micro_patch4_28", "swin_micro_patch2_window7_28"]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, dataset, count: int) -> torch.Tensor:
+    transform = create_transform(**resolve_model_data_config(model))
+    dataset.transform = transform
+    batch = torch.stack([dataset[i][0] for i in range(count)])
+    return torch.cat([model(part) for part in batch.split(250)])
+
+
+def neighbour_accuracy(model: nn.Module) -> float:
+    """Share of 400 test digits whose nearest training digit, by cosine of the features, has their class."""
+    train, test = digits(None, "train"), digits(None, "test")
+    a = nn.functional.normalize(outputs(model, train, 1000), dim=1)
+    b = nn.functional.normalize(outputs(model, test, 400), dim=1)
+    nearest = (b @ a.T).argmax(1).numpy()
+    return float(np.mean(train.labels[nearest] == test.labels[:400]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_carry_over_to_digits(name):
+    torch.manual_seed(0)
+    pretrained = timm.create_model(f"{name}.vpeft_fashion", pretrained=True, num_classes=0).eval()
+    assert neighbour_accuracy(pretrained) > 0.8
+
+
+@pytest.mark.skipif(not Path(FASHION_ROOT).is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.parametrize(("name", "least"), [("vit_micro_patch4_28", 0.89), ("swin_micro_patch2_window7_28", 0.89)])
+def test_accuracy_on_fashion_mnist(name, least):
+    """On the first 2,000 test images; the whole set's figure is in model_zoo.md."""
+    model = timm.create_model(f"{name}.vpeft_fashion", pretrained=True).eval()
+    test = fashion_mnist(None, "test")
+    right = outputs(model, test, 2000).argmax(1).numpy() == test.labels[:2000]
+    assert right.mean() > least
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_small_and_match_the_zoo(name):
+    import hashlib
+
+    file = vpeft.backbones.WEIGHTS / f"{name}.safetensors"
+    assert file.stat().st_size <= 6_000_000
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert digest in (Path(__file__).parents[1] / "model_zoo.md").read_text()
