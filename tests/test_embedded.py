@@ -36,7 +36,8 @@ def neighbour_accuracy(model: nn.Module) -> float:
 def test_features_carry_over_to_digits(name):
     torch.manual_seed(0)
     pretrained = timm.create_model(f"{name}.vpeft_fashion", pretrained=True, num_classes=0).eval()
-    assert neighbour_accuracy(pretrained) > 0.8
+    random = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    assert neighbour_accuracy(pretrained) > neighbour_accuracy(random) + 0.3
 
 
 @pytest.mark.skipif(not Path(FASHION_ROOT).is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")

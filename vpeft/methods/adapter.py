@@ -163,6 +163,7 @@ class Adapter(Method):
     where="output of the MLP branch (or variant)",
 )
 class BottleneckAdapter(Adapter):
+    __doc__ = Adapter.__doc__
     presets = {
         "noah": {"variant": "intermediate", "act": "quick_gelu", "init": "noah", "bottleneck": 8},
         "vpt": {"variant": "vpt", "act": "gelu", "init": "zeros"},
@@ -175,6 +176,8 @@ class BottleneckAdapter(Adapter):
     where="outputs of the attention and the MLP branch",
 )
 class Houlsby(Adapter):
+    """Two bottlenecks per block, on the outputs of the attention and of the MLP branch; options as ``adapter``'s."""
+
     variant: Variant = "houlsby"
     presets = {"adapter_plus": {"drop_path": 0.1, "train_norms": True}}
 
@@ -187,6 +190,8 @@ class Houlsby(Adapter):
     where="output of the block, normed",
 )
 class Pfeiffer(Adapter):
+    """One normed bottleneck per block, on the block's output; options as ``adapter``'s."""
+
     variant: Variant = "post"
     norm: bool = True
     init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "bert"

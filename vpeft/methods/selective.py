@@ -50,7 +50,7 @@ class Full(_Selective):
     aliases=("linear_probe",),
 )
 class Linear(_Selective):
-    """Only the head is trained."""
+    """Linear probe: the backbone stays as it is and only the head is trained."""
 
     def names(self, sites: Sites) -> Iterator[str]:
         return iter(())
