@@ -372,7 +372,8 @@ def test_options_rebuild_the_method(method):
     text = str(vpeft.describe(method))
     assert made.paper.title in text
     doc = made.__doc__.strip()
-    assert len(doc) > 40 and not doc.startswith(f"{type(made).__name__}("), "a method needs a docstring of its own"
+    assert len(doc) > 40
+    assert not doc.startswith(f"{type(made).__name__}("), "a dataclass's own text is no documentation"
 
 
 @pytest.mark.slow
