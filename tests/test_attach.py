@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import images, make, randomise
+from models import images, make, randomise
 
 import vpeft
 

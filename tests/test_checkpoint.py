@@ -6,7 +6,7 @@ import random
 import pytest
 import timm
 import torch
-from conftest import images, make, randomise
+from models import images, make, randomise
 from safetensors import safe_open
 from safetensors.torch import save_file
 

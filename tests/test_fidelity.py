@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS, images, make, randomise
+from models import MODELS, images, make, randomise
 from reference import Reference
 
 import vpeft

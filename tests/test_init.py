@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make
+from models import make
 
 import vpeft
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CASES, MODELS, REFUSED, images, make, randomise, scatter, train_steps
+from models import CASES, MODELS, REFUSED, images, make, randomise, scatter, train_steps
 from torch import nn
 
 import vpeft

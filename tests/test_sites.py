@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import images, make, randomise
+from models import images, make, randomise
 from torch import nn
 
 import vpeft

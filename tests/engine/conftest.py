@@ -1,7 +1,5 @@
 """A run that takes seconds: a tiny random ViT on the digits."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +7,6 @@ from omegaconf import DictConfig
 
 from vpeft.engine.config import load_config
 
-ROOT = Path(__file__).parents[2]
-# The shell tools call ``python``: this interpreter, also where its environment is not activated.
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 TINY = """
 model:
   name: vit_tiny_patch16_224

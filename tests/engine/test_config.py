@@ -77,7 +77,7 @@ def test_base_files_and_overrides(tmp_path):
 
 
 def test_shipped_configurations_are_valid():
-    from conftest import ROOT
+    from places import ROOT
 
     files = [f for f in (ROOT / "configs").rglob("*.yaml") if "_base_" not in f.parts]
     assert len(files) > 10

@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import torch
-from conftest import ENVIRONMENT, ROOT
+from places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
 from vpeft.engine.train import train

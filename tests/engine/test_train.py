@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
 from PIL import Image
+from places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
 import vpeft
