@@ -22,7 +22,15 @@ def vit_reg(**kwargs) -> nn.Module:
 
 
 def swin(**kwargs) -> nn.Module:
-    small = {"img_size": 48, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+    small = {
+        "img_size": 48,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "num_classes": 5,
+    }
     return timm.create_model("swin_tiny_patch4_window7_224", **(small | kwargs))
 
 
@@ -80,3 +88,14 @@ def train_steps(model: nn.Module, handle: vpeft.Handle, steps: int = 2, lr: floa
                 largest[i] = torch.maximum(largest[i], p.grad.abs().max().cpu())
         optimizer.step()
     return largest
+
+
+def calibrated(handle: vpeft.Handle) -> vpeft.Handle:
+    """The handle, after it has looked at two small batches, where its method needs to."""
+    x = images(handle.model, 8, seed=11)
+    return handle.calibrate([(x[:4], torch.tensor([0, 1, 2, 3])), (x[4:], torch.tensor([4, 0, 1, 2]))], progress=False)
+
+
+def attached(model: nn.Module, method: str, **options) -> vpeft.Handle:
+    """``vpeft.attach``, ready for training."""
+    return calibrated(vpeft.attach(model, method, **options))

@@ -1,7 +1,19 @@
 import subprocess
 import sys
 
-HEAVY = ("wandb", "mmseg", "mmengine", "mmcv", "matplotlib", "av", "sklearn", "accelerate", "torchmetrics", "rich", "omegaconf")
+HEAVY = (
+    "wandb",
+    "mmseg",
+    "mmengine",
+    "mmcv",
+    "matplotlib",
+    "av",
+    "sklearn",
+    "accelerate",
+    "torchmetrics",
+    "rich",
+    "omegaconf",
+)
 
 
 def test_import_is_light():

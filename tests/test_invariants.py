@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from models import CASES, MODELS, REFUSED, images, make, randomise, scatter, train_steps
+from models import CASES, MODELS, REFUSED, attached, images, make, randomise, scatter, train_steps
 from torch import nn
 
 import vpeft
@@ -39,7 +39,7 @@ def test_refusals_say_why_and_leave_nothing(method, kind):
 def test_names_and_class_stay(method, kind):
     model = make(kind)
     names, cls, forward = list(model.state_dict()), type(model), type(model).forward
-    vpeft.attach(model, method)
+    attached(model, method)
     assert [n for n in model.state_dict() if not n.startswith("vpeft.")] == names
     assert type(model) is cls
     assert type(model).forward is forward
@@ -51,7 +51,7 @@ def test_identity_at_start(method, kind):
     model = make(kind)
     x = images(model)
     bare = run(model, x)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     changed = (run(model, x) - bare).abs().max()
     if handle.method.starts_as_identity:
         assert changed == 0
@@ -62,9 +62,9 @@ def test_identity_at_start(method, kind):
 @sweep
 def test_only_the_method_and_the_head_train(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     own = {id(p) for p in handle.parameters()}
-    head = {id(p) for p in model.get_classifier().parameters()}
+    head = {id(p) for p in model.get_classifier().parameters()} if handle.method.trains_head else set()
     assert {id(p) for p in model.parameters() if p.requires_grad} == own | head
     assert {id(p) for p in handle.trainable_parameters()} == own | head
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -102,7 +102,7 @@ def test_detach_leaves_nothing(method, kind):
     x = images(model)
     bare, before, flags = run(model, x), vars_of(model), [p.requires_grad for p in model.parameters()]
     values = tensors(model)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle)
     assert not torch.equal(run(model, x), bare) or not list(handle.parameters())
     assert handle.detach() is model
@@ -117,7 +117,7 @@ def test_detach_leaves_nothing(method, kind):
 @sweep
 def test_save_load_is_bit_identical(method, kind, tmp_path):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     train_steps(model, handle)
     handle.eval()
     expected = run(model, images(model))
@@ -135,13 +135,13 @@ def test_save_load_is_bit_identical(method, kind, tmp_path):
 @sweep
 def test_state_dict_round_trip_is_strict(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle)
     state = {n: t.clone() for n, t in handle.state_dict().items()}
     assert not any(n.startswith("vpeft") for n in state)
     expected = run(model, images(model))
     other = make(kind)
-    second = vpeft.attach(other, method)
+    second = attached(other, method)
     second.load_state_dict(state)
     assert torch.equal(run(other, images(model)), expected)
     assert all(torch.equal(t, state[n]) for n, t in second.state_dict().items())
@@ -160,7 +160,7 @@ def test_state_dict_round_trip_is_strict(method, kind):
 @sweep
 def test_deepcopy_is_independent(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle)
     x = images(model)
     expected = run(model, x)
@@ -180,7 +180,7 @@ def test_deepcopy_is_independent(method, kind):
 @sweep
 def test_pickling(method, kind):
     model = make(kind)
-    randomise(vpeft.attach(model, method))
+    randomise(attached(model, method))
     stream = io.BytesIO()
     pickle.dump(model, stream)
     again = pickle.loads(stream.getvalue())
@@ -191,7 +191,7 @@ def test_pickling(method, kind):
 @on_vit
 def test_compiles_in_one_graph(method):
     model = make("vit")
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle, 0.05)
     handle.eval()
     x = images(model)
@@ -209,7 +209,7 @@ def test_compiles_in_one_graph(method):
 @sweep
 def test_activation_checkpointing_gives_the_same_gradients(method, kind):
     model = make(kind, dtype=torch.float64)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle, 0.05)
     handle.train()
     x = images(model)
@@ -226,7 +226,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method, kind):
 @sweep
 def test_bf16_autocast_runs(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     handle.train()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images(model))
@@ -239,7 +239,7 @@ def test_bf16_autocast_runs(method, kind):
 @sweep
 def test_half_precision_backbone(method, kind):
     model = make(kind).to(torch.bfloat16)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     assert {p.dtype for p in handle.parameters()} <= {torch.bfloat16}
     model(images(model).bfloat16()).float().sum().backward()
 
@@ -247,7 +247,7 @@ def test_half_precision_backbone(method, kind):
 @sweep
 def test_eval_is_deterministic(method, kind):
     model = make(kind, drop_rate=0.2, drop_path_rate=0.3)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle)
     model.train()
     model.eval()
@@ -262,7 +262,7 @@ def test_eval_is_deterministic(method, kind):
 @sweep
 def test_merge_and_unmerge(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle, 0.05)
     x, values = images(model, 4), tensors(model)
     hooked = run(model, x)
@@ -295,7 +295,7 @@ def test_switching_off_gives_the_bare_model(method, kind):
     model = make(kind)
     x = images(model)
     bare = run(model, x)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle)
     adapted = run(model, x)
     state = {n: t.clone() for n, t in handle.state_dict().items()}
@@ -312,7 +312,7 @@ def test_switching_off_gives_the_bare_model(method, kind):
 def test_two_methods_coexist_and_save_separately(method, kind, tmp_path):
     model = make(kind)
     x = images(model)
-    first = vpeft.attach(model, method, name="first")
+    first = attached(model, method, name="first")
     randomise(first)
     alone = run(model, x)
     second = vpeft.attach(model, "adaptformer", name="second", bottleneck=4)
@@ -338,7 +338,7 @@ def test_two_methods_coexist_and_save_separately(method, kind, tmp_path):
 @sweep
 def test_timm_calls_still_work(method, kind):
     model = make(kind)
-    randomise(vpeft.attach(model, method))
+    randomise(attached(model, method))
     x = images(model)
     final, intermediates = model.forward_intermediates(x, indices=2)
     features = model.forward_features(x)
@@ -352,7 +352,7 @@ def test_timm_calls_still_work(method, kind):
 @sweep
 def test_boundary_needs_no_gradient_below(method, kind):
     model = make(kind)
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     boundary = handle.boundary
     assert boundary in ("patch_embed", "head") or model.get_submodule(boundary) is not None
     reached = {}
@@ -380,7 +380,7 @@ def test_options_rebuild_the_method(method):
 @on_vit
 def test_compiled_with_inductor(method):
     model = make("vit")
-    handle = vpeft.attach(model, method)
+    handle = attached(model, method)
     randomise(handle, 0.05)
     handle.eval()
     x = images(model)

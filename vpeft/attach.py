@@ -24,6 +24,7 @@ class Root(nn.Module):
         super().__init__()
         self.name, self.method, self.sites = name, method, sites
         self.enabled = True
+        self.calibrated = False
         # While merged: what each folded module held before, as (place, tensor's name, value or None).
         self.unmerged: list[tuple[Place, str, Tensor | None]] | None = None
 
@@ -61,6 +62,27 @@ class Container(nn.Module):
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         # Attentions that were told to call their own qkv module.
         self.told: list[Place] = []
+
+
+class _Batches:
+    """A loader's batches on the model's device, under a progress bar; can be gone through several times."""
+
+    def __init__(self, loader: Iterable, device: torch.device, title: str | None):
+        self.loader, self.device, self.title = loader, device, title
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = self.loader
+        if self.title is not None:
+            from rich.progress import track
+
+            total = len(self.loader) if hasattr(self.loader, "__len__") else None
+            batches = track(self.loader, f"calibrating {self.title}", total=total, transient=True)
+        count = 0
+        for images, labels in batches:
+            count += 1
+            yield images.to(self.device), labels.to(self.device)
+        if not count:
+            raise MethodError("calibrate: the loader gave no batch")
 
 
 class _Switch:
@@ -120,8 +142,7 @@ class Handle:
 
         The head is not among them; ``save`` adds it.
         """
-        state = {name: p.detach() for name, p in self.root.named_parameters()}
-        state |= dict(self.root.named_buffers())
+        state = dict(self.root.state_dict())  # parameters and persistent buffers
         for existing in self.root.existing:
             state |= existing.values()
         return state
@@ -147,15 +168,26 @@ class Handle:
                 parts.append(f"unknown {_some(unknown)}{did_you_mean(unknown[0], missing) if missing else ''}")
             raise CheckpointError(f"tensors do not fit {self.method.name} on this model: {'; '.join(parts)}")
         known = own | heads
+        flexible = {
+            f"{path}.{leaf}".lstrip("."): (module, leaf)
+            for path, module in self.root.named_modules()
+            for leaf in getattr(module, "flexible", ())
+        }
         for name, value in state.items():
+            if name in flexible and value.ndim == known[name].ndim:
+                continue
             if name in known and value.shape != known[name].shape:
                 raise CheckpointError(
                     f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
                 )
         existing = {n: e for e in self.root.existing for n in e.slots}
+        self.root.calibrated = self.root.calibrated or not missing
         for name, value in state.items():
             if name in existing:
                 existing[name].set_value(name, value)
+            elif name in flexible and value.shape != known[name].shape:
+                module, leaf = flexible[name]
+                set_tensor(module, leaf, value)
             elif name in known:
                 known[name].copy_(value)
 
@@ -185,9 +217,14 @@ class Handle:
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that an optimiser should see: the method's and the head's that require gradients."""
+        self._check_calibrated()
         for _, parameter in [*self.named_parameters(), *self.head_parameters()]:
             if parameter.requires_grad:
                 yield parameter
+
+    def _check_calibrated(self) -> None:
+        if self.method.needs_calibration and not self.root.calibrated:
+            raise MethodError(f"{self.method.name} looks at data first: call handle.calibrate(loader) before training")
 
     def param_groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimiser.
@@ -200,6 +237,7 @@ class Handle:
             weight_decay: of the other tensors.
             head_lr: learning rate of the classifier; ``lr`` where None.
         """
+        self._check_calibrated()
         exempt = set(getattr(self.model, "no_weight_decay", set)())
         for path, module in self.root.named_modules():
             exempt |= {f"{path}.{name}".lstrip(".") for name in getattr(module, "no_decay", ())}
@@ -378,15 +416,45 @@ class Handle:
             return next((h.path for h in self.sites.heads), "head")
         return self.sites.boundary(min(positions))
 
-    def calibrate(self, loader: Iterable, **options: Any) -> "Handle":
-        """Let the method look at data once before training, where it needs to.
+    def calibrate(self, loader: Iterable, *, progress: bool = True) -> "Handle":
+        """Let the method look at data before training, where it needs to (masks, clusters, label maps, pruned starts).
+
+        What it finds is part of ``state_dict`` and of the file. Make the optimiser afterwards: a method may choose here
+        which numbers it trains. A method that has nothing to look for does nothing.
 
         Args:
-            loader: yields (images, labels).
+            loader: yields (images, labels) of the training split, as the model takes them.
+            progress: show a bar.
+
+        Raises:
+            MethodError: merged or disabled, or an empty loader.
         """
-        if self.method.needs_calibration:
-            self.method.calibrate(self, loader, **options)
+        if not callable(getattr(self.method, "calibrate", None)):
+            return self
+        if self.merged or not self.enabled:
+            raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
+        device = next(self.model.parameters()).device
+        training = {m: m.training for m in self.model.modules()}
+        try:
+            self.root.calibrated = False
+            self.method.calibrate(self, _Batches(loader, device, self.name if progress else None))
+            self.root.calibrated = True
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            for parameter in self.model.parameters():
+                parameter.grad = None
         return self
+
+    def penalty(self) -> Tensor:
+        """What the method adds to the task's loss (a number; 0 for most), from its present parameters."""
+        value = self.method.penalty(self)
+        return torch.zeros((), device=next(self.model.parameters()).device) if value is None else value
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """To be called after each ``optimizer.step()``, before gradients are cleared; few methods do anything here."""
+        self.method.after_step(self)
 
     def summary(self) -> str:
         """Sites, parameters, properties and paper, as text for people."""
@@ -443,9 +511,7 @@ class Handle:
             return checkpoint.save(self, Path(path), class_names, metrics, data, config)
 
 
-def attach(
-    model: nn.Module, method: str | Method | type[Method], *, name: str | None = None, **options: Any
-) -> Handle:
+def attach(model: nn.Module, method: str | Method | type[Method], *, name: str | None = None, **options: Any) -> Handle:
     """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
 
     The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen.
@@ -488,7 +554,7 @@ def attach(
         model.requires_grad_(False)
         root.requires_grad_(True)
         for head in sites.heads:
-            head.module.requires_grad_(True)
+            head.module.requires_grad_(method.trains_head)
         for intervention in root.interventions:
             intervention.install()
             for place in intervention.calls_needed():
@@ -568,8 +634,8 @@ def load(
                 handle.root.sites.heads = head_places(model)
             if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
                 raise CheckpointError(
-                    f"{path}: its head {({n: tuple(t.shape) for n, t in head_tensors.items()})} does not fit this "
-                    f"model's {({n: tuple(t.shape) for n, t in current.items()})}"
+                    f"{path}: its head { ({n: tuple(t.shape) for n, t in head_tensors.items()}) } does not fit this "
+                    f"model's { ({n: tuple(t.shape) for n, t in current.items()}) }"
                 )
             with torch.no_grad():
                 for n, t in head_tensors.items():
@@ -583,6 +649,15 @@ def load(
 
 
 # ---- helpers ----
+
+
+def set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """Give a module's own tensor another size, keeping its kind (parameter or buffer), type and device."""
+    old = getattr(module, leaf)
+    value = value.detach().to(old.device, old.dtype).clone()
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module, leaf, value)
 
 
 def _build(name: str, method: Method, sites: Sites) -> Root:
@@ -634,6 +709,8 @@ def _model_name(model: nn.Module) -> str:
 def _remove(model: nn.Module, name: str) -> None:
     """Take one method's hooks, overrides and modules off a model, whatever state it is in."""
     container = getattr(model, CONTAINER)
+    for intervention in container._modules[name].interventions:
+        intervention.uninstall()
     mine = {id(m) for m in container._modules[name].modules()}
     for module in model.modules():
         for table in (module._forward_hooks, module._forward_pre_hooks):

@@ -11,8 +11,12 @@ class                  hooks                                       mergeable   r
 ``MapOutput``          forward hook (or pre-hook) on one module    if affine   yes
 ``AddToLinear``        forward hook on a linear                    if linear   yes
 ``InsertTokens``       block pre-hook and hook                     no          yes
+``ExtraKeys``          attention's forward                         no          yes
+``ReplaceTensor``      pre-hook and hook of the tensor's owner     yes         no
 ``ExistingTensors``    none: unfreezes tensors of the model        is a load   no
 =====================  ==========================================  ==========  =======
+
+An image is changed by a ``MapOutput`` with ``on_input`` at ``sites.stem``.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,11 +26,27 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MethodError
-from .sites import FIRST, LAST, BlockSite, LinearSite, Place, pad_pairs, pad_rope, separate_bias
+from .sites import (
+    FIRST,
+    LAST,
+    BlockSite,
+    LinearSite,
+    Place,
+    Sites,
+    attend,
+    attention_bias,
+    attention_inputs,
+    attention_output,
+    check_attention,
+    grid_of,
+    pad_pairs,
+    pad_rope,
+    separate_bias,
+)
 
 __all__ = [
-    "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "Folded", "InsertTokens", "Intervention",
-    "MapOutput", "ScaleAndShift",
+    "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "Folded", "Grid", "InsertTokens",
+    "Intervention", "MapOutput", "ReplaceTensor", "ScaleAndShift",
 ]  # fmt: skip
 
 
@@ -45,6 +65,7 @@ class Intervention(nn.Module):
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
         routable: samples of one batch may use different instances of it.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
+        flexible: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         enabled: hooks do nothing where False.
     """
@@ -52,6 +73,7 @@ class Intervention(nn.Module):
     mergeable: bool = False
     routable: bool = True
     no_decay: frozenset[str] = frozenset()
+    flexible: frozenset[str] = frozenset()
 
     def __init__(self, position: int):
         super().__init__()
@@ -65,6 +87,9 @@ class Intervention(nn.Module):
     def install(self) -> None:
         """Register the hooks."""
         raise NotImplementedError
+
+    def uninstall(self) -> None:
+        """Undo what ``install`` did besides hooks and attributes that are bound methods of this module."""
 
     def calls_needed(self) -> list[Place]:
         """Attentions that must be told to call their own qkv module, or hooks on it are dead."""
@@ -90,23 +115,31 @@ class AddToBranch(Intervention):
         reads: the module whose input is u.
         adds: the drop-path module whose output is the residual addition's operand.
         after: u is the stream after the branch instead, which is what was read plus the branch's output.
+        output: u is the output of ``reads``.
     """
 
-    def __init__(self, block: BlockSite, reads: Place, adds: Place, *, after: bool = False):
+    def __init__(self, block: BlockSite, reads: Place, adds: Place, *, after: bool = False, output: bool = False):
         super().__init__(block.index)
-        self.reads, self.adds, self.after = reads, adds, after
+        self.reads, self.adds, self.after, self.output = reads, adds, after, output
         self._read: Tensor | None = None
 
     def places(self) -> list[Place]:
         return [self.reads, self.adds]
 
     def install(self) -> None:
-        self.reads.module.register_forward_pre_hook(self._hold)
+        if self.output:
+            self.reads.module.register_forward_hook(self._hold_output)
+        else:
+            self.reads.module.register_forward_pre_hook(self._hold)
         self.adds.module.register_forward_hook(self._add)
 
     def _hold(self, module: nn.Module, args: tuple) -> None:
         if self.enabled:
             self._read = args[0]
+
+    def _hold_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.enabled:
+            self._read = output
 
     def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not self.enabled:
@@ -298,6 +331,157 @@ class InsertTokens(Intervention):
     def __getstate__(self) -> dict:
         # Copies and pickles carry no activations.
         return {**self.__dict__, "_left": None}
+
+
+class _ManyKeys(nn.Module):
+    """The forward of one attention, with the keys and values of every method that brings some.
+
+    It is reached only through the attention's attribute ``forward``, so that it appears in no state dict.
+    """
+
+    def __init__(self, place: Place):
+        super().__init__()
+        self.place, self.guests = place, []
+
+    def run(self, x: Tensor, *args: Tensor, **kwargs) -> Tensor:
+        attn = self.place.module
+        extra = [guest(x) for guest in self.guests if guest.enabled]
+        if not extra:
+            return type(attn).forward(attn, x, *args, **kwargs)
+        if args:  # by their names in timm: Swin's mask, BEiT's shared bias
+            names = type(attn).forward.__code__.co_varnames[2 : 2 + len(args)]
+            kwargs |= dict(zip(names, args, strict=True))
+        q, k, v = attention_inputs(attn, x, kwargs.get("rope"))
+        bias = attention_bias(attn, **{n: t for n, t in kwargs.items() if n != "rope"})
+        tokens = sum(key.shape[-2] for key, _ in extra)
+        if bias is not None:
+            fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
+            bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
+        keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
+        y = attend(attn, q, torch.cat([*keys, k], 2), torch.cat([*values, v], 2), bias)
+        return attention_output(attn, y, x)
+
+
+class ExtraKeys(Intervention):
+    """Keys and values that every token attends to besides the tokens' own; they come in no position and make no rows.
+
+    ``forward(x)`` gives key and value, each (heads, P, d) or (B, heads, P, d), from the attention's input x (B, N, D)
+    (in Swin one window's tokens, windows in the batch). Relative-position bias and masks are 0 for them, rotary
+    embedding and q/k norm do not touch them. Several methods' keys on one attention are concatenated.
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block.index)
+        check_attention(block)
+        self.place = block.attn
+
+    def places(self) -> list[Place]:
+        return [self.place]
+
+    def install(self) -> None:
+        attn = self.place.module
+        if "forward" not in vars(attn):
+            attn.forward = _ManyKeys(self.place).run
+        elif not isinstance(getattr(attn.forward, "__self__", None), _ManyKeys):
+            raise MethodError(f"{self.place.path}: its forward is replaced already, by something that is not vpeft's")
+        attn.forward.__self__.guests.append(self)
+
+    def uninstall(self) -> None:
+        attn = self.place.module
+        here = getattr(vars(attn).get("forward"), "__self__", None)
+        if isinstance(here, _ManyKeys) and self in here.guests:
+            here.guests.remove(self)
+            if not here.guests:
+                del attn.forward
+
+
+class Grid(Intervention):
+    """Height and width of the token map in the present forward (``size``): of a block's own map, or of the patches."""
+
+    mergeable = True
+
+    def __init__(self, sites: Sites, block: BlockSite | None = None):
+        super().__init__(LAST)  # it trains nothing, so no gradient has to reach it
+        self.maps = block is not None and block.maps
+        self.place = block if self.maps else sites.stem
+        self.size = (0, 0)
+        if not self.maps:
+            grid_of(self.place.module, sites.input_size[1:])  # refuses a stem that cannot tell
+
+    def places(self) -> list[Place]:
+        return [self.place]
+
+    def install(self) -> None:
+        self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["x"]
+        self.size = tuple(x.shape[1:3]) if self.maps else grid_of(module, tuple(x.shape[-2:]))
+
+    def fold(self) -> list[Folded]:
+        return []
+
+
+class ReplaceTensor(Intervention):
+    """While its owner runs, a tensor of the model is ``forward(frozen)`` instead of its frozen value.
+
+    This is weight space: autograd forms the gradient of the whole tensor on the way. For what has no form in
+    activation space: masks over entries, products with the weight itself.
+
+    Args:
+        sites: of the model.
+        name: the tensor's name.
+    """
+
+    mergeable = True
+    routable = False
+
+    def __init__(self, sites: Sites, name: str):
+        super().__init__(sites.position(name))
+        self.enter, self.leave = sites.span(name)
+        owner, _, self.leaf = name.rpartition(".")
+        self.owner = Place(owner, sites.model.get_submodule(owner))
+        self.tensor_name = name
+        qkv_owner = owner.rpartition(".")[0] if owner.endswith(".qkv") else None
+        attention = sites.model.get_submodule(qkv_owner) if qkv_owner else None
+        outside = attention is not None and separate_bias(attention) is not None
+        self.outside = Place(qkv_owner, attention) if outside else None
+        self._kept: Tensor | None = None
+
+    @property
+    def frozen(self) -> Tensor:
+        """The tensor's value in the model."""
+        kept = self._kept
+        return getattr(self.owner.module, self.leaf) if kept is None else kept
+
+    def places(self) -> list[Place]:
+        return [self.enter, self.leave]
+
+    def calls_needed(self) -> list[Place]:
+        return [self.outside] if self.outside else []
+
+    def install(self) -> None:
+        self.enter.module.register_forward_pre_hook(self._put)
+        if self.leave is self.enter:
+            # Also after an error, or the model would keep the replaced tensor.
+            self.leave.module.register_forward_hook(self._put_back, always_call=True)
+        else:
+            self.leave.module.register_forward_pre_hook(self._put_back)
+
+    def _put(self, module: nn.Module, args: tuple) -> None:
+        if self.enabled:
+            self._kept = self.owner.module._parameters[self.leaf]
+            self.owner.module._parameters[self.leaf] = self(self._kept)
+
+    def _put_back(self, module: nn.Module, args: tuple, output: Tensor | None = None) -> None:
+        if self._kept is not None:
+            self.owner.module._parameters[self.leaf] = self._kept
+            self._kept = None
+
+    def fold(self) -> list[Folded]:
+        value = self.frozen.detach()
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        return [Folded(self.owner, {self.leaf: self(wide).detach()})]
 
 
 class ExistingTensors(Intervention):

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
@@ -85,6 +90,16 @@ class BlockSite(Place):
     norm2: Place
     mlp: Place
     branch2: Place
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return int(self.attn.module.num_heads)
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head's keys and values."""
+        return self.linears("v")[0].out_features // self.heads
 
     @property
     def mlp_input(self) -> Place:
@@ -199,6 +214,30 @@ class Sites:
             return self.blocks[position].path
         return next((p.path for p in [*self.final_norms, *self.heads]), "head")
 
+    def span(self, name: str) -> tuple[Place, Place]:
+        """(enter, leave): a tensor of the backbone is used between enter's input and leave.
+
+        Both are the module that owns the tensor; where that is the model itself (class token, position embedding),
+        they are the patch embedding and the first block, and its use ends where the block begins.
+        """
+        path = name.rpartition(".")[0]
+        if path:
+            place = Place(path, self.model.get_submodule(path))
+            return place, place
+        return self.stem, self.blocks[0]
+
+    @property
+    def stem(self) -> Place:
+        """The module that takes the image.
+
+        Raises:
+            UnsupportedModelError: there is none of that name.
+        """
+        embed = getattr(self.model, "patch_embed", None)
+        if not isinstance(embed, nn.Module):
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no patch_embed that takes the image")
+        return Place("patch_embed", embed)
+
     def norms(self) -> Iterator[Place]:
         """Every normalisation module of the backbone."""
         for path, module in self.model.named_modules():
@@ -275,9 +314,7 @@ def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
                     owner = owner.rpartition(".")[0]
                 almost.setdefault(type(parents[owner]).__name__, f"no {', '.join(missing)}")
             continue
-        strange = [
-            n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())
-        ]
+        strange = [n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())]
         if strange:
             almost.setdefault(type(module).__name__, f"it also has {', '.join(strange)}")
             continue
@@ -426,6 +463,96 @@ def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, int,
         )
 
 
+# ---- timm's attentions in three steps, for methods that change what happens between them ----
+
+_ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention, WindowAttention)
+
+
+def check_attention(block: BlockSite) -> None:
+    """Raise where ``attention_inputs``, ``attend`` and ``attention_output`` do not restate this attention.
+
+    Raises:
+        UnsupportedModelError: an attention of another class (cosine attention, differential attention …).
+    """
+    kind = type(block.attn.module)
+    if kind.forward not in {c.forward for c in _ATTENTIONS}:
+        known = ", ".join(sorted({f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in _ATTENTIONS}))
+        raise UnsupportedModelError(
+            f"{block.attn.path}: keys and values cannot be added to a {kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+            f"; known: {known}"
+        )
+
+
+def attention_inputs(attn: nn.Module, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, heads, N, d) of tokens x (B, N, D), normed and rotated as the attention does."""
+    batch, n = x.shape[:2]
+    if getattr(attn, "qkv", None) is not None:
+        bias = separate_bias(attn)
+        if bias is None:
+            y = attn.qkv(x)
+        elif attn.qkv_bias_separate:
+            y = attn.qkv(x) + bias
+        else:
+            y = F.linear(x, attn.qkv.weight, bias)
+        q, k, v = y.reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q = attn.q_proj(x).reshape(batch, n, attn.num_heads, -1).transpose(1, 2)
+        shared = getattr(attn, "num_kv_heads", attn.num_heads)  # grouped queries
+        k, v = (p(x).reshape(batch, n, shared, -1).transpose(1, 2) for p in (attn.k_proj, attn.v_proj))
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        start, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+        q, k = (
+            torch.cat([t[:, :, :start], apply_rot_embed_cat(t[:, :, start:], rope, half=half)], 2).type_as(v) for t in (q, k)
+        )
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return q, k, v
+
+
+def attention_bias(attn: nn.Module, **given: Any) -> Tensor | None:
+    """What is added to the scores (…, N, N), or a boolean mask, from an attention's table and its call's keywords."""
+    bias = given.get("attn_mask")
+    if given.get("is_causal"):
+        raise UnsupportedModelError("causal attention takes no further keys and values")
+    for extra in (given.get("shared_rel_pos_bias"), _table_bias(attn)):
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+    mask = given.get("mask")  # of shifted windows: (windows, N, N), for a batch that is ordered image by image
+    if mask is not None:
+        bias = bias + mask[:, None]
+    return bias
+
+
+def _table_bias(attn: nn.Module) -> Tensor | None:
+    return attn._get_rel_pos_bias() if getattr(attn, "relative_position_bias_table", None) is not None else None
+
+
+def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale + bias) v: (B, heads, N, d). A bias of (W, heads, N, M) is repeated over B / W images."""
+    if bias is not None and bias.ndim == 4 and 1 < bias.shape[0] < q.shape[0]:
+        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    scores = (q * attn.scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+    return attn.attn_drop(scores.softmax(-1)) @ v
+
+
+def attention_output(attn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """From the heads' outputs y (B, heads, N, d) to (B, N, D); x is what the queries were made from (gates read it)."""
+    y = y.transpose(1, 2).flatten(2)
+    y = getattr(attn, "norm", nn.Identity())(y)
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        y = y * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y))
+
+
 # ---- small facts that methods ask for ----
 
 
@@ -456,6 +583,18 @@ def pad_pairs(bias: Tensor, prefix: int, tokens: int) -> Tensor:
     bias = torch.cat([bias[..., :prefix, :], rows, bias[..., prefix:, :]], -2)
     columns = fill(*bias.shape[:-1], tokens)
     return torch.cat([bias[..., :prefix], columns, bias[..., prefix:]], -1)
+
+
+def grid_of(stem: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches that a patch embedding makes of an image of (height, width) pixels.
+
+    Raises:
+        UnsupportedModelError: it cannot tell.
+    """
+    if hasattr(stem, "dynamic_feat_size"):
+        height, width = stem.dynamic_feat_size(size)
+        return int(height), int(width)
+    raise UnsupportedModelError(f"{type(stem).__name__} does not tell the grid that its patches stand in")
 
 
 def patch_fan(sites: Sites) -> int:

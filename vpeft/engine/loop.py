@@ -217,13 +217,14 @@ class Trainer:
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, a, b)
+                    loss = self.task.loss(self.model, a, b) + self.tuned.penalty()
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
         self._watch()
         if self.config.train.clip_grad:
             accelerator.clip_grad_norm_(self.params, self.config.train.clip_grad)
         self.optimizer.step()
+        self.tuned.after_step()
         self.optimizer.zero_grad()
         if self.average:
             self.average.update()

@@ -54,9 +54,7 @@ class RunFolder:
             if main and self.path.exists():
                 shutil.rmtree(self.path)
         elif self.file("metrics.json").exists():
-            raise ConfigError(
-                f"{self.path} holds a finished run; choose another name=…, or overwrite=true to replace it"
-            )
+            raise ConfigError(f"{self.path} holds a finished run; choose another name=…, or overwrite=true to replace it")
         elif state.exists():
             if config.resume != "auto":
                 raise ConfigError(f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true drops it")

@@ -184,9 +184,7 @@ class Houlsby(Adapter):
 
 @register(
     "pfeiffer",
-    Paper(
-        "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", "EACL 2021", "2005.00247", "additive"
-    ),
+    Paper("AdapterFusion: Non-Destructive Task Composition for Transfer Learning", "EACL 2021", "2005.00247", "additive"),
     where="output of the block, normed",
 )
 class Pfeiffer(Adapter):

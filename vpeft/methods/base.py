@@ -6,11 +6,16 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
 
 from ..errors import MethodError, VpeftError, did_you_mean
 from ..interventions import LAST, ExistingTensors, Intervention
 from ..sites import BlockSite, LinearSite, Sites
+
+if TYPE_CHECKING:
+    from ..attach import Handle
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]
@@ -65,8 +70,29 @@ class Method:
 
     @property
     def needs_calibration(self) -> bool:
-        """It looks at data once (``handle.calibrate``) before training."""
+        """It must look at data (``handle.calibrate``) before training.
+
+        A method that looks at data has a function ``calibrate(handle, batches)``, where ``batches`` yields
+        ``(images, labels)`` on the model's device and can be gone through several times.
+        """
+        return callable(getattr(self, "calibrate", None))
+
+    @property
+    def calibrates_each_epoch(self) -> bool:
+        """``handle.calibrate`` is to be called again at the start of every epoch."""
         return False
+
+    @property
+    def trains_head(self) -> bool:
+        """The classifier trains too."""
+        return True
+
+    def penalty(self, handle: "Handle") -> Tensor | None:
+        """A term that the method adds to the task's loss, or None."""
+        return None
+
+    def after_step(self, handle: "Handle") -> None:
+        """What the method does after each update, while the gradients are still there."""
 
     def options(self) -> dict[str, Any]:
         """The hyper-parameters, as plain values."""
@@ -259,4 +285,3 @@ def _readable(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
     return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
-

@@ -139,7 +139,5 @@ class LoRA(Method):
             for path, linears in linears_by_path(block, self.targets).items():
                 yield (
                     f"{path}.lora",
-                    LoraLinear(
-                        linears, block.index, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input"
-                    ),
+                    LoraLinear(linears, block.index, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input"),
                 )

@@ -109,9 +109,7 @@ class VPTShallow(_VPT):
         for block in blocks:
             last = block is blocks[-1]
             own = previous is None
-            previous = Prompts(
-                self, sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last
-            )
+            previous = Prompts(self, sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last)
             yield ("vpt" if own else f"{block.path}.vpt"), previous
         if proj is not None:
             yield "vpt.proj", proj
@@ -151,9 +149,7 @@ class VPTDeep(_VPT):
             own = fresh and not (self.shared and first is not None)
             source = first if fresh and not own else None
             carried_on = block.index + 1 < len(blocks) and block.index + 1 not in chosen
-            previous = Prompts(
-                self, sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on
-            )
+            previous = Prompts(self, sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
         if proj is not None:
