@@ -335,13 +335,13 @@ class Handle:
         for i in root.interventions:
             if not i.mergeable:
                 i.fold()  # raises with the reason
-        touched = {id(p.module): p.path for i in root.interventions for p in i.places()}
+        # All folds are computed before the first is written, so that a failure changes nothing.
+        folds: list[Folded] = [f for i in root.interventions for f in i.fold()]
+        touched = {id(f.place.module) for f in folds} | {id(p.module) for i in root.interventions for p in i.places()}
         for other in self._others():
             for place in (p for i in other.interventions if other.enabled for p in i.places()):
                 if id(place.module) in touched:
                     raise MethodError(f"cannot merge '{self.name}': another enabled method also acts on {place.path}")
-        # All folds are computed before the first is written, so that a failure changes nothing.
-        folds: list[Folded] = [f for i in root.interventions for f in i.fold()]
         seen: set[tuple[int, str]] = set()
         for fold in folds:
             for name in fold.tensors:

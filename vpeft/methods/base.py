@@ -4,14 +4,14 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from ..errors import MethodError, VpeftError, did_you_mean
-from ..interventions import LAST, ExistingTensors, Intervention
+from ..interventions import LAST, ExistingTensors, Grid, Intervention
 from ..sites import BlockSite, LinearSite, Sites
 
 if TYPE_CHECKING:
@@ -156,6 +156,22 @@ def tensors_of(sites: Sites, names: Iterable[str]) -> ExistingTensors:
     """The intervention that unfreezes tensors of the backbone by name."""
     names = list(names)
     return ExistingTensors(sites.model, names, min((sites.position(n) for n in names), default=LAST))
+
+
+def grids(sites: Sites) -> Generator[tuple[str, Grid], None, Callable[[BlockSite], Grid]]:
+    """Plants what measures the token map of each forward: one for all blocks of a ViT, one per block that sees a map.
+
+    Used as ``grid_of_block = yield from grids(sites)`` in ``build``; the result gives a block's ``Grid``.
+    """
+    found: dict[str, Grid] = {}
+    for block in sites.blocks:
+        if block.maps:
+            found[block.path] = Grid(sites, block)
+            yield f"{block.path}.grid", found[block.path]
+        elif "" not in found:
+            found[""] = Grid(sites)
+            yield "grid", found[""]
+    return lambda block: found.get(block.path) or found[""]
 
 
 METHODS: dict[str, type[Method]] = {}
