@@ -48,7 +48,7 @@ def test_names_and_class_stay(method, kind):
 
 @sweep
 def test_identity_at_start(method, kind):
-    model = make(kind)
+    model = make(kind, dtype=torch.float64)  # some start at a distance that float32 cannot see
     x = images(model)
     bare = run(model, x)
     handle = attached(model, method)
@@ -56,7 +56,7 @@ def test_identity_at_start(method, kind):
     if handle.method.starts_as_identity:
         assert changed == 0
     else:
-        assert changed > 1e-7
+        assert changed > 1e-13
 
 
 @sweep
@@ -126,7 +126,7 @@ def test_save_load_is_bit_identical(method, kind, tmp_path):
     loaded = vpeft.load(fresh, path)
     loaded.eval()
     assert torch.equal(run(fresh, images(model)), expected)
-    assert loaded.method == handle.method
+    assert loaded.method == handle.method.exported(handle)[0]
     # Only what was trained is in the file: nothing of the frozen backbone's size.
     own = sum(p.numel() for p in handle.trainable_parameters())
     assert path.stat().st_size < 4 * own + 40_000

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -451,6 +452,13 @@ class Handle:
         value = self.method.penalty(self)
         return torch.zeros((), device=next(self.model.parameters()).device) if value is None else value
 
+    def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor:
+        """Symmetric Kullback-Leibler divergence of two runs' logits (B, C), mean over the batch, times its weight."""
+        a, b = first.float().log_softmax(-1), second.float().log_softmax(-1)
+        divergence = F.kl_div(a, b, log_target=True, reduction="batchmean")
+        divergence = divergence + F.kl_div(b, a, log_target=True, reduction="batchmean")
+        return self.method.consistency_weight * divergence
+
     @torch.no_grad()
     def after_step(self) -> None:
         """To be called after each ``optimizer.step()``, before gradients are cleared; few methods do anything here."""
@@ -492,6 +500,7 @@ class Handle:
         metrics: dict[str, float] | None = None,
         data: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
+        training: bool = False,
     ) -> Path:
         """Write what was trained, and the head, as safetensors with everything needed to rebuild it.
 
@@ -501,6 +510,7 @@ class Handle:
             metrics: what was measured.
             data: preprocessing, where it differs from the model's own pretrained_cfg.
             config: the experiment.
+            training: keep the form it has in training, where the method would save a simpler one.
 
         Raises:
             MethodError: merged at the moment.
@@ -508,7 +518,7 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
         with self.enable():
-            return checkpoint.save(self, Path(path), class_names, metrics, data, config)
+            return checkpoint.save(self, Path(path), class_names, metrics, data, config, training)
 
 
 def attach(model: nn.Module, method: str | Method | type[Method], *, name: str | None = None, **options: Any) -> Handle:

@@ -49,16 +49,17 @@ def save(
     metrics: dict | None,
     data: dict | None,
     config: dict | None,
+    training: bool = False,
 ) -> Path:
     """Write a handle's tensors and metadata; the file appears whole or not at all."""
     model, head = handle.model, handle.head_state_dict()
-    own = handle.state_dict()
+    method, own = (handle.method, handle.state_dict()) if training else handle.method.exported(handle)
     tensors = {n: t.detach().cpu().contiguous() for n, t in (own | head).items()}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     about = {
         "format": FORMAT,
         "name": handle.name,
-        "method": {"name": handle.method.name, "options": handle.method.options()},
+        "method": {"name": method.name, "options": method.options()},
         "model": model_about(model),
         "fingerprint": fingerprint(model, own.keys()),
         "data": {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)} | (data or {}),

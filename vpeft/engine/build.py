@@ -3,11 +3,13 @@
 from typing import Any
 
 import timm
+import torch
 from omegaconf import DictConfig
 from timm.data import resolve_data_config
 from torch import nn
 
 from ..errors import ConfigError, did_you_mean
+from ..sites import input_size
 
 
 def check_model_name(config: DictConfig) -> None:
@@ -32,8 +34,8 @@ def pretrained_cfg(name: str) -> dict:
     return cfg.to_dict() if cfg is not None else {}
 
 
-def build_model(config: DictConfig, num_classes: int) -> nn.Module:
-    """The timm model with a head for ``num_classes``."""
+def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
+    """The timm model with a fresh head for ``num_classes``, or, with ``keep_head``, with the head of its weights."""
     m = config.model
     # Fused attention is slower than the plain form on small models in bf16 on CPU.
     timm.layers.set_fused_attn(config.train.fused_attention)
@@ -46,12 +48,25 @@ def build_model(config: DictConfig, num_classes: int) -> nn.Module:
         kwargs["drop_rate"] = m.drop
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
+    if keep_head:
+        return timm.create_model(m.name, pretrained=m.pretrained, **kwargs)
     if m.pretrained and not m.keep_head:
         # Without a classifier first: weights with the same class count would bring their own.
         model = timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs)
         model.reset_classifier(num_classes)
         return model
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, classes: int) -> None:
+    """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps)."""
+    like = next(model.parameters())
+    training = model.training
+    width = model.eval()(torch.zeros(1, *input_size(model), dtype=like.dtype, device=like.device)).shape[-1]
+    model.train(training)
+    if width != classes:
+        raise ConfigError(f"method.options.classes: the model gives {width} outputs for {classes} classes of the data")
 
 
 def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:

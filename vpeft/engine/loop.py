@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,13 @@ from .run import RunFolder
 class Tuned(Protocol):
     """What the loop needs of whatever is being trained; ``vpeft.attach``'s handle is one."""
 
+    method: Any
+
     def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict]: ...
+    def penalty(self) -> Tensor: ...
+    def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor: ...
+    def after_step(self) -> None: ...
+    def head_state_dict(self) -> dict[str, Tensor]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None: ...
@@ -69,6 +75,7 @@ class Trainer:
         run: the run's folder.
         accelerator: made by ``make_accelerator``.
         about: metadata for every checkpoint.
+        recalibrate: called at the start of every epoch but the first.
     """
 
     def __init__(
@@ -81,9 +88,11 @@ class Trainer:
         run: RunFolder,
         accelerator: Accelerator,
         about: dict | None = None,
+        recalibrate: Callable[[], Any] | None = None,
     ):
         self.config, self.tuned, self.task, self.run, self.accelerator = config, tuned, task, run, accelerator
-        self.data, self.about = data, about or {}
+        self.consistency = tuned.consistency_loss if tuned.method.consistency_weight else None
+        self.data, self.about, self.recalibrate = data, about or {}, recalibrate
         rank, world = accelerator.process_index, accelerator.num_processes
         common = {"seed": config.seed, "workers": config.data.workers, "rank": rank, "world": world}
         self.train_loader = make_loader(
@@ -152,6 +161,8 @@ class Trainer:
         started = time.perf_counter()
         # Reseeding at every epoch makes a resumed run draw the same dropout as an uninterrupted one.
         set_seed(self.config.seed + 100_003 * self.epoch + 17 * self.accelerator.process_index)
+        if self.recalibrate and self.epoch:
+            self.recalibrate()
         train_loss = self._train_epoch()
         trained = time.perf_counter() - started
         row = {
@@ -217,7 +228,7 @@ class Trainer:
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, a, b) + self.tuned.penalty()
+                    loss = self.task.loss(self.model, a, b, self.consistency) + self.tuned.penalty()
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
         self._watch()
@@ -272,7 +283,8 @@ class Trainer:
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
         if self.run.main:
-            self.tuned.save(self.run.file("best.safetensors"), metrics=metrics, **self.about)
+            for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
+                self.tuned.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.about)
             self.run.finish(metrics)
             self.run.file("state.safetensors").unlink(missing_ok=True)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
@@ -288,12 +300,12 @@ class Trainer:
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
         if self.average:
             self.average.swap()
-        self.tuned.save(self.run.file("last.safetensors"), metrics=metrics, **self.about)
+        self.tuned.save(self.run.file("last.safetensors"), metrics=metrics, training=True, **self.about)
         if is_best:
-            self.tuned.save(self.run.file("best.safetensors"), metrics=metrics, **self.about)
+            self.tuned.save(self.run.file("best.safetensors"), metrics=metrics, training=True, **self.about)
         if self.average:
             self.average.swap()
-        tensors = {f"trained/{i}": p.detach() for i, p in enumerate(self.params)}
+        tensors = {f"method/{n}": t for n, t in (self.tuned.state_dict() | self.tuned.head_state_dict()).items()}
         if self.average:
             tensors |= {f"average/{i}": v for i, v in enumerate(self.average.values)}
         scalars: dict[str, dict] = {}
@@ -316,10 +328,10 @@ class Trainer:
         with safe_open(self.run.file("state.safetensors"), "pt") as f:
             about = json.loads(f.metadata()["state"])
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-        for i, param in enumerate(self.params):
-            param.copy_(tensors[f"trained/{i}"])
-            if self.average:
-                self.average.values[i].copy_(tensors[f"average/{i}"])
+        self.tuned.load_state_dict(method_state(tensors))
+        if self.average:
+            for i, value in enumerate(self.average.values):
+                value.copy_(tensors[f"average/{i}"])
         state: dict[int, dict] = {int(i): dict(v) for i, v in about["scalars"].items()}
         for name, value in tensors.items():
             if name.startswith("optimizer/"):
@@ -334,6 +346,11 @@ class Trainer:
     def _load_best(self) -> None:
         with safe_open(self.run.file("best.safetensors"), "pt") as f:
             self.tuned.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+
+
+def method_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The method's and the head's tensors in a state file."""
+    return {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
 
 
 class _Bar:

@@ -1,19 +1,21 @@
 """Train one method on one data set: everything a configuration asks for, checked before work starts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 
 from ..attach import Handle, attach
 from ..data import Datasets, build_datasets, check_source
 from ..errors import ConfigError, DataError, VpeftError
 from ..methods import create
 from ..tasks import Classification
-from .build import build_model, check_model_name, data_stats, pretrained_cfg
-from .loop import Trainer, make_accelerator
+from .build import build_model, check_model_name, check_outputs, data_stats, pretrained_cfg
+from .loop import Trainer, make_accelerator, method_state
 from .run import RunFolder
 
 
@@ -58,18 +60,25 @@ def train(config: DictConfig) -> dict[str, Any]:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     set_seed(config.seed)
-    model = build_model(config, len(data.classes))
-    handle = attach(model, config.method.name, **OmegaConf.to_container(config.method.options))
+    method = create(config.method.name, **OmegaConf.to_container(config.method.options))
+    model = build_model(config, len(data.classes), keep_head=not method.trains_head)
+    handle = attach(model, method)
+    check_outputs(model, len(data.classes))
     if config.train.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if run.main:
         run.logger.info("%s", handle.summary())
-    if handle.method.needs_calibration and not run.resuming:
-        handle.calibrate(_calibration_batches(config, data))
+    batches = _calibration_batches(config, data)
+    if run.resuming:
+        # What an earlier calibration chose decides which numbers there are to train.
+        handle.load_state_dict(method_state(load_file(run.file("state.safetensors"))))
+    elif method.needs_calibration:
+        handle.calibrate(batches, progress=run.main)
+    again = partial(handle.calibrate, batches, progress=False) if method.calibrates_each_epoch else None
     task = Classification(len(data.classes), config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
     start_tracking(config, accelerator)
     about = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
-    trainer = Trainer(config, model, handle, data, task, run, accelerator, about)
+    trainer = Trainer(config, model, handle, data, task, run, accelerator, about, again)
     metrics = trainer.fit()
     accelerator.end_training()
     if run.main:

@@ -128,6 +128,10 @@ class Adapter(Method):
     def starts_as_identity(self) -> bool:
         return self.init in ("lora", "zeros")
 
+    def sizes(self, sites: Sites) -> Iterator[tuple[BlockSite, int]]:
+        """The blocks that get adapters, with the width of their bottleneck."""
+        return self.sized_blocks(sites, "bottleneck", self.blocks)
+
     def projections(self, width: int, size: int) -> tuple[nn.Module, nn.Module]:
         """The maps (…, width) to (…, size) and back, with their initial values."""
         down, up = nn.Linear(width, size), nn.Linear(size, width)
@@ -135,7 +139,7 @@ class Adapter(Method):
         return down, up
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        for block, size in self.sized_blocks(sites, "bottleneck", self.blocks):
+        for block, size in self.sizes(sites):
             for name, intervention in self.at(block, size):
                 yield f"{block.path}.{name}", intervention
         if self.train_norms:

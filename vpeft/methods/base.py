@@ -94,6 +94,15 @@ class Method:
     def after_step(self, handle: "Handle") -> None:
         """What the method does after each update, while the gradients are still there."""
 
+    @property
+    def consistency_weight(self) -> float:
+        """Weight of the divergence between two runs on one batch that the method's loss asks for; 0 for most."""
+        return float(getattr(self, "consistency", 0.0))
+
+    def exported(self, handle: "Handle") -> "tuple[Method, dict[str, Tensor]]":
+        """The method and tensors that a file holds; simpler ones than in training where those compute the same."""
+        return self, handle.state_dict()
+
     def options(self) -> dict[str, Any]:
         """The hyper-parameters, as plain values."""
         return dataclasses.asdict(self)

@@ -23,9 +23,7 @@ class _Mona:
         self.norm = nn.LayerNorm(width)
         self.gamma, self.gammax = nn.Parameter(torch.full((width,), 1e-6)), nn.Parameter(torch.ones(width))
         self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        self.conv3, self.conv5, self.conv7 = (
-            nn.Conv2d(size, size, k, padding=k // 2, groups=size) for k in (3, 5, 7)
-        )
+        self.conv3, self.conv5, self.conv7 = (nn.Conv2d(size, size, k, padding=k // 2, groups=size) for k in (3, 5, 7))
         self.proj = nn.Conv2d(size, size, 1)
         self.drop = nn.Dropout(method.dropout)
         for linear in (self.down, self.up):

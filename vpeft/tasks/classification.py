@@ -1,5 +1,7 @@
 """Image classification: cross-entropy (mixup and label smoothing from timm) and accuracy from torchmetrics."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -26,13 +28,26 @@ class Classification:
         if mixup or cutmix:
             self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean training loss of a batch; images ``(B, 3, H, W)``, labels ``(B,)``."""
+    def loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        consistency: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Mean training loss of a batch; images ``(B, 3, H, W)``, labels ``(B,)``.
+
+        With ``consistency`` the model runs twice, and what that gives for the two results is added.
+        """
         # timm's mixup pairs a batch with its own reverse, so it cannot take an odd last batch.
         if self.mixup is not None and len(images) % 2 == 0:
             images, soft = self.mixup(images, labels)
-            return SoftTargetCrossEntropy()(model(images), soft)
-        return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+            logits = model(images)
+            loss = SoftTargetCrossEntropy()(logits, soft)
+        else:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss if consistency is None else loss + consistency(logits, model(images))
 
     def metrics(self) -> MetricCollection:
         """Fresh metrics, in percent where ``report`` reads them."""
