@@ -23,8 +23,16 @@ VIT_B, VIT_L, SWIN_T, SWIN_B, SWIN_L = (
 )
 
 
-def compare(kind: str, method: str, formula: type[Reference], atol: float = 1e-10, **options) -> None:
-    model = make(kind, dtype=torch.float64)
+def compare(
+    kind: str,
+    method: str,
+    formula: type[Reference],
+    atol: float = 1e-10,
+    model_options: dict | None = None,
+    **options,
+) -> None:
+    """Outputs and gradients of an attached method against ``formula``, at random values of all its tensors."""
+    model = make(kind, dtype=torch.float64, **(model_options or {}))
     handle = attached(model, method, **options)
     randomise(handle)
     handle.eval()

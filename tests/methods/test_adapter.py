@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import SWIN_B, SWIN_L, VIT_B, compare, count, kinds, state, uniform
+from models import images, make, randomise, train_steps
 from reference import Reference
+
+import vpeft
 
 
 class Bottleneck(Reference):
@@ -96,3 +99,69 @@ TABLE = [
 @pytest.mark.parametrize(("method", "options", "model", "expected"), TABLE)
 def test_counts(method, options, model, expected):
     assert count(method, options, model) == expected
+
+
+@kinds
+def test_adapter_plus(kind):
+    compare(kind, "adapter_plus", Bottleneck)
+
+
+def test_adapter_plus_starts_scaled_by_one():
+    s = state("adapter_plus", bottleneck=64)
+    assert (s["blocks.0.adapter_mlp.scaling"] == 1).all()
+    assert s["blocks.0.adapter_mlp.scaling"].shape == (64,)
+    assert s["blocks.0.adapter_mlp.up.weight"].std() == pytest.approx(0.0088, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected", "published"),
+    [(1, 36_876, 0.07), (2, 55_320, 0.09), (4, 92_208, 0.13), (8, 165_984, 0.20), (16, 313_536, 0.35)],
+)
+def test_adapter_plus_counts(rank, expected, published):
+    """The paper counts the head as well: 38,046 is the mean over VTAB's 19 tasks (49.5 classes)."""
+    assert count("adapter_plus", {"bottleneck": rank}, VIT_B) == expected
+    assert round((expected + 38_046) / 1e6, 2) == pytest.approx(published, abs=0.0101)
+
+
+def test_vpt_baseline_can_only_learn_a_bias():
+    """Both matrices at zero keep each other's gradients at zero for ever."""
+    handle = vpeft.attach(make("vit"), "adapter", preset="vpt")
+    train_steps(handle.model, handle, steps=5)
+    moved = {n for n, t in handle.state_dict().items() if t.any()}
+    assert moved == {f"blocks.{i}.adapter_mlp.up.bias" for i in range(3)}
+
+
+class Dropped(Bottleneck):
+    def g(self, prefix, v, act=F.gelu):
+        return 0 if int(prefix.split(".")[1]) < self.options["method"].drop else super().g(prefix, v, act)
+
+
+def test_adapterdrop():
+    compare("vit", "adapterdrop", Dropped, drop=1)
+    compare("vit", "adapterdrop", Dropped, drop=0, robust=True)
+    handle = vpeft.attach(make("vit"), "adapterdrop", drop=2)
+    assert len(handle.state_dict()) == 3 * 8, "blocks without adapters keep theirs in the file"
+    assert {n.split(".")[1] for n, _ in handle.named_parameters()} == {"2"}
+    assert handle.boundary == "blocks.2"
+    with pytest.raises(vpeft.MethodError, match=r"adapterdrop\.drop: 3 of 3 blocks"):
+        vpeft.attach(make("vit"), "adapterdrop", drop=3)
+
+
+def test_robust_adapterdrop_draws_in_training_only():
+    handle = vpeft.attach(make("vit"), "adapterdrop", drop=1, robust=True)
+    randomise(handle)
+    x = images(handle.model)
+    levels = []
+    for n in range(3):
+        fixed = vpeft.attach(make("vit"), "adapterdrop", drop=n)
+        fixed.load_state_dict(handle.state_dict())
+        levels.append(fixed.model(x))
+    handle.eval()
+    assert torch.equal(handle.model(x), levels[1])
+    handle.train()
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(30):
+        y = handle.model(x)
+        seen |= {n for n, level in enumerate(levels) if torch.equal(y, level)}
+    assert seen == {0, 1, 2}

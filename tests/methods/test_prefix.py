@@ -1,0 +1,125 @@
+"""Prefix tuning, against the equivalence of He et al. (arXiv 2110.04366): a gate between two attentions."""
+
+import pytest
+import timm
+import torch
+from compare import VIT_B, compare, count, kinds, state
+from einops import rearrange
+from models import randomise
+from reference import Reference
+
+import vpeft
+from vpeft.sites import Sites, attend, attention_bias, attention_inputs, attention_output
+
+
+class Prefix(Reference):
+    def pair(self, path, heads):
+        s = self.s
+        if f"{path}.embedding" in s:
+            h = torch.tanh(s[f"{path}.embedding"] @ s[f"{path}.down.weight"].T + s[f"{path}.down.bias"])
+            both = h @ s[f"{path}.up.weight"].T + s[f"{path}.up.bias"]
+            return rearrange(both, "p (two h d) -> two h p d", two=2, h=heads).unbind(0)
+        return (s[f"{path}.key"], s[f"{path}.value"]) if f"{path}.key" in s else (None, None)
+
+    def attend(self, path, x, heads, bias=None):
+        key, value = self.pair(f"{path.removesuffix('.attn')}.prefix", heads)
+        if key is None:
+            return super().attend(path, x, heads, bias)
+        q, k, v = rearrange(self.linear(f"{path}.qkv", x), "b n (t h d) -> t b h n d", t=3, h=heads)
+        scale = q.shape[-1] ** -0.5
+        own = q @ k.transpose(-2, -1) * scale
+        own = own if bias is None else own + bias
+        extra = q @ key.transpose(-2, -1) * scale
+        # share = how much of the softmax the prefixes take
+        share = torch.sigmoid(extra.logsumexp(-1, keepdim=True) - own.logsumexp(-1, keepdim=True))
+        out = (1 - share) * (own.softmax(-1) @ v) + share * (extra.softmax(-1) @ value)
+        return self.linear(f"{path}.proj", rearrange(out, "b h n d -> b n (h d)"))
+
+
+@kinds
+@pytest.mark.parametrize("options", [{}, {"tokens": 3, "blocks": "1-2"}, {"form": "perceptron", "hidden": 7, "tokens": 4}])
+def test_formula(kind, options):
+    compare(kind, "prefix", Prefix, **options)
+
+
+OTHERS = {
+    "beit_base_patch16_224": {},
+    "beit_base_patch16_224.shared": {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+    "eva02_tiny_patch14_224": {"img_size": 28},
+    "eva02_base_patch14_224": {"img_size": 28},
+    "vit_small_patch16_dinov3": {},
+    "vit_base_patch16_siglip_224": {},
+}
+
+
+def other(name):
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 32}
+    model = timm.create_model(name.partition(".")[0], **(small | OTHERS[name])).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # far from their small starts, so that attention matters
+            p.normal_(0, 0.3)
+    return model, torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_prefixes_share_one_attention(name):
+    """On attentions that rotate, add biases or keep q, k, v apart: two methods' keys act as one method's."""
+    model, x = other(name)
+    bare = model(x)
+    handle = vpeft.attach(model, "prefix", tokens=4)
+    randomise(handle)
+    state_of_all, expected = handle.state_dict(), model(x)
+    assert (expected - bare).abs().max() > 1e-3
+    handle.detach()
+    for i, method in enumerate("ab"):
+        part = vpeft.attach(model, "prefix", tokens=2, name=method)
+        part.load_state_dict({n: t[:, 2 * i : 2 * i + 2] for n, t in state_of_all.items()})
+    vpeft.get_handle(model, "a").enable()
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    vpeft.get_handle(model, "a").detach()
+    assert "forward" in vars(model.blocks[0].attn)
+    vpeft.get_handle(model, "b").detach()
+    assert "forward" not in vars(model.blocks[0].attn)
+    assert torch.equal(model(x), bare)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "vit_relpos_small_patch16_224"])
+def test_other_attention_classes_are_refused(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(vpeft.UnsupportedModelError, match="keys and values cannot be added"):
+        vpeft.attach(model, "prefix")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_restated_attention_equals_timm(name):
+    """Our three steps of an attention, without anything between them, are timm's forward."""
+    model, x = other(name)
+    calls = []
+
+    def check(module, args, kwargs, output):
+        q, k, v = attention_inputs(module, args[0], kwargs.get("rope"))
+        bias = attention_bias(module, **{n: t for n, t in kwargs.items() if n != "rope"})
+        ours = attention_output(module, attend(module, q, k, v, bias), args[0])
+        calls.append((ours - output).abs().max() / output.abs().max())
+
+    blocks = Sites(model).blocks
+    for block in blocks:
+        block.attn.module.register_forward_hook(check, with_kwargs=True)
+    for fused in (True, False):
+        for block in blocks:
+            block.attn.module.fused_attn = fused
+        model(x)
+    assert len(calls) == 4
+    assert max(calls) < 1e-13
+
+
+def test_counts():
+    assert count("prefix", {"tokens": 10}, VIT_B) == 184_320
+
+
+def test_initial_values():
+    s = state("prefix", tokens=40)
+    assert s["blocks.0.prefix.key"].shape == (2, 40, 32)
+    assert s["blocks.0.prefix.value"].std() == pytest.approx(0.02, rel=0.1)
