@@ -11,6 +11,7 @@ class                  hooks                                       mergeable   r
 ``MapOutput``          forward hook (or pre-hook) on one module    if affine   yes
 ``AddToLinear``        forward hook on a linear                    if linear   yes
 ``InsertTokens``       block pre-hook and hook                     no          yes
+``JoinWindows``        a Swin block's forward                      no          yes
 ``ExtraKeys``          attention's forward                         no          yes
 ``ReplaceTensor``      pre-hook and hook of the tensor's owner     yes         no
 ``ExistingTensors``    none: unfreezes tensors of the model        is a load   no
@@ -38,15 +39,18 @@ from .sites import (
     attention_inputs,
     attention_output,
     check_attention,
+    check_windows,
     grid_of,
     pad_pairs,
     pad_rope,
     separate_bias,
+    through_block,
+    through_merging,
 )
 
 __all__ = [
     "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "Folded", "Grid", "InsertTokens",
-    "Intervention", "MapOutput", "ReplaceTensor", "ScaleAndShift",
+    "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift",
 ]  # fmt: skip
 
 
@@ -309,7 +313,7 @@ class InsertTokens(Intervention):
         if fresh is None:
             fresh = self.previous._left
             # Activation checkpointing runs this hook again in backward, and needs the same tokens then.
-            if not (torch.is_grad_enabled() and getattr(self.model.module, "grad_checkpointing", False)):
+            if not (torch.is_grad_enabled() and _checkpointing(self.model.module)):
                 self.previous._left = None
         x = torch.cat([x[:, : self.prefix], fresh.to(x.dtype), x[:, self.prefix :]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
@@ -331,6 +335,65 @@ class InsertTokens(Intervention):
     def __getstate__(self) -> dict:
         # Copies and pickles carry no activations.
         return {**self.__dict__, "_left": None}
+
+
+class JoinWindows(Intervention):
+    """Tokens that take part in every window of a Swin block, in its norms and its MLP, and then leave it.
+
+    The block's forward is replaced. ``forward(batch)`` gives fresh tokens (B, P, C), or None where the block uses those
+    that left the block before it, brought to this stage's width by its patch merging.
+    """
+
+    def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", hands_on: bool):
+        super().__init__(block.index)
+        check_windows(block)
+        self.block, self.tokens, self.hands_on = block, tokens, hands_on
+        self.model, self.merging = Place("", sites.model), sites.merging_before(block)
+        object.__setattr__(self, "previous", previous)
+        self._left: Tensor | None = None
+
+    def places(self) -> list[Place]:
+        return [self.block]
+
+    def install(self) -> None:
+        if "forward" in vars(self.block.module):
+            raise MethodError(f"{self.block.path}: another method already sends tokens through its windows")
+        self.block.module.forward = self._run
+        self.block.attn.module._get_rel_pos_bias = self._padded_bias
+
+    def _padded_bias(self) -> Tensor:
+        attn = self.block.attn.module
+        bias = type(attn)._get_rel_pos_bias(attn)
+        return pad_pairs(bias, 0, self.tokens) if self.enabled else bias
+
+    def take(self) -> Tensor:
+        """The tokens that left this block, which are then forgotten."""
+        left = self._left
+        # Activation checkpointing runs the next block again in backward, and needs the same tokens then.
+        if not (torch.is_grad_enabled() and _checkpointing(self.model.module)):
+            self._left = None
+        return left
+
+    def _run(self, x: Tensor) -> Tensor:
+        block = self.block.module
+        if not self.enabled:
+            return type(block).forward(block, x)
+        tokens = self(x.shape[0])
+        if tokens is None:
+            tokens = self.previous.take()
+            if self.merging is not None:
+                tokens = through_merging(self.merging.module, tokens)
+        x, left = through_block(block, x, tokens.to(x.dtype))
+        if self.hands_on:
+            self._left = left
+        return x
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_left": None}
+
+
+def _checkpointing(model: nn.Module) -> bool:
+    return any(getattr(m, "grad_checkpointing", False) for m in model.modules())
 
 
 class _ManyKeys(nn.Module):

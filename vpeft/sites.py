@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
-from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
@@ -225,6 +225,13 @@ class Sites:
             place = Place(path, self.model.get_submodule(path))
             return place, place
         return self.stem, self.blocks[0]
+
+    def merging_before(self, block: BlockSite) -> Place | None:
+        """The patch merging between the stage before and this block, where this block is the first of its stage."""
+        stage = block.path.rpartition(".")[0].rpartition(".")[0]
+        first = block.index and self.blocks[block.index - 1].stage != block.stage
+        merging = getattr(self.model.get_submodule(stage), "downsample", None) if first else None
+        return Place(f"{stage}.downsample", merging) if isinstance(merging, nn.Module) else None
 
     @property
     def stem(self) -> Place:
@@ -551,6 +558,59 @@ def attention_output(attn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     if gate is not None:
         y = y * gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y))
+
+
+# ---- Swin's block, for methods that send tokens of their own through it ----
+
+
+def check_windows(block: BlockSite) -> None:
+    """Raise where ``through_block`` does not restate this block.
+
+    Raises:
+        UnsupportedModelError: a block of another class (SwinV2's, say).
+    """
+    if type(block.module).forward is not SwinTransformerBlock.forward:
+        raise UnsupportedModelError(
+            f"{block.path}: tokens cannot join the windows of a {type(block.module).__module__.rpartition('.')[2]}."
+            f"{type(block.module).__name__}; known: swin_transformer.SwinTransformerBlock"
+        )
+
+
+def through_block(block: nn.Module, x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """A Swin block on a map x (B, H, W, C) whose every window also holds the tokens ``extra`` (B, P, C).
+
+    The tokens' attention outputs are averaged over their sample's windows. The attention's relative-position bias must
+    already be padded for P tokens in front. Returns the new map and the new tokens.
+    """
+    batch, height, width, channels = x.shape
+    count = extra.shape[1]
+    tokens = torch.cat([extra, x.flatten(1, 2)], 1)
+    normed = block.norm1(tokens)
+    inner = normed[:, count:].unflatten(1, (height, width))
+    if any(block.shift_size):
+        inner = inner.roll((-block.shift_size[0], -block.shift_size[1]), (1, 2))
+    pad_h, pad_w = (-size % window for size, window in zip((height, width), block.window_size, strict=True))
+    inner = F.pad(inner, (0, 0, 0, pad_w, 0, pad_h))
+    mask = block.get_attn_mask(inner) if getattr(block, "dynamic_mask", False) else block.attn_mask
+    windows = window_partition(inner, block.window_size).flatten(1, 2)  # image by image
+    number = len(windows) // batch
+    guests = normed[:, :count].repeat_interleave(number, 0)
+    if mask is not None:
+        mask = pad_pairs(mask, 0, count)
+    out = block.attn(torch.cat([guests, windows], 1), mask=mask)
+    guests = out[:, :count].unflatten(0, (batch, number)).mean(1)
+    inner = out[:, count:].reshape(-1, *block.window_size, channels)
+    inner = window_reverse(inner, block.window_size, height + pad_h, width + pad_w)[:, :height, :width]
+    if any(block.shift_size):
+        inner = inner.roll(block.shift_size, (1, 2))
+    tokens = tokens + block.drop_path1(torch.cat([guests, inner.flatten(1, 2)], 1))
+    tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+    return tokens[:, count:].reshape(batch, height, width, channels), tokens[:, :count]
+
+
+def through_merging(merging: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (B, P, C) through a patch merging, as if each were a patch of four equal ones: (B, P, 2C)."""
+    return merging.reduction(merging.norm(tokens.repeat(1, 1, 4)))
 
 
 # ---- small facts that methods ask for ----

@@ -3,9 +3,14 @@
 import math
 
 import pytest
+import timm
 import torch
-from compare import VIT_B, compare, count, state, uniform, vits
+import torch.nn.functional as F
+from compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
+from models import images, make, randomise
 from reference import Reference
+
+import vpeft
 
 
 class Prompts(Reference):
@@ -70,3 +75,105 @@ TABLE = [
 @pytest.mark.parametrize(("method", "options", "model", "expected"), TABLE)
 def test_counts(method, options, model, expected):
     assert count(method, options, model) == expected
+
+
+class SwinPrompts(Reference):
+    """Each window of each sample by itself, in a loop."""
+
+    def attend_with(self, path, block, normed, guests):
+        """One sample: the map (H, W, C) and prompts (P, C), normed, to what attention gives for both."""
+        (wh, ww), (sh, sw), heads = block.window_size, block.shift_size, block.attn.num_heads
+        height, width, _ = normed.shape
+        x = F.pad(torch.roll(normed, (-sh, -sw), (0, 1)), (0, 0, 0, -width % ww, 0, -height % wh))
+        full_h, full_w = x.shape[:2]
+        out, heard, count = torch.zeros_like(x), [], len(guests)
+        region = torch.zeros(full_h, full_w)
+        if sh or sw:
+            for i in range(full_h):
+                for j in range(full_w):
+                    region[i, j] = (
+                        3 * ((i >= full_h - wh) + int(i >= full_h - sh)) + (j >= full_w - ww) + int(j >= full_w - sw)
+                    )
+        for i in range(0, full_h, wh):
+            for j in range(0, full_w, ww):
+                tokens = torch.cat([guests, x[i : i + wh, j : j + ww].flatten(0, 1)])[None]
+                apart = region[i : i + wh, j : j + ww].flatten()
+                bias = self.relative(f"{path}.attn", wh, ww, heads) - 100.0 * (apart[:, None] != apart[None])
+                result = self.attend(f"{path}.attn", tokens, heads, F.pad(bias, (count, 0, count, 0)))[0]
+                heard.append(result[:count])
+                out[i : i + wh, j : j + ww] = result[count:].unflatten(0, (wh, ww))
+        return torch.roll(out[:height, :width], (sh, sw), (0, 1)), sum(heard) / len(heard)
+
+    def swin(self, image):
+        x = self.norm("patch_embed.norm", self.conv("patch_embed.proj", image))
+        return torch.stack([self.one(sample) for sample in x])
+
+    def one(self, x):
+        m, prompts = self.options["method"], self.s.get("vpt.prompts")
+        for stage_index, stage in enumerate(self.model.layers):
+            if stage_index:
+                path = f"layers.{stage_index}.downsample"
+                a, b, c, d = x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2], x[1::2, 1::2]
+                matrix = self.p[f"{path}.reduction.weight"].T
+                x = self.norm(f"{path}.norm", torch.cat([a, b, c, d], -1)) @ matrix
+                if prompts is not None:
+                    prompts = self.norm(f"{path}.norm", torch.cat([prompts] * 4, -1)) @ matrix
+            for i, block in enumerate(stage.blocks):
+                path = f"layers.{stage_index}.blocks.{i}"
+                prompts = self.s.get(f"{path}.vpt.prompts", prompts)
+                if prompts is None:
+                    prompts = x.new_zeros(0, x.shape[-1])
+                branch, heard = self.attend_with(
+                    path, block, self.norm(f"{path}.norm1", x), self.norm(f"{path}.norm1", prompts)
+                )
+                x, prompts = x + branch, prompts + heard
+                x = x + self.mlp(f"{path}.mlp", self.norm(f"{path}.norm2", x))
+                prompts = prompts + self.mlp(f"{path}.mlp", self.norm(f"{path}.norm2", prompts))
+                if not len(prompts):
+                    prompts = None
+        pooled = self.norm("norm", torch.cat([prompts, x.flatten(0, 1)])).mean(0)
+        assert m.tokens == len(prompts)
+        return self.linear("head.fc", pooled)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vpt_shallow", {"tokens": 3}),
+        ("vpt_deep", {"tokens": 3}),
+        ("vpt_deep", {"tokens": 2, "blocks": [0, 3]}),
+        ("vpt_deep", {"tokens": 2, "blocks": [1]}),
+    ],
+)
+def test_swin(method, options):
+    compare("swin", method, SwinPrompts, **options)
+    compare("swin", method, SwinPrompts, model_options={"img_size": 40}, **options)
+
+
+def test_samples_of_a_batch_do_not_mix_in_swin():
+    """The official code averages the prompts' outputs over the wrong windows; a batch must equal its samples."""
+    model = make("swin", dtype=torch.float64)
+    randomise(vpeft.attach(model, "vpt_shallow", tokens=3))
+    x = images(model)
+    one_by_one = torch.cat([model(sample[None]) for sample in x])
+    assert torch.allclose(model(x), one_by_one, atol=1e-12)
+
+
+def test_swin_prompts_start_at_the_first_stage_bound():
+    s = state("vpt_deep", "swin")
+    for name, width in (("layers.0.blocks.1", 16), ("layers.1.blocks.0", 32)):
+        assert s[f"{name}.vpt.prompts"].shape == (50, width)
+        uniform(s[f"{name}.vpt.prompts"], math.sqrt(6 / (3 * 16 + 16)))
+
+
+def test_swin_counts():
+    assert count("vpt_deep", {"tokens": 7}, SWIN_B) == 12_032 * 7
+    assert count("vpt_shallow", {"tokens": 7}, SWIN_B) == 128 * 7
+
+
+def test_refusals_on_swin():
+    with pytest.raises(vpeft.UnsupportedModelError, match="stages differ in width"):
+        vpeft.attach(make("swin"), "vpt_deep", shared=True)
+    small = {"img_size": 64, "window_size": 4, "depths": (1, 1, 1, 1), "embed_dim": 24}
+    with pytest.raises(vpeft.UnsupportedModelError, match="tokens cannot join the windows of a swin_transformer_v2"):
+        vpeft.attach(timm.create_model("swinv2_tiny_window8_256", **small), "vpt_deep")

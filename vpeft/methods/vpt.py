@@ -7,41 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import InsertTokens
-from ..sites import BlockSite, Sites, patch_fan
+from ..interventions import LAST, InsertTokens, JoinWindows, MapOutput
+from ..sites import BlockSite, Place, Sites, patch_fan
 from .base import Blocks, Method, Paper, register
 
 _PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
 
 
-class Prompts(InsertTokens):
-    """Prompts in front of one block's patches: ``prompts`` (P, D') of its own, another block's, or what block i-1 left.
-
-    Args:
-        own: holds ``prompts``.
-        source: the block whose prompts are used here too, or None.
-        proj: the projection D' -> D that all blocks share, or None.
-    """
+class _Tokens:
+    """What gives a block its prompts: ``prompts`` (P, D') of its own, another block's, or none (what block i-1 left)."""
 
     no_decay = frozenset({"prompts"})
 
-    def __init__(
-        self,
-        method: "VPTShallow",
-        sites: Sites,
-        block: BlockSite,
-        *,
-        own: bool,
-        source: "Prompts | None",
-        proj: nn.Linear | None,
-        previous: "Prompts | None",
-        hands_on: bool,
-    ):
-        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, hands_on)
+    def add_prompts(
+        self, method: "VPTShallow", sites: Sites, block: BlockSite, own: bool, source: "_Tokens | None", proj
+    ) -> None:
         self.drop = nn.Dropout(method.dropout)
         if own:
             width = method.project or block.width
-            bound = math.sqrt(6 / (patch_fan(sites) + width))
+            # Swin's prompts take the bound of the first stage's width in all stages.
+            bound = math.sqrt(6 / (patch_fan(sites) + (method.project or sites.blocks[0].width)))
             self.prompts = nn.Parameter(torch.empty(method.tokens, width).uniform_(-bound, bound))
         # Unregistered: what blocks share is saved once, where it belongs.
         object.__setattr__(self, "source", self if own else source)
@@ -56,6 +41,36 @@ class Prompts(InsertTokens):
         return self.drop(prompts.expand(batch, -1, -1))
 
 
+class Prompts(_Tokens, InsertTokens):
+    """In front of one block's patches."""
+
+    def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
+        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, hands_on)
+        self.add_prompts(method, sites, block, own, source, proj)
+
+
+class WindowPrompts(_Tokens, JoinWindows):
+    """In every window of one Swin block. The last block's outputs enter the pooling, so it always hands them on."""
+
+    def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
+        last = block is sites.blocks[-1]
+        super().__init__(sites, block, method.tokens, previous, hands_on or last)
+        self.add_prompts(method, sites, block, own, source, proj)
+
+
+class PromptedPool(MapOutput):
+    """After the final norm of a Swin, so that a mean over the map is the mean over prompts and patches together."""
+
+    def __init__(self, place: Place, last: WindowPrompts):
+        super().__init__(place, LAST)
+        object.__setattr__(self, "last", last)
+
+    def forward(self, y: Tensor) -> Tensor:
+        norm, area = self.place.module, y.shape[1] * y.shape[2]
+        prompts = type(norm).forward(norm, self.last.take())  # not norm(…): this runs inside its hook
+        return (area * y + prompts.sum(1)[:, None, None]) / (area + prompts.shape[1])
+
+
 class _VPT(Method):
     @property
     def starts_as_identity(self) -> bool:
@@ -67,13 +82,21 @@ class _VPT(Method):
             raise MethodError(f"{self.name}: tokens and project must be at least 1")
 
     def _blocks(self, sites: Sites) -> list[BlockSite]:
-        if any(b.maps for b in sites.blocks):
-            raise UnsupportedModelError(
-                f"{self.name} inserts tokens into one sequence; {type(sites.model).__name__} attends in windows of a map"
-            )
         if sites.patch_embed is None:
             raise UnsupportedModelError(f"{self.name}: no patch embedding to read the prompts' initial range from")
+        if sites.blocks[0].maps:
+            if self.project or getattr(self, "shared", False):
+                raise UnsupportedModelError(f"{self.name}: stages differ in width, so project and shared have no meaning")
+            if getattr(sites.model, "global_pool", "avg") not in ("avg", ""):
+                raise UnsupportedModelError(f"{self.name}: prompts enter a mean; the pooling here is another")
         return sites.blocks
+
+    def _plant(self, sites: Sites, block: BlockSite, **how) -> "Prompts | WindowPrompts":
+        return (WindowPrompts if block.maps else Prompts)(self, sites, block, **how)
+
+    def _end(self, sites: Sites, last: "Prompts | WindowPrompts") -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(last, WindowPrompts) and sites.final_norms:
+            yield "vpt_pool", PromptedPool(sites.final_norms[0], last)
 
     def _proj(self, width: int) -> nn.Linear | None:
         if not self.project:
@@ -91,7 +114,9 @@ class _VPT(Method):
 class VPTShallow(_VPT):
     """P learned tokens enter the sequence once, in front of the first block, and travel through all blocks.
 
-    They start uniform in ±sqrt(6 / (3 ph pw + D')) for patches of ph x pw pixels, and never enter the pooling.
+    They start uniform in ±sqrt(6 / (3 ph pw + D')) for patches of ph x pw pixels, and never enter a ViT's pooling. In a
+    Swin they stand in every window, their outputs are averaged over the windows of their own sample (the official code
+    mixes samples there by mistake), patch merging takes them along, and the pooling is over prompts and patches.
 
     Args:
         tokens: P.
@@ -109,8 +134,9 @@ class VPTShallow(_VPT):
         for block in blocks:
             last = block is blocks[-1]
             own = previous is None
-            previous = Prompts(self, sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last)
+            previous = self._plant(sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last)
             yield ("vpt" if own else f"{block.path}.vpt"), previous
+        yield from self._end(sites, previous)
         if proj is not None:
             yield "vpt.proj", proj
 
@@ -124,7 +150,8 @@ class VPTShallow(_VPT):
 class VPTDeep(_VPT):
     """P fresh learned tokens in front of every chosen block; the previous block's prompt outputs are thrown away.
 
-    A block that was not chosen carries on with what the last chosen one before it left; none stand before the first.
+    In a Swin they stand in every window of their block, and those of the last block are pooled with the patches. A block
+    that was not chosen carries on with what the last chosen one before it left; none stand before the first.
 
     Args:
         tokens: P.
@@ -149,8 +176,9 @@ class VPTDeep(_VPT):
             own = fresh and not (self.shared and first is not None)
             source = first if fresh and not own else None
             carried_on = block.index + 1 < len(blocks) and block.index + 1 not in chosen
-            previous = Prompts(self, sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on)
+            previous = self._plant(sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
+        yield from self._end(sites, previous)
         if proj is not None:
             yield "vpt.proj", proj
