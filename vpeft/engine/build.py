@@ -4,12 +4,25 @@ from typing import Any
 
 import timm
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, VpeftError, did_you_mean
+from ..methods import Method, create
 from ..sites import input_size
+
+
+def make_method(config: DictConfig) -> Method:
+    """The configuration's method.
+
+    Raises:
+        ConfigError: an unknown method or hyper-parameter, or an impossible value.
+    """
+    try:
+        return create(config.method.name, **OmegaConf.to_container(config.method.options))
+    except VpeftError as error:
+        raise ConfigError(f"method: {error}") from error
 
 
 def check_model_name(config: DictConfig) -> None:

@@ -80,10 +80,25 @@ def _methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
     return run
 
 
+def _table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, nargs="+", metavar="FILE", help="YAML configurations, one row each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/table", metavar="PATH", help="of the results, without .md, .json, .png")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="overrides for every configuration")
+
+    def run(args: argparse.Namespace) -> None:
+        from .table import table
+
+        table(args.cfg, args.set, seeds=args.seeds, out=args.out)
+
+    return run
+
+
 COMMANDS = {
     "train": (_train, "train a method on a data set"),
     "test": (_test, "evaluate a checkpoint on a data set"),
     "predict": (_predict, "classify image files with a checkpoint"),
+    "table": (_table, "train configurations under several seeds and compare them"),
     "methods": (_methods, "list the methods, or describe one"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }

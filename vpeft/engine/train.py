@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 
 from ..attach import Handle, attach
 from ..data import Datasets, build_datasets, check_source
-from ..errors import ConfigError, DataError, VpeftError
-from ..methods import create
+from ..errors import ConfigError, DataError
 from ..tasks import Classification
-from .build import build_model, check_model_name, check_outputs, data_stats, pretrained_cfg
+from .build import build_model, check_model_name, check_outputs, data_stats, make_method, pretrained_cfg
 from .loop import Trainer, make_accelerator, method_state
 from .run import RunFolder
 
@@ -28,10 +27,7 @@ def check(config: DictConfig) -> None:
     check_model_name(config)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
-    try:
-        create(config.method.name, **OmegaConf.to_container(config.method.options))
-    except VpeftError as error:
-        raise ConfigError(f"method: {error}") from error
+    make_method(config)
     check_source(config.data)
 
 
@@ -60,7 +56,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     set_seed(config.seed)
-    method = create(config.method.name, **OmegaConf.to_container(config.method.options))
+    method = make_method(config)
     model = build_model(config, len(data.classes), keep_head=not method.trains_head)
     handle = attach(model, method)
     check_outputs(model, len(data.classes))

@@ -1,0 +1,46 @@
+"""Tables over configurations and seeds."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+import vpeft
+from vpeft.engine import table as module
+
+
+@pytest.fixture
+def two_files(tiny_file, tmp_path):
+    plain = OmegaConf.load(tiny_file)
+    files = []
+    for name, method in (("low", {"name": "lora", "options": {"rank": 2}}), ("probe", {"name": "linear"})):
+        files.append(tmp_path / f"{name}.yaml")
+        OmegaConf.save({**plain, "name": f"t/{name}", "method": method}, files[-1])
+    return files
+
+
+def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "table"
+    rows = module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
+    assert [r["experiment"] for r in rows] == ["t/low", "t/probe"]
+    for row in rows:
+        stored = [
+            json.loads((tmp_path / "runs" / f"{row['experiment']}-seed{s}" / "metrics.json").read_text()) for s in (0, 1)
+        ]
+        assert row["scores"] == [m["test_top1"] for m in stored]
+        assert row["mean"] == pytest.approx(sum(row["scores"]) / 2)
+        assert row["with_head"] == stored[0]["trainable"]
+    assert rows[1]["parameters"] == 0
+    assert 0 <= rows[0]["merge_error"] < 1e-5
+    text = out.with_suffix(".md").read_text()
+    assert f"| t/low | {rows[0]['parameters']:,} |" in text
+    assert out.with_suffix(".png").stat().st_size > 1000
+    monkeypatch.setattr(module, "train", lambda config: pytest.fail("a finished run was repeated"))
+    assert module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out) == rows
+
+
+def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_path, monkeypatch):
+    two_files[1].write_text(two_files[1].read_text().replace("name: linear", "name: lineal"))
+    monkeypatch.setattr(module, "train", lambda config: pytest.fail("trained before all were checked"))
+    with pytest.raises(vpeft.ConfigError, match=r"probe\.yaml: method: unknown method 'lineal'; did you mean 'linear'"):
+        module.table(two_files, out=tmp_path / "table")

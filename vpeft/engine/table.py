@@ -1,0 +1,156 @@
+"""One table from many experiments: configurations x seeds, run where not yet run, as Markdown, JSON and a picture."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from omegaconf import DictConfig
+
+from ..attach import load
+from ..data import make_loader
+from ..errors import ConfigError
+from .build import build_model, make_method
+from .config import load_config
+from .run import write_atomically
+from .train import check, open_data, train
+
+
+def table(
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    out: str | Path = "runs/table",
+) -> list[dict[str, Any]]:
+    """Train every configuration under every seed and compare them; returns the rows.
+
+    A run is ``OUTPUT/NAME-seedS``. Finished runs are read, not repeated, and an unfinished one continues, so that a killed
+    table goes on where it was. Every configuration is checked before the first one trains.
+
+    Args:
+        files: YAML configurations; each gives one row.
+        overrides: ``key.sub=value`` for all of them.
+        seeds: of the runs behind each row.
+        out: path without suffix of the three results (``.md``, ``.json``, ``.png``).
+
+    Raises:
+        VpeftError: a configuration that cannot work; names it.
+    """
+    plans = [(Path(f), [_plan(f, overrides, seed) for seed in seeds]) for f in files]
+    if not plans:
+        raise ConfigError("table: no configuration given")
+    rows = []
+    for number, (file, configs) in enumerate(plans, 1):
+        for config in configs:
+            if not _metrics(config).exists():
+                print(f"[{number}/{len(plans)}] {config.name}", flush=True)
+                train(config)
+        rows.append(_row(file, configs))
+        _write(Path(out), rows)
+    print(markdown(rows))
+    return rows
+
+
+def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
+    config = load_config(file, [*overrides, f"seed={seed}"])
+    config.name = f"{config.name}-seed{seed}"
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return config
+
+
+def _metrics(config: DictConfig) -> Path:
+    return Path(config.output) / config.name / "metrics.json"
+
+
+def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
+    found = [json.loads(_metrics(c).read_text()) for c in configs]
+    scores = [m["test_top1"] for m in found]
+    best = Path(configs[0].output) / configs[0].name / "best.safetensors"
+    own, error = merge_error(configs[0], best)
+    return {
+        "config": str(file),
+        "experiment": configs[0].name.rpartition("-seed")[0],
+        "method": configs[0].method.name,
+        "parameters": own,
+        "with_head": found[0]["trainable"],
+        "mean": mean(scores),
+        "std": stdev(scores) if len(scores) > 1 else math.nan,
+        "scores": scores,
+        "seconds_per_epoch": median(m["seconds_per_epoch"] for m in found),
+        "merge_error": error,
+    }
+
+
+@torch.no_grad()
+def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
+    """A checkpoint's parameters without the head, and what merging changes in its logits.
+
+    The change is the largest over one batch of test images, over the logits' standard deviation; None where the method
+    does not merge.
+    """
+    fused = timm.layers.use_fused_attn()
+    data, _ = open_data(config)
+    set_seed(config.seed)  # a backbone that was not pretrained was drawn under it
+    model = build_model(config, len(data.classes), keep_head=not make_method(config).trains_head)
+    handle = load(model, ckpt)
+    handle.eval()
+    own = sum(p.numel() for p in handle.parameters())
+    error = None
+    if handle.mergeable:
+        images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
+        hooked = model(images)
+        handle.merge()
+        error = float((model(images) - hooked).abs().max() / hooked.std())
+    timm.layers.set_fused_attn(bool(fused))
+    return own, error
+
+
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| experiment | parameters | with head | test top-1, % | seeds | s/epoch | merge error |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        spread = "" if math.isnan(r["std"]) else f" ± {r['std']:.2f}"
+        merged = "–" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
+        lines.append(
+            f"| {r['experiment']} | {r['parameters']:,} | {r['with_head']:,} | {r['mean']:.2f}{spread} | {len(r['scores'])} "
+            f"| {r['seconds_per_epoch']:.2f} | {merged} |"
+        )
+    return "\n".join(lines)
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out.with_suffix(".json"), json.dumps(rows, indent=1))
+    write_atomically(out.with_suffix(".md"), markdown(rows) + "\n")
+    _plot(out.with_suffix(".png"), rows)
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Accuracy over trained parameters (the head's too), with the seeds' spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    for r in rows:
+        spread = 0 if math.isnan(r["std"]) else r["std"]
+        axis.errorbar(r["with_head"], r["mean"], yerr=spread, fmt="o", markersize=4, capsize=2)
+        axis.annotate(r["experiment"].rpartition("/")[2], (r["with_head"], r["mean"]), fontsize=7, xytext=(3, 3),
+                      textcoords="offset points")  # fmt: skip
+    axis.set(xscale="log", xlabel="trained parameters, head included", ylabel="test top-1, %")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
