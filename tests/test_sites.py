@@ -9,46 +9,15 @@ from models import images, make, randomise
 from torch import nn
 
 import vpeft
+from vpeft.bench.compatibility import ARCHITECTURES
 from vpeft.sites import FIRST, LAST, Sites, block_indices
 
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-SMALL = {
-    "vit class token": ("vit_tiny_patch16_224", dict(TINY, img_size=32)),
-    "vit average pooling": ("vit_base_patch16_siglip_gap_224", dict(TINY, img_size=32)),
-    "vit attention pooling": ("vit_base_patch16_siglip_224", dict(TINY, img_size=32)),
-    "vit non-square": ("vit_tiny_patch16_224", dict(TINY, img_size=(32, 64))),
-    "clip": ("vit_base_patch16_clip_224", dict(TINY, img_size=32)),
-    "q/k norm": ("vit_tiny_patch16_224", dict(TINY, img_size=32, qk_norm=True)),
-    "no qkv bias": ("vit_tiny_patch16_224", dict(TINY, img_size=32, qkv_bias=False)),
-    "res-post-norm": ("vit_relpos_base_patch16_clsgap_224", dict(TINY, img_size=32)),
-    "post-norm vit": ("vit_base_patch16_rpn_224", dict(TINY, img_size=32)),
-    "aimv2 swiglu": ("aimv2_large_patch14_224", dict(TINY, img_size=28)),
-    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", dict(TINY, img_size=28)),
-    "dinov2 giant glu": ("vit_giant_patch14_dinov2", dict(TINY, img_size=28)),
-    "beit3": ("beit3_base_patch16_224", dict(TINY, img_size=32)),
-    "deit distilled": ("deit_tiny_distilled_patch16_224", dict(TINY, img_size=32)),
-    "deit3": ("deit3_small_patch16_224", dict(TINY, img_size=32)),
-    "beit": ("beit_base_patch16_224", dict(TINY, img_size=32)),
-    "beitv2": ("beitv2_base_patch16_224", dict(TINY, img_size=32)),
-    "eva giant": ("eva_giant_patch14_224", dict(TINY, img_size=28)),
-    "eva02 tiny": ("eva02_tiny_patch14_224", dict(TINY, img_size=28)),
-    "eva02 base": ("eva02_base_patch14_224", dict(TINY, img_size=28)),
-    "dinov3": ("vit_small_patch16_dinov3", dict(TINY, img_size=32)),
-    "dinov3 qkv bias": ("vit_small_patch16_dinov3_qkvb", dict(TINY, img_size=32)),
-    "pe": ("vit_pe_core_tiny_patch16_384", dict(TINY, img_size=32)),
-    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 48, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 5}),
-    "swinv2": ("swinv2_tiny_window8_256", {"img_size": 48, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 5}),
-    "swinv2 cr like": ("swinv2_tiny_window8_256", {"img_size": 64, "window_size": 8, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "num_classes": 5}),
-    "sam": ("samvit_base_patch16", {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,), "window_size": 2, "num_classes": 5}),
-    "naflex": ("naflexvit_base_patch16_gap", {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}),
-    "hybrid": ("vit_tiny_r_s16_p8_224", dict(TINY, img_size=32)),
-}  # fmt: skip
-families = pytest.mark.parametrize("family", list(SMALL))
+families = pytest.mark.parametrize("family", list(ARCHITECTURES))
 
 
 def small(family: str, dtype=torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    name, kwargs = SMALL[family]
+    name, kwargs = ARCHITECTURES[family]
     model = timm.create_model(name, **kwargs).to(dtype).eval()
     with torch.no_grad():
         for n, p in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from . import backbones as _backbones  # noqa: F401 - registers the embedded backbones with timm
 from .attach import Handle, attach, get_handle, load
+from .description import describe
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -10,7 +11,7 @@ from .errors import (
     UnsupportedModelError,
     VpeftError,
 )
-from .methods import METHODS, Method, describe, list_methods
+from .methods import METHODS, Method, list_methods
 
 __version__ = "0.1.0"
 

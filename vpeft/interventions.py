@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import MethodError
+from .errors import MethodError, UnsupportedModelError
 from .sites import (
     FIRST,
     LAST,
@@ -39,6 +39,7 @@ from .sites import (
     attention_inputs,
     attention_output,
     check_attention,
+    check_sequence,
     check_windows,
     grid_of,
     pad_pairs,
@@ -124,6 +125,8 @@ class AddToBranch(Intervention):
 
     def __init__(self, block: BlockSite, reads: Place, adds: Place, *, after: bool = False, output: bool = False):
         super().__init__(block.index)
+        if block.windowed and adds is block.branch1:
+            raise UnsupportedModelError(f"{block.path}: what its attention adds to the stream is still cut into windows")
         self.reads, self.adds, self.after, self.output = reads, adds, after, output
         self._read: Tensor | None = None
 
@@ -284,6 +287,7 @@ class InsertTokens(Intervention):
         self, model: nn.Module, block: BlockSite, tokens: int, prefix: int, previous: "InsertTokens | None", hands_on: bool
     ):
         super().__init__(block.index)
+        check_sequence(block)
         self.model = Place("", model)
         self.block, self.tokens, self.prefix, self.hands_on = block, tokens, prefix, hands_on
         # Not registered as a submodule: each block's tokens are saved once, under their own name.

@@ -75,6 +75,7 @@ class BlockSite(Place):
         width: channels of its residual stream.
         pre_norm: norm1 feeds the branch (else it follows it, as in SwinV2).
         maps: the block sees (B, H, W, C) instead of (B, N, C).
+        windowed: what its attention branch adds is still cut into windows at ``branch1`` (SAM).
         norm1, attn, branch1, norm2, mlp, branch2: its parts; ``branch1`` and ``branch2`` are the drop-path modules,
             whose outputs are what is added to the residual stream.
     """
@@ -84,6 +85,7 @@ class BlockSite(Place):
     width: int
     pre_norm: bool
     maps: bool
+    windowed: bool
     norm1: Place
     attn: Place
     branch1: Place
@@ -375,6 +377,7 @@ def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tup
     pre_norm: dict[int, bool] = {}
     maps: dict[int, bool] = {}
     widths: dict[int, int] = {}
+    windowed: dict[int, bool] = {}
     handles = []
     for i, (_, block) in enumerate(found):
 
@@ -387,8 +390,12 @@ def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tup
             # The same numbers at the same place: norm1 reads the block's input, so the block is pre-norm.
             pre_norm[i] = i in inputs and args[0].shape == inputs[i].shape and args[0] is inputs[i]
 
+        def end(module, args, output, i=i):
+            windowed[i] = i in inputs and output.shape != inputs[i].shape
+
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(block.norm1.register_forward_pre_hook(norm))
+        handles.append(block.drop_path1.register_forward_hook(end))
     try:
         dry_forward(model, size)
     finally:
@@ -410,7 +417,8 @@ def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tup
                 ("norm2", "norm2"), ("mlp", "mlp"), ("branch2", "drop_path2"),
             )
         }  # fmt: skip
-        blocks.append(BlockSite(path, block, index, stage, widths[i], pre_norm.get(i, False), maps[i], **parts))
+        facts = (pre_norm.get(i, False), maps[i], windowed.get(i, False))
+        blocks.append(BlockSite(path, block, index, stage, widths[i], *facts, **parts))
     return blocks
 
 
@@ -487,6 +495,21 @@ def check_attention(block: BlockSite) -> None:
         raise UnsupportedModelError(
             f"{block.attn.path}: keys and values cannot be added to a {kind.__module__.rpartition('.')[2]}.{kind.__name__}"
             f"; known: {known}"
+        )
+
+
+def check_sequence(block: BlockSite) -> None:
+    """Raise where tokens cannot stand in the sequence that a block sees.
+
+    Raises:
+        UnsupportedModelError: the block sees a map, or its attention has a bias made for a fixed number of tokens.
+    """
+    attn = block.attn.module
+    if block.maps:
+        raise UnsupportedModelError(f"{block.path} sees a map of patches, in which further tokens have no place")
+    if isinstance(getattr(attn, "rel_pos", None), nn.Module):
+        raise UnsupportedModelError(
+            f"{block.attn.path}: the relative position bias of {type(attn).__name__} has no rows for further tokens"
         )
 
 

@@ -69,7 +69,8 @@ def _methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
     parser.add_argument("name", nargs="?", help="describe this one; without it, list all")
 
     def run(args: argparse.Namespace) -> None:
-        from ..methods import METHODS, describe, list_methods
+        from ..description import describe
+        from ..methods import METHODS, list_methods
 
         if args.name:
             print(describe(args.name))
@@ -94,12 +95,25 @@ def _table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
     return run
 
 
+def _docs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--out", default="docs", metavar="DIR", help="where the pages are written")
+    parser.add_argument("--compatibility", action="store_true", help="also try every method on every architecture (minutes)")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..bench.pages import write_pages
+
+        print(*write_pages(args.out, compatibility=args.compatibility), sep="\n")
+
+    return run
+
+
 COMMANDS = {
     "train": (_train, "train a method on a data set"),
     "test": (_test, "evaluate a checkpoint on a data set"),
     "predict": (_predict, "classify image files with a checkpoint"),
     "table": (_table, "train configurations under several seeds and compare them"),
     "methods": (_methods, "list the methods, or describe one"),
+    "docs": (_docs, "write the pages in docs/ that are made from the registry"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }
 

@@ -1,11 +1,10 @@
 """What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
 
 import dataclasses
-import inspect
 import types
 import typing
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -227,51 +226,6 @@ def create(method: "str | Method | type[Method]", *, preset: str | None = None, 
         if key not in known:
             raise MethodError(f"{cls.name} has no hyper-parameter '{key}'{did_you_mean(key, known)}")
     return cls(**options)
-
-
-@dataclass
-class Description:
-    """What ``vpeft.describe`` tells about a method."""
-
-    name: str
-    paper: Paper
-    where: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    starts_as_identity: bool = True
-    needs_calibration: bool = False
-    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    text: str = ""
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
-        return "\n".join(
-            [
-                f"{self.name}: {self.paper}",
-                f"  category   {self.paper.category}",
-                f"  where      {self.where}",
-                f"  options    {options}",
-                f"  presets    {', '.join(self.presets) or 'none'}",
-                f"  starts as  {'the bare model' if self.starts_as_identity else 'a perturbed model'}",
-                f"  VTAB-1k    {self.paper.vtab or 'no published mean known to us'}",
-                "",
-                self.text,
-            ]
-        )
-
-
-def describe(name: str) -> Description:
-    """Paper, place, defaults and properties of a method (printable)."""
-    method = create(name)
-    return Description(
-        name=method.name,
-        paper=method.paper,
-        where=method.where,
-        defaults=method.options(),
-        starts_as_identity=method.starts_as_identity,
-        needs_calibration=method.needs_calibration,
-        presets=type(method).presets,
-        text=inspect.cleandoc(type(method).__doc__ or ""),
-    )
 
 
 def list_methods(category: str | None = None) -> list[str]:

@@ -1,0 +1,31 @@
+"""The pages in docs/ that are made from the registry."""
+
+from pathlib import Path
+
+import vpeft
+from vpeft.bench.pages import methods_page
+from vpeft.methods import METHODS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_methods_page_is_fresh():
+    assert (DOCS / "methods.md").read_text() == methods_page(), "run `vpeft docs`"
+
+
+def test_every_method_has_its_row():
+    page = methods_page()
+    for name, cls in METHODS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
+        assert cls.paper.title in row
+        assert cls.paper.arxiv in row
+        assert cls.paper.category in row
+
+
+def test_description_measures_the_method_on_vit_b():
+    lora = vpeft.describe("lora")
+    assert (lora.parameters, lora.mergeable, lora.boundary) == (294_912, True, "blocks.0")
+    assert (vpeft.describe("linear").parameters, vpeft.describe("linear").boundary) == (0, "head")
+    assert vpeft.describe("vpt_deep").parameters == 460_800
+    assert vpeft.describe("partial").boundary == "blocks.11"
+    assert "294,912" in str(lora)
