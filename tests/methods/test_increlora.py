@@ -140,7 +140,7 @@ def test_growth_is_the_algorithms(options, steps):
         logits = Increments(model, p, updates)(x)
         assert (model(x) - logits).abs().max() < 1e-10, step
         penalty = 0.1 * sum(m.penalty() for m in explicit.values()) / (2 * len(explicit))
-        assert handle.penalty().item() == pytest.approx(float(penalty), rel=1e-10)
+        assert handle.penalty().item() == pytest.approx(penalty.item(), rel=1e-10)
         F.cross_entropy(logits, LABELS).backward()
         gradients = {n: updates[key(n)].grad for n in explicit}
         penalty.backward()
