@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,46 +27,80 @@ class LoraLinear(AddToLinear):
     """y + scale * drop(x) A^T B^T on one frozen linear, or on chosen row blocks of a fused one.
 
     With one whole-linear slot the factors are the module's own ``a`` and ``b``; else each slot has a child with them.
+    Relatives of LoRA say in ``part`` which tensors a slot has, and in ``pair`` how its A and B are made of them.
     """
 
-    def __init__(self, sites: list[LinearSite], position: int, rank: int, scale: float, dropout: float, on_input: bool):
+    def __init__(
+        self,
+        sites: list[LinearSite],
+        position: int,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        on_input: bool = True,
+    ):
         super().__init__(sites[0], position)
         self.scale, self.on_input, self.drop = scale, on_input, nn.Dropout(dropout)
         self.rows = [s.rows for s in sites]
         self.slots = [s.slot for s in sites] if sites[0].is_part else []
-        if self.slots:
-            for site in sites:
-                self.add_module(site.slot, LowRank(rank, site.in_features, site.out_features))
-        else:
-            whole = LowRank(rank, sites[0].in_features, sites[0].out_features)
-            self.a, self.b = whole.a, whole.b
+        for site in sites:
+            part = self.part(site, rank)
+            if self.slots:
+                self.add_module(site.slot, part)
+                continue
+            for name, parameter in part.named_parameters():
+                self.register_parameter(name, parameter)
+            for name, buffer in part.named_buffers():
+                self.register_buffer(name, buffer)
+
+    def part(self, site: LinearSite, rank: int) -> nn.Module:
+        """The tensors of one slot."""
+        return LowRank(rank, site.in_features, site.out_features)
+
+    def pair(self, part: nn.Module) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (rows, R) of one slot, from its tensors."""
+        return part.a, part.b
+
+    def parts(self) -> list[tuple[tuple[int, int], nn.Module]]:
+        """Each slot's rows with what holds its tensors, in the order of the rows."""
+        if not self.slots:
+            return [(self.rows[0], self)]
+        return sorted(zip(self.rows, map(self.get_submodule, self.slots), strict=True), key=lambda p: p[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) of all slots stacked, and B (whole out, R) with each slot's rows in their place."""
         if not self.slots:
-            return self.a, self.b
-        parts = [self.get_submodule(s) for s in self.slots]
+            return self.pair(self)
+        parts, whole = self.parts(), self.site.module.out_features
         if len(parts) == 1:
-            (start, stop), b = self.rows[0], parts[0].b
-            return parts[0].a, nn.functional.pad(b, (0, 0, start, self.site.module.out_features - stop))
-        blocks, end = [], 0
-        for (start, stop), part in sorted(zip(self.rows, parts, strict=True), key=lambda p: p[0]):
-            blocks += [part.b.new_zeros(start - end, 0), part.b]
+            (start, stop), part = parts[0]
+            a, b = self.pair(part)
+            return a, nn.functional.pad(b, (0, 0, start, whole - stop))
+        pairs, blocks, end = [self.pair(part) for _, part in parts], [], 0
+        for ((start, stop), _), (_, b) in zip(parts, pairs, strict=True):
+            blocks += [b.new_zeros(start - end, 0), b]
             end = stop
-        blocks.append(parts[0].b.new_zeros(self.site.module.out_features - end, 0))
-        ordered = [p for _, p in sorted(zip(self.rows, parts, strict=True), key=lambda p: p[0])]
-        return torch.cat([p.a for p in ordered]), torch.block_diag(*blocks)
+        blocks.append(b.new_zeros(whole - end, 0))
+        return torch.cat([a for a, _ in pairs]), torch.block_diag(*blocks)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.update(self.drop(x) if self.on_input else x, y)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + scale * x A^T B^T, with the bottleneck's dropout where that is what was asked for."""
         a, b = self.factors()
-        h = nn.functional.linear(self.drop(x) if self.on_input else x, a)
+        h = nn.functional.linear(x, a)
         if not self.on_input:
             h = self.drop(h)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)
 
-    def delta(self) -> Tensor:
+    def product(self) -> Tensor:
+        """scale * B A of the whole linear, in float32 or better."""
         a, b = (f.detach().to(torch.promote_types(f.dtype, torch.float32)) for f in self.factors())
         return self.scale * (b @ a)
+
+    def delta(self) -> Tensor:
+        return self.product()
 
 
 @register(
@@ -111,6 +145,7 @@ class LoRA(Method):
         "noah": {"targets": ["qkv"], "rank": 8, "scale": 1.0, "dropout": 0.1},
         "peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0},
     }
+    adds: ClassVar[type[LoraLinear]] = LoraLinear
 
     def __post_init__(self) -> None:
         if self.targets is None:
@@ -121,10 +156,7 @@ class LoRA(Method):
         super().check()
         if self.scale is not None and self.alpha is not None:
             raise MethodError(f"{self.name}: give scale or alpha, not both")
-        if not self.targets or len(set(self.targets)) != len(self.targets):
-            raise MethodError(f"{self.name}.targets: expected distinct slots, got {self.targets}")
-        if "qkv" in self.targets and set(self.targets) & {"q", "k", "v"}:
-            raise MethodError(f"{self.name}.targets: 'qkv' already covers q, k and v")
+        check_targets(self)
 
     def scale_for(self, rank: int) -> float:
         """s at one rank."""
@@ -137,7 +169,21 @@ class LoRA(Method):
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         for block, rank in self.sized_blocks(sites, "rank", self.blocks):
             for path, linears in linears_by_path(block, self.targets).items():
-                yield (
-                    f"{path}.lora",
-                    LoraLinear(linears, block.index, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input"),
-                )
+                yield f"{path}.lora", self.linear(linears, block.index, rank)
+
+    def linear(self, sites: list[LinearSite], position: int, rank: int) -> LoraLinear:
+        """What acts on one linear."""
+        return self.adds(sites, position, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input")
+
+
+def check_targets(method: Method) -> None:
+    """Refuse slots that are none, twice there, or overlap.
+
+    Raises:
+        MethodError: names them.
+    """
+    targets = method.targets
+    if not targets or len(set(targets)) != len(targets):
+        raise MethodError(f"{method.name}.targets: expected distinct slots, got {targets}")
+    if "qkv" in targets and set(targets) & {"q", "k", "v"}:
+        raise MethodError(f"{method.name}.targets: 'qkv' already covers q, k and v")

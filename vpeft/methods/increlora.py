@@ -1,0 +1,259 @@
+"""IncreLoRA: low-rank updates whose ranks grow where they matter (Zhang et al., 2023, arXiv 2308.12043)."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MethodError
+from ..interventions import Intervention
+from ..sites import LinearSite, Sites
+from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
+from .lora import LoraLinear, check_targets
+from .lora_variants import Schedule
+
+if TYPE_CHECKING:
+    from ..attach import Handle
+
+_EARLY = 1e-5  # e of a row that trains in advance
+_NO_DECAY = frozenset({"a", "b", "e"})  # rows that wait for their turn must stay as they are
+
+
+class Growing(nn.Module):
+    """One matrix: B diag(e) A with room for more rows than the first ``rank``, which are in use.
+
+    ``score`` is a parameter in form only: the gradient that backward gives it is the matrix's importance, so that it is
+    averaged over processes, accumulated and unscaled as gradients are. Its value means nothing.
+    """
+
+    no_decay = _NO_DECAY
+
+    def __init__(self, site: LinearSite, room: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(room, site.in_features).normal_(0, 0.02))
+        self.b = nn.Parameter(torch.empty(site.out_features, room).normal_(0, 0.02))
+        self.e = nn.Parameter(torch.full((room,), _EARLY))
+        self.score = nn.Parameter(torch.zeros(()))
+        self.register_buffer("rank", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("sensitivity", torch.zeros(()))
+        self.register_buffer("uncertainty", torch.zeros(()))
+
+
+class _Score(torch.autograd.Function):
+    """Passes y on; backward gives each slot's score: sum |U * dL/dU| / sqrt(numel) over its rows of the update U = B A.
+
+    Without rows the scores are 0 and cost nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: tuple[tuple[int, int], ...], *scores: Tensor
+    ) -> Tensor:
+        ctx.rows, ctx.count = rows, len(scores)
+        if rows:
+            ctx.save_for_backward(x, a, b)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scores = [grad.new_zeros(())] * ctx.count
+        if ctx.rows:
+            x, a, b = ctx.saved_tensors
+            weight_grad = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
+            parts = [(weight_grad[i:j] * (b[i:j] @ a)).abs() for i, j in ctx.rows]
+            scores = [(p.sum() / math.sqrt(p.numel())).to(a.dtype) for p in parts]
+        return grad, None, None, None, None, *scores
+
+
+class GrowingLinear(LoraLinear):
+    """y + x U^T with U = alpha / (rank + 1e-5) B diag(e) A on one frozen linear, or on row blocks of a fused one."""
+
+    no_decay = _NO_DECAY
+
+    def __init__(self, sites: list[LinearSite], position: int, room: int, method: "IncreLoRA"):
+        super().__init__(sites, position, room, 1.0, method.dropout)
+        self.alpha, self.reserve, self.scoring = method.alpha, method.rows, True
+        for _, part in self.parts():
+            part.rank.fill_(method.start_rank)
+            part.e.data[: method.start_rank] = 0
+
+    def part(self, site: LinearSite, rank: int) -> nn.Module:
+        return Growing(site, rank)
+
+    def trained(self, part: nn.Module) -> tuple[Tensor, Tensor]:
+        """Which rows are in use, and which train, those in advance included."""
+        index = torch.arange(len(part.e), device=part.e.device)
+        return index < part.rank, index < part.rank + self.reserve
+
+    def pair(self, part: nn.Module) -> tuple[Tensor, Tensor]:
+        in_use, trained = self.trained(part)
+        e = torch.where(in_use, part.e, part.e.detach() * trained)
+        return part.a, part.b * (e * (self.alpha / (part.rank.to(e.dtype) + 1e-5)))
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.factors()
+        if torch.is_grad_enabled():
+            rows, parts = zip(*self.parts(), strict=True)
+            rows = rows if self.scoring else ()
+            y = _Score.apply(y, x.detach(), a.detach(), b.detach(), rows, *[p.score for p in parts])
+        h = nn.functional.linear(x, a)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t()).view(y.shape)
+
+    def distance(self, part: nn.Module) -> Tensor:
+        """How far A's rows and B's columns, those that train, are from orthonormal: |A A^T - 1| + |B^T B - 1|."""
+        mask = self.trained(part)[1].to(part.a.dtype)
+        a, b = part.a * mask[:, None], part.b * mask
+        unit = mask.diag()
+        return torch.linalg.matrix_norm(a @ a.t() - unit) + torch.linalg.matrix_norm(b.t() @ b - unit)
+
+
+class Budget(Schedule):
+    """``steps`` (): updates made; and the sum that the ranks grow to."""
+
+    def __init__(self, total: int):
+        super().__init__()
+        self.total = total
+
+
+@register(
+    "increlora",
+    Paper("IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning", "arXiv 2023",
+          "2308.12043", "reparameterisation"),
+    where="output of frozen linears, from their input",
+)  # fmt: skip
+class IncreLoRA(Method):
+    """LoRA that starts at rank 1 everywhere and gives more rank to the matrices that need it: U = alpha / rank B diag(e) A.
+
+    After ``warmup`` steps, at every ``interval``-th one, the ``top`` matrices with the highest scores gain ``growth`` rows
+    until the ranks sum up to ``rank`` per matrix. A score is the running mean of sum |U * dL/dU| / sqrt(numel) times that
+    of its deviation, so training forms each weight's gradient. The next rows of every matrix train in advance, with e fixed
+    at 1e-5; hence it is not quite the bare model at the start. A and B start N(0, 0.02²), e at 0. The loss gets
+    ``orthogonality`` times the mean of |A A^T - 1| and |B^T B - 1|.
+
+    All rows that a matrix can come to have exist from the start, and count as parameters; those not in use get no gradient
+    and no weight decay. Ranks and scores are part of the state dict. The engine calls ``handle.after_step()`` and adds
+    ``handle.penalty()``; a loop of your own must do so too, before it clears the gradients. (The authors' optimiser and
+    schedule begin anew for every new row; here a row shares those of its tensor.)
+
+    Args:
+        rank: mean over the matrices at the end; one number, or one per block (0: none there).
+        targets: slots, as ``lora``'s; by default all linears of a block, as published.
+        alpha: see above; 32 for small sets and 16 for large ones in the authors' scripts.
+        start_rank: at the beginning.
+        growth: rows per allocation; None for half of ``rank``, at least 1, as the authors' code.
+        top: matrices per allocation; 2 to 22 in the authors' scripts.
+        warmup, interval: steps before the first allocation and between two; 100 for small sets in the scripts, 1000 else.
+        beta1, beta2: of the two running means.
+        orthogonality: weight of the penalty.
+        max_rank: of any one matrix; None for what the budget allows it.
+        dropout: on the input.
+        blocks: which blocks; None for all.
+    """
+
+    rank: PerBlock = 2
+    targets: list[str] = None  # type: ignore[assignment]
+    alpha: float = 32.0
+    start_rank: int = 1
+    growth: int | None = None
+    top: int = 10
+    warmup: int = 100
+    interval: int = 100
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+    max_rank: int | None = None
+    dropout: float = 0.0
+    blocks: Blocks = None
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            self.targets = ["q", "k", "v", "proj", "fc1", "fc2"]
+        super().__post_init__()
+
+    def check(self) -> None:
+        super().check()
+        check_targets(self)
+        ranks = [r for r in (self.rank if isinstance(self.rank, list) else [self.rank]) if r]
+        if self.start_rank < 1 or min(ranks, default=1) < self.start_rank:
+            raise MethodError(f"{self.name}: rank must not be below start_rank, and start_rank not below 1")
+        if self.max_rank is not None and self.max_rank < max(ranks, default=1):
+            raise MethodError(f"{self.name}.max_rank: {self.max_rank} is below the mean rank {self.rank}")
+        if min(self.rows, self.top, self.interval) < 1 or self.warmup < 0:
+            raise MethodError(f"{self.name}: growth, top and interval must be at least 1, warmup at least 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise MethodError(f"{self.name}: beta1 and beta2 must be in [0, 1)")
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return False
+
+    @property
+    def rows(self) -> int:
+        """Rows that a matrix gains at a time."""
+        if self.growth is not None:
+            return self.growth
+        ranks = [r for r in (self.rank if isinstance(self.rank, list) else [self.rank]) if r]
+        return max(round(sum(ranks) / max(len(ranks), 1)) // 2, 1)
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        found = [
+            (path, linears, block, rank)
+            for block, rank in self.sized_blocks(sites, "rank", self.blocks)
+            for path, linears in linears_by_path(block, self.targets).items()
+        ]
+        budget = Budget(sum(rank * len(linears) for _, linears, _, rank in found))
+        missing = budget.total - self.start_rank * sum(len(linears) for _, linears, _, _ in found)
+        # The most that one matrix can get: a share of every allocation.
+        most = self.start_rank + min(math.ceil(missing / (self.top * self.rows)) * self.rows, missing)
+        limit = most if self.max_rank is None else min(most, self.max_rank)
+        yield "schedule", budget
+        for path, linears, block, _ in found:
+            yield f"{path}.lora", GrowingLinear(linears, block.index, limit + self.rows, self)
+
+    # ---- training ----
+
+    def penalty(self, handle: "Handle") -> Tensor | None:
+        parts = _parts(handle)
+        return self.orthogonality / (2 * len(parts)) * sum(linear.distance(part) for linear, part in parts)
+
+    def after_step(self, handle: "Handle") -> None:
+        schedule, parts = handle.root.schedule, [part for _, part in _parts(handle)]
+        step = int(schedule.steps)
+        schedule.steps += 1
+        missing = schedule.total - int(torch.stack([p.rank for p in parts]).sum())
+        if missing and self._observe(parts) and step > self.warmup and step % self.interval == 0:
+            missing = self._grow(parts, missing)
+        if not missing:
+            for linear, part in _parts(handle):
+                linear.scoring = False
+                part.e.mul_(linear.trained(part)[0])  # what trained in advance will not be needed
+
+    def _observe(self, parts: list[nn.Module]) -> bool:
+        """Take the scores of the last backward into the running means, where there are any and they are finite."""
+        scores = [p.score.grad for p in parts]
+        if any(s is None for s in scores) or not torch.stack(scores).isfinite().all():
+            return False
+        means = [p.sensitivity for p in parts]
+        torch._foreach_lerp_(means, scores, 1 - self.beta1)
+        apart = torch._foreach_abs(torch._foreach_sub(scores, means))
+        torch._foreach_lerp_([p.uncertainty for p in parts], apart, 1 - self.beta2)
+        return True
+
+    def _grow(self, parts: list[nn.Module], missing: int) -> int:
+        """Give rows to the matrices with the highest scores; what is missing afterwards."""
+        limit = len(parts[0].e) - self.rows
+        scores = torch.stack([p.sensitivity * p.uncertainty for p in parts]).tolist()
+        ranks = torch.stack([p.rank for p in parts]).tolist()
+        able = [i for i, rank in enumerate(ranks) if rank < limit]
+        for i in sorted(able, key=lambda i: -scores[i])[: self.top]:
+            more = min(self.rows, limit - ranks[i], missing)
+            parts[i].rank += more
+            missing -= more
+        return missing
+
+
+def _parts(handle: "Handle") -> list[tuple[GrowingLinear, nn.Module]]:
+    linears = [i for i in handle.root.interventions if isinstance(i, GrowingLinear)]
+    return [(linear, part) for linear in linears for _, part in linear.parts()]
