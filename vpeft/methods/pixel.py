@@ -146,10 +146,9 @@ class Patch(PixelPrompt):
 
     def _inside(self, side: int, p: int, device: torch.device) -> Tensor:
         """For each row (or column) of the image, which of the patch's lies there; many lie outside 0 … p-1."""
-        if self.training or self.draw_in_eval:
-            start = torch.randint(side - p, (1,), device=device)  # the original never draws the last position either
-        else:
-            start = (side - p) // 2
+        draws = self.training or self.draw_in_eval
+        # The original never draws the last position either.
+        start = torch.randint(side - p, (1,), device=device) if draws else (side - p) // 2
         return torch.arange(side, device=device) - start
 
 

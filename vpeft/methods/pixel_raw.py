@@ -167,9 +167,7 @@ def first_come_map(table: Tensor) -> Tensor:
 
 @register(
     "ilm_vp",
-    Paper(
-        "Understanding and Improving Visual Prompting: A Label-Mapping Perspective", "CVPR 2023", "2211.11635", "prompt"
-    ),
+    Paper("Understanding and Improving Visual Prompting: A Label-Mapping Perspective", "CVPR 2023", "2211.11635", "prompt"),
     where="around the shrunk image, in raw pixels; the classifier's outputs",
 )
 class ILMVP(RawMethod):
