@@ -1,7 +1,7 @@
 """``attach`` a method to a timm model, and the handle that everything else is done with."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -468,7 +468,7 @@ class Handle:
         """Sites, parameters, properties and paper, as text for people."""
         root, method = self.root, self.method
         own = sum(p.numel() for p in self.parameters())
-        head = sum(p.numel() for _, p in self.head_parameters())
+        head = sum(p.numel() for _, p in self.head_parameters()) if method.trains_head else 0
         inside = sum(p.numel() for n, p in self.model.named_parameters() if not n.startswith(f"{CONTAINER}."))
         added = sum(p.numel() for p in root.parameters())
         total = inside + added
@@ -627,33 +627,24 @@ def load(
     if check_backbone:
         checkpoint.check_backbone(model, file)
     head_tensors = {n: t for n, t in file.tensors.items() if n in file.head_names} if head else {}
-    widths = {n: t.shape[0] for n, t in head_tensors.items() if n.endswith("bias") or n.endswith("weight")}
     try:
         method = create(file.about["method"]["name"], **file.about["method"]["options"])
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
-    handle = attach(model, method, name=name or file.about["name"])
-    undo = None
+    # First the head: a method may hook it.
+    undo = _fit_classifier(model, head_tensors, path)
+    handle = None
     try:
+        handle = attach(model, method, name=name or file.about["name"])
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
-        if head_tensors:
-            current = handle.head_state_dict()
-            if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
-                undo = _reset_classifier(model, next(iter(widths.values())))
-                current = handle.head_state_dict()
-                handle.root.sites.heads = head_places(model)
-            if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
-                raise CheckpointError(
-                    f"{path}: its head { ({n: tuple(t.shape) for n, t in head_tensors.items()}) } does not fit this "
-                    f"model's { ({n: tuple(t.shape) for n, t in current.items()}) }"
-                )
-            with torch.no_grad():
-                for n, t in head_tensors.items():
-                    current[n].copy_(t)
+        current = handle.head_state_dict()
+        with torch.no_grad():
+            for n, t in head_tensors.items():
+                current[n].copy_(t)
     except BaseException:
-        handle.detach()
-        if undo is not None:
-            undo()
+        if handle is not None:
+            handle.detach()
+        undo()
         raise
     return handle
 
@@ -740,6 +731,28 @@ def _remove(model: nn.Module, name: str) -> None:
         for n, parameter in model.named_parameters():
             parameter.requires_grad_(container.required_grad.get(n, True))
         delattr(model, CONTAINER)
+
+
+def _fit_classifier(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Callable[[], None]:
+    """Give the model a classifier of the shapes in a file, where its own has others; returns what undoes it.
+
+    Raises:
+        CheckpointError: they are the shapes of no classifier of this model, which then is as it was.
+    """
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        heads = head_places(model)
+        return {f"{h.path}.{n}": tuple(t.shape) for h in heads for n, t in h.module.state_dict().items()}
+
+    wanted = {n: tuple(t.shape) for n, t in tensors.items()}
+    if not wanted or shapes() == wanted:
+        return lambda: None
+    undo = _reset_classifier(model, next(shape[0] for n, shape in wanted.items() if n.endswith(("bias", "weight"))))
+    if shapes() != wanted:
+        found = shapes()
+        undo()
+        raise CheckpointError(f"{path}: its head {wanted} does not fit this model's {found}")
+    return undo
 
 
 def _reset_classifier(model: nn.Module, classes: int):

@@ -125,10 +125,11 @@ def predict(
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{k: file.about["data"][k] for k in keys if k in file.about["data"]})
     loader = DataLoader(ImageFiles(files, transform), batch_size)
-    classes = file.about["class_names"] or [str(i) for i in range(file.about["num_classes"])]
     found: list[dict] = []
     for batch in loader:
-        best, index = model(batch.to(device)).float().softmax(-1).topk(min(topk, len(classes)))
+        scores = model(batch.to(device)).float().softmax(-1)
+        classes = file.about["class_names"] or [str(i) for i in range(scores.shape[-1])]
+        best, index = scores.topk(min(topk, len(classes)))
         for p, i in zip(best.tolist(), index.tolist(), strict=True):
             ranked = [{"class": classes[c], "probability": round(v, 6)} for v, c in zip(p, i, strict=True)]
             found.append({"file": str(files[len(found)]), "classes": ranked})

@@ -1,0 +1,257 @@
+"""Prompts around a shrunk image, in raw pixels: ILM-VP (Chen et al., CVPR 2023, arXiv 2211.11635) and EVP (Wu et al.,
+TMLR 2024, arXiv 2212.10556).
+
+A timm model is given normalised images. What is raw (between 0 and 1) is normalised here with the mean and standard
+deviation of the model's data config, which the state dict holds.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import MethodError
+from ..sites import Sites
+from .base import Paper, register
+from .pixel import PixelMethod, PixelPrompt
+
+if TYPE_CHECKING:
+    from ..attach import Handle
+
+
+class Surround(PixelPrompt):
+    """The image, shrunk to h x w, in the middle of ``pixels``, which are normalised: (pixels - ``mean``) / ``std``.
+
+    An image that is h x w already is taken as it is.
+
+    Attributes:
+        prompt: (3, H, W); what lies under the image is without effect.
+        outside: (H, W), 1 where the image is not.
+    """
+
+    no_decay = frozenset({"prompt"})
+
+    def __init__(self, method: "RawMethod", sites: Sites, chosen: Tensor):
+        super().__init__(sites, chosen)
+        self.inner, self.resampling = method.inner_size(sites), method.resampling
+        (height, width), (h, w) = self.size, self.inner
+        # As the original of ILM-VP: the odd row is above, the odd column on the left.
+        top, left = (height - h + 1) // 2, (width - w + 1) // 2
+        self.margins = (left, width - w - left, top, height - h - top)
+        self.prompt = nn.Parameter(torch.zeros(sites.input_size))
+        mean, std = method.statistics(sites)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("outside", F.pad(torch.zeros(h, w), self.margins, value=1.0), persistent=False)
+
+    def pixels(self, batch: int) -> Tensor:
+        """Raw pixels (3, H, W), zeros under the image."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.inner:
+            self.check_size(x)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = F.interpolate(wide, self.inner, mode=self.resampling, antialias=True, align_corners=False).to(x.dtype)
+        mean, std = self.mean[:, None, None], self.std[:, None, None]
+        return F.pad(x, self.margins) + (self.pixels(len(x)) - mean * self.outside) / std
+
+
+class GreyFrame(Surround):
+    """ILM-VP's: sigmoid of the prompt, mid-grey at the start."""
+
+    def pixels(self, batch: int) -> Tensor:
+        return self.prompt.sigmoid() * self.outside
+
+
+class _UnitGradient(torch.autograd.Function):
+    """prompt * outside, whose backward gives g / (|g| + 1e-10) * outside.
+
+    g is the mean over the batch of the samples' gradients, on the whole image: |g| is taken before the mask.
+    """
+
+    @staticmethod
+    def forward(ctx, prompt: Tensor, outside: Tensor, batch: int) -> Tensor:
+        ctx.save_for_backward(outside)
+        ctx.batch = batch
+        return prompt * outside
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (outside,) = ctx.saved_tensors
+        g = gradient / ctx.batch
+        return g / (torch.linalg.vector_norm(g) + 1e-10) * outside, None, None
+
+
+class FreeFrame(Surround):
+    """EVP's: the prompt itself, never clamped, black at the start."""
+
+    def __init__(self, method: "EVP", sites: Sites, chosen: Tensor):
+        super().__init__(method, sites, chosen)
+        self.normalise = method.normalise
+
+    def pixels(self, batch: int) -> Tensor:
+        if self.normalise:
+            return _UnitGradient.apply(self.prompt, self.outside, batch)
+        return self.prompt * self.outside
+
+
+class RawMethod(PixelMethod):
+    """What ILM-VP and EVP share: an inner image, raw pixels around it, a label map from training images."""
+
+    inner: int | None
+    mean: list[float] | None
+    std: list[float] | None
+    usual = 224  # inner size at 224
+    resampling = "bicubic"
+
+    def inner_size(self, sites: Sites) -> tuple[int, int]:
+        """Height and width of the shrunk image, whose shorter side is ``inner``."""
+        size = sites.input_size[1:]
+        short = min(size)
+        inner = self.inner or max(1, round(self.usual / 224 * short))
+        if inner >= short:
+            raise MethodError(f"{self.name}.inner: {inner} leaves no frame around it in an image of {size[0]}x{size[1]}")
+        return tuple(round(inner * side / short) for side in size)
+
+    def statistics(self, sites: Sites) -> list[Tensor]:
+        """mean and std, from the options or from the model's data config."""
+        config = getattr(sites.model, "pretrained_cfg", None) or {}
+        found = []
+        for option in ("mean", "std"):
+            values = getattr(self, option) or config.get(option)
+            channels = sites.input_size[0]
+            if values is None or len(values) != channels:
+                raise MethodError(f"{self.name}.{option}: the model tells none for its {channels} channels; give {channels}")
+            found.append(torch.tensor(values, dtype=torch.float64))
+        return found
+
+    @torch.no_grad()
+    def count(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> Tensor:
+        """(C_source, C): how many training images of each class are taken for each pretrained class."""
+        handle.model.eval()
+        prompt = handle.root.get_submodule(self.name)
+        table = torch.zeros(handle.model.num_classes, len(prompt.map), dtype=torch.long)
+        prompt.picks, prompt.enabled = False, prompted
+        try:
+            for images, labels in batches:
+                if labels.max() >= table.shape[1]:
+                    raise MethodError(f"{self.name}.classes: {table.shape[1]}, but there is a label {int(labels.max())}")
+                pairs = handle.model(images).argmax(-1).cpu(), labels.cpu()
+                table.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
+        finally:
+            prompt.picks = prompt.enabled = True
+        return table
+
+
+def greedy_map(table: Tensor) -> Tensor:
+    """For each column of counts (C_source, C) a row of its own: the largest entry is bound first, then the next free."""
+    left, rows = table.clone(), torch.empty(table.shape[1], dtype=torch.long)
+    for _ in range(table.shape[1]):
+        source, target = divmod(int(left.argmax()), table.shape[1])  # of equal ones the first, row by row
+        rows[target] = source
+        left[source], left[:, target] = -1, -1
+    return rows
+
+
+def first_come_map(table: Tensor) -> Tensor:
+    """For each column of counts, in order, the row with the largest count that no earlier column has."""
+    left, rows = table.clone(), []
+    for target in range(table.shape[1]):
+        rows.append(int(left[:, target].argmax()))
+        left[rows[-1]] = -1
+    return torch.tensor(rows)
+
+
+@register(
+    "ilm_vp",
+    Paper("Understanding and Improving Visual Prompting: A Label-Mapping Perspective", "CVPR 2023", "2211.11635", "prompt"),
+    where="around the shrunk image, in raw pixels; the classifier's outputs",
+)
+class ILMVP(RawMethod):
+    """sigmoid(prompt) surrounds the shrunk image, and a map that follows the prompt says which pretrained class stands for
+    which new one.
+
+    The map binds, pair by pair, the largest count of "training images of class t that the prompted model takes for class
+    c", each c and t once. The engine makes it anew at the start of every epoch; in a loop of your own call
+    ``handle.calibrate(loader)`` there. Files hold the last one. The prompt starts at 0: mid-grey.
+
+    The original's mask for images of the data set ABIDE, which are not rectangular, is not offered.
+
+    Args:
+        mapping: ``ilm`` as above; ``flm`` once, with the prompt at its start; ``rlm`` at random, without data.
+        inner: shorter side of the shrunk image (bilinear); None for 128 at 224 and the same share of other sizes.
+            Images of that size are taken as they are.
+        classes: C; None for all outputs of the pretrained classifier.
+        mean, std: with which the images are normalised; None for the model's own.
+    """
+
+    mapping: Literal["ilm", "flm", "rlm"] = "ilm"
+    inner: int | None = None
+    classes: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    usual = 128
+    resampling = "bilinear"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.mapping != "rlm"
+
+    @property
+    def calibrates_each_epoch(self) -> bool:
+        return self.mapping == "ilm"
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, GreyFrame]]:
+        chosen = self.first_outputs(sites)
+        if self.mapping == "rlm":
+            chosen = torch.randperm(sites.model.num_classes)[: len(chosen)]
+        yield "ilm_vp", GreyFrame(self, sites, chosen)
+
+    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        if self.mapping != "rlm":
+            table = self.count(handle, batches, prompted=True)
+            handle.root.get_submodule("ilm_vp").map.copy_(greedy_map(table))
+
+
+@register(
+    "evp",
+    Paper("Unleashing the Power of Visual Prompting At the Pixel Level", "TMLR 2024", "2212.10556", "prompt"),
+    where="around the shrunk image, in raw pixels; the classifier's outputs",
+)
+class EVP(RawMethod):
+    """A free frame surrounds the shrunk image and is trained with the gradient's direction alone.
+
+    The gradient that an optimiser sees is g / (|g| + 1e-10), with |g| over the whole image, then masked to the frame; with
+    plain SGD this is the paper's update. It is taken per backward: of accumulated parts, and of processes, directions are
+    averaged, and a loss scaler (fp16) would shrink it: train in fp32 or bf16, or switch ``normalise`` off. For the
+    paper's input diversity augment the images (flip, crop).
+
+    The map comes once from the training set, through the bare model: each class in its order takes the pretrained class
+    that its images are most often taken for and that is still free (as in the released code).
+
+    Args:
+        inner: shorter side of the shrunk image (bicubic); None for 164 at 224 and the same share of other sizes. Images of
+            that size are taken as they are.
+        normalise: see above; off, the gradient is the plain one.
+        classes: C; None for all outputs of the pretrained classifier.
+        mean, std: with which the images are normalised; None for the model's own.
+    """
+
+    inner: int | None = None
+    normalise: bool = True
+    classes: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    usual = 164
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, FreeFrame]]:
+        yield "evp", FreeFrame(self, sites, self.first_outputs(sites))
+
+    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        table = self.count(handle, batches, prompted=False)
+        handle.root.get_submodule("evp").map.copy_(first_come_map(table))
