@@ -1,7 +1,7 @@
 """``attach`` a method to a timm model, and the handle that everything else is done with."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -300,9 +300,9 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before switching it")
         if on:
-            mine = {name for e in root.existing for name in e.slots}
+            mine = {name for i in root.interventions for name in i.claims()}
             for other in self._others():
-                shared = mine & {name for e in other.existing for name in e.slots}
+                shared = mine & {name for i in other.interventions for name in i.claims()}
                 if other.enabled and shared:
                     raise MethodError(f"'{other.name}' is enabled and has its own values of {_some(sorted(shared))}")
         root.enabled = on
@@ -479,6 +479,7 @@ class Handle:
             f"{self.name}: {method.name}({options}) on {_model_name(self.model)}, {state}",
             f"  paper      {method.paper}",
             f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
+            *(f"  {title:10} {text}" for title, text in method.notes(self)),
             f"  mergeable  {merge}",
             f"  gradient   reaches back to {self.boundary}",
             "  sites",
@@ -632,14 +633,16 @@ def load(
         method = create(file.about["method"]["name"], **file.about["method"]["options"])
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
+    put_back = _remember_classifier(model)
     handle = attach(model, method, name=name or file.about["name"])
-    undo = None
+    reset = False
     try:
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         if head_tensors:
             current = handle.head_state_dict()
             if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
-                undo = _reset_classifier(model, next(iter(widths.values())))
+                reset = True
+                _reset_classifier(model, next(iter(widths.values())))
                 current = handle.head_state_dict()
                 handle.root.sites.heads = head_places(model)
             if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
@@ -652,8 +655,8 @@ def load(
                     current[n].copy_(t)
     except BaseException:
         handle.detach()
-        if undo is not None:
-            undo()
+        if reset:
+            put_back()
         raise
     return handle
 
@@ -742,25 +745,29 @@ def _remove(model: nn.Module, name: str) -> None:
         delattr(model, CONTAINER)
 
 
-def _reset_classifier(model: nn.Module, classes: int):
-    """timm's ``reset_classifier``; returns a function that puts the former one back."""
+def _remember_classifier(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the present classifier back after ``reset_classifier``."""
     heads = {h.path: h.module for h in head_places(model)} or {
         n: getattr(model, n) for n in ("head", "head_dist") if isinstance(getattr(model, n, None), nn.Identity)
     }
-    count = model.num_classes
+    count = getattr(model, "num_classes", None)
 
-    def undo() -> None:
+    def put_back() -> None:
         model.reset_classifier(count)
         for path, module in heads.items():
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
 
+    return put_back
+
+
+def _reset_classifier(model: nn.Module, classes: int) -> None:
+    """timm's ``reset_classifier``, with the new classifier where and what the model is."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     model.reset_classifier(classes)
     for head in head_places(model):
         head.module.to(device=like.device, dtype=like.dtype)
         head.module.requires_grad_(True)
-    return undo
 
 
 def _sites_table(root: Root) -> list[str]:
