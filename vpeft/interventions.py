@@ -548,7 +548,8 @@ class WideHead(Intervention):
         if len(sites.heads) != 1 or not isinstance(sites.heads[0].module, nn.Linear):
             found = ", ".join(f"{h.path} ({type(h.module).__name__})" for h in sites.heads) or "none"
             raise UnsupportedModelError(f"one linear classifier is widened; this model has {found}")
-        self.model, self.path, self.width = Place("", sites.model), sites.heads[0].path, sites.heads[0].module.in_features + more
+        self.model, self.path = Place("", sites.model), sites.heads[0].path
+        self.width = sites.heads[0].module.in_features + more
         self._set_aside(None)
 
     # The classifier that is not in use. Unregistered: it is saved and trained by nobody.
