@@ -211,7 +211,8 @@ class E2VPT(VPTDeep):
             return [("masks", "none")]
         mask = masks.token_mask[:, None] * masks.segment_mask
         prompts = [p.numel() for n, p in handle.named_parameters() if n.endswith("vpt.prompts")]
-        kept = round(mask.mean().item() * sum(prompts))
+        share = masks.token_mask if self.project else mask  # what a projection makes is masked, not its input
+        kept = round(share.mean().item() * sum(prompts))
         own = sum(p.numel() for p in handle.parameters()) - sum(prompts) + kept
         text = f"{int(masks.token_mask.sum())} of {self.tokens} tokens and {int(mask.sum())} of {mask.numel()} segments kept"
         return [("masks", f"{text}: {own:,} numbers that count")]

@@ -28,6 +28,14 @@ class _WithPrefix(Method):
     def starts_as_identity(self) -> bool:
         return False
 
+    def check(self) -> None:
+        super().check()
+        for name in ("prefix_dropout", "lora_dropout"):
+            if not 0 <= getattr(self, name, 0) < 1:
+                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} is no probability in [0, 1)")
+        if self.hidden < 1:
+            raise MethodError(f"{self.name}.hidden: {self.hidden} is no width")
+
     def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
         return type(self)(**(self.options() | {"form": "direct"})), fold_prefixes(handle)
 
@@ -72,8 +80,13 @@ class MAM(_WithPrefix):
     }
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        yield from PrefixTuning(self.tokens, self.form, self.hidden, self.prefix_dropout, self.blocks).build(sites)
-        adapters = AdaptFormer(self.bottleneck, self.scale, self.norm, self.dropout, "zero", self.blocks)
+        prefixes = PrefixTuning(
+            tokens=self.tokens, form=self.form, hidden=self.hidden, dropout=self.prefix_dropout, blocks=self.blocks
+        )
+        yield from prefixes.build(sites)
+        adapters = AdaptFormer(
+            bottleneck=self.bottleneck, scale=self.scale, norm=self.norm, dropout=self.dropout, blocks=self.blocks
+        )
         for path, part in adapters.build(sites):
             if self.reads == "normed":
                 part.reads = sites.blocks[part.position].mlp
@@ -212,12 +225,6 @@ class UniPELT(_WithPrefix):
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "relu"
     dropout: float = 0.0
     blocks: Blocks = None
-
-    def check(self) -> None:
-        super().check()
-        for name in ("prefix_dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} is no probability in [0, 1)")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         sizes = {
