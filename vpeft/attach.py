@@ -300,9 +300,9 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before switching it")
         if on:
-            mine = {name for e in root.existing for name in e.slots}
+            mine = {name for i in root.interventions for name in i.claims()}
             for other in self._others():
-                shared = mine & {name for e in other.existing for name in e.slots}
+                shared = mine & {name for i in other.interventions for name in i.claims()}
                 if other.enabled and shared:
                     raise MethodError(f"'{other.name}' is enabled and has its own values of {_some(sorted(shared))}")
         root.enabled = on
@@ -479,6 +479,7 @@ class Handle:
             f"{self.name}: {method.name}({options}) on {_model_name(self.model)}, {state}",
             f"  paper      {method.paper}",
             f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
+            *(f"  {title:10} {text}" for title, text in method.notes(self)),
             f"  mergeable  {merge}",
             f"  gradient   reaches back to {self.boundary}",
             "  sites",
@@ -632,12 +633,15 @@ def load(
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
     # First the head: a method may hook it.
-    undo = _fit_classifier(model, head_tensors, path)
+    undo = _fit_classifier(model, head_tensors)
     handle = None
     try:
         handle = attach(model, method, name=name or file.about["name"])
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         current = handle.head_state_dict()
+        found, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
+        if wanted and found != wanted:
+            raise CheckpointError(f"{path}: its head {wanted} does not fit this model's {found}")
         with torch.no_grad():
             for n, t in head_tensors.items():
                 current[n].copy_(t)
@@ -733,36 +737,24 @@ def _remove(model: nn.Module, name: str) -> None:
         delattr(model, CONTAINER)
 
 
-def _fit_classifier(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Callable[[], None]:
-    """Give the model a classifier of the shapes in a file, where its own has others; returns what undoes it.
-
-    Raises:
-        CheckpointError: they are the shapes of no classifier of this model, which then is as it was.
-    """
-
-    def shapes() -> dict[str, tuple[int, ...]]:
-        heads = head_places(model)
-        return {f"{h.path}.{n}": tuple(t.shape) for h in heads for n, t in h.module.state_dict().items()}
-
-    wanted = {n: tuple(t.shape) for n, t in tensors.items()}
-    if not wanted or shapes() == wanted:
+def _fit_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> Callable[[], None]:
+    """Give the model a classifier of as many outputs as in a file, where its own has others; returns what undoes it."""
+    wanted = {n: t.shape[0] for n, t in tensors.items() if n.endswith(("bias", "weight"))}
+    heads = head_places(model)
+    have = {f"{h.path}.{n}": t.shape[0] for h in heads for n, t in h.module.state_dict().items() if n in ("bias", "weight")}
+    if not wanted or have == wanted:
         return lambda: None
-    undo = _reset_classifier(model, next(shape[0] for n, shape in wanted.items() if n.endswith(("bias", "weight"))))
-    if shapes() != wanted:
-        found = shapes()
-        undo()
-        raise CheckpointError(f"{path}: its head {wanted} does not fit this model's {found}")
-    return undo
+    return _reset_classifier(model, next(iter(wanted.values())))
 
 
-def _reset_classifier(model: nn.Module, classes: int):
+def _reset_classifier(model: nn.Module, classes: int) -> Callable[[], None]:
     """timm's ``reset_classifier``; returns a function that puts the former one back."""
     heads = {h.path: h.module for h in head_places(model)} or {
         n: getattr(model, n) for n in ("head", "head_dist") if isinstance(getattr(model, n, None), nn.Identity)
     }
-    count = model.num_classes
+    count = getattr(model, "num_classes", None)
 
-    def undo() -> None:
+    def put_back() -> None:
         model.reset_classifier(count)
         for path, module in heads.items():
             parent, _, leaf = path.rpartition(".")
@@ -773,7 +765,7 @@ def _reset_classifier(model: nn.Module, classes: int):
     for head in head_places(model):
         head.module.to(device=like.device, dtype=like.dtype)
         head.module.requires_grad_(True)
-    return undo
+    return put_back
 
 
 def _sites_table(root: Root) -> list[str]:

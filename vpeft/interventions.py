@@ -13,6 +13,8 @@ class                  hooks                                       mergeable   r
 ``InsertTokens``       block pre-hook and hook                     no          yes
 ``JoinWindows``        a Swin block's forward                      no          yes
 ``ExtraKeys``          attention's forward                         no          yes
+``ExtraQueries``       attention's forward, hook on the block      no          yes
+``WideHead``           stands in the classifier's place            no          no
 ``ReplaceTensor``      pre-hook and hook of the tensor's owner     yes         no
 ``ExistingTensors``    none: unfreezes tensors of the model        is a load   no
 =====================  ==========================================  ==========  =======
@@ -39,19 +41,21 @@ from .sites import (
     attention_inputs,
     attention_output,
     check_attention,
+    check_rows,
     check_sequence,
     check_windows,
     grid_of,
     pad_pairs,
     pad_rope,
+    rows_through_block,
     separate_bias,
     through_block,
     through_merging,
 )
 
 __all__ = [
-    "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "Folded", "Grid", "InsertTokens",
-    "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift",
+    "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "Folded", "Grid",
+    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "WideHead",
 ]  # fmt: skip
 
 
@@ -109,7 +113,11 @@ class Intervention(nn.Module):
         raise MethodError(f"{type(self).__name__} cannot be merged: it is not an affine map of a frozen weight")
 
     def swap(self) -> None:
-        """Called when it is switched on or off; most need nothing but ``enabled``."""
+        """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
+
+    def claims(self) -> set[str]:
+        """Names of what it replaces in the model while enabled, and no other enabled method may replace as well."""
+        return set()
 
 
 class AddToBranch(Intervention):
@@ -401,7 +409,7 @@ def _checkpointing(model: nn.Module) -> bool:
 
 
 class _ManyKeys(nn.Module):
-    """The forward of one attention, with the keys and values of every method that brings some.
+    """The forward of one attention, as all the methods that meet its keys and values together change it.
 
     It is reached only through the attention's attribute ``forward``, so that it appears in no state dict.
     """
@@ -412,35 +420,39 @@ class _ManyKeys(nn.Module):
 
     def run(self, x: Tensor, *args: Tensor, **kwargs) -> Tensor:
         attn = self.place.module
-        extra = [guest(x) for guest in self.guests if guest.enabled]
-        if not extra:
+        guests = [guest for guest in self.guests if guest.enabled]
+        if not guests:
             return type(attn).forward(attn, x, *args, **kwargs)
         if args:  # by their names in timm: Swin's mask, BEiT's shared bias
             names = type(attn).forward.__code__.co_varnames[2 : 2 + len(args)]
             kwargs |= dict(zip(names, args, strict=True))
         q, k, v = attention_inputs(attn, x, kwargs.get("rope"))
         bias = attention_bias(attn, **{n: t for n, t in kwargs.items() if n != "rope"})
-        tokens = sum(key.shape[-2] for key, _ in extra)
-        if bias is not None:
-            fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
-            bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
-        keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
-        y = attend(attn, q, torch.cat([*keys, k], 2), torch.cat([*values, v], 2), bias)
-        return attention_output(attn, y, x)
+        extra = [pair for guest in guests if (pair := guest.meet(x, k, v)) is not None]
+        if extra:
+            tokens = sum(key.shape[-2] for key, _ in extra)
+            if bias is not None:
+                fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
+                bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
+            keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
+            k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
+        return attention_output(attn, attend(attn, q, k, v, bias), x)
 
 
-class ExtraKeys(Intervention):
-    """Keys and values that every token attends to besides the tokens' own; they come in no position and make no rows.
+class _AttentionGuest(Intervention):
+    """What meets the keys and values of a block's attention, whose forward is replaced for it.
 
-    ``forward(x)`` gives key and value, each (heads, P, d) or (B, heads, P, d), from the attention's input x (B, N, D)
-    (in Swin one window's tokens, windows in the batch). Relative-position bias and masks are 0 for them, rotary
-    embedding and q/k norm do not touch them. Several methods' keys on one attention are concatenated.
+    ``meet(x, k, v)`` is called with the attention's input (B, N, D) and its own keys and values (B, heads, N, d), and
+    gives further ones or None.
     """
 
-    def __init__(self, block: BlockSite):
-        super().__init__(block.index)
+    def __init__(self, block: BlockSite, position: int):
+        super().__init__(position)
         check_attention(block)
         self.place = block.attn
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        raise NotImplementedError
 
     def places(self) -> list[Place]:
         return [self.place]
@@ -460,6 +472,159 @@ class ExtraKeys(Intervention):
             here.guests.remove(self)
             if not here.guests:
                 del attn.forward
+
+
+class ExtraKeys(_AttentionGuest):
+    """Keys and values that every token attends to besides the tokens' own; they come in no position and make no rows.
+
+    ``forward(x)`` gives key and value, each (heads, P, d) or (B, heads, P, d), from the attention's input x (B, N, D)
+    (in Swin one window's tokens, windows in the batch). Relative-position bias and masks are 0 for them, rotary
+    embedding and q/k norm do not touch them. Several methods' keys on one attention are concatenated.
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block, block.index)
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x)
+
+
+class ExtraQueries(_AttentionGuest):
+    """Rows that read a block's tokens without being read: they attend to the tokens' keys and values, and go through
+    the rest of the frozen block by themselves.
+
+    ``forward(batch)`` gives the rows (B, T, D); ``take()`` gives what the block made of them in the present forward.
+    The block's own path stays what it is, and carries no graph: what the rows read of it is detached. While gradients
+    are recorded, the rows run only when they are taken, so that activation checkpointing never sees them; what they
+    read is held until then (a run that stops at the features holds it until the next one).
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block, LAST)  # no gradient enters any block's own path
+        check_rows(block)
+        self.block = block
+        self._held: tuple[Tensor, Tensor] | Tensor | None = None
+
+    def places(self) -> list[Place]:
+        return [self.place, self.block]
+
+    def install(self) -> None:
+        super().install()
+        self.block.module.register_forward_hook(self._leave)
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> None:
+        self._held = k.detach(), v.detach()
+
+    def _leave(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.enabled and not torch.is_grad_enabled():
+            self._held = self._read(*self._held)
+
+    def _read(self, k: Tensor, v: Tensor) -> Tensor:
+        return rows_through_block(self.block, self(len(k)), k, v)
+
+    def take(self) -> Tensor:
+        """The rows (B, T, D) after the block; they are then forgotten."""
+        held, self._held = self._held, None
+        if held is None:
+            raise MethodError(f"{self.block.path} has not run since its rows were taken: call the model, or its head once")
+        return held if isinstance(held, Tensor) else self._read(*held)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_held": None}
+
+
+class WideHead(Intervention):
+    """A linear classifier of more inputs, which stands in the place and under the name of the model's own.
+
+    ``forward(x)`` makes its inputs from what the own classifier would get. It counts as the model's head: it is trained,
+    saved and decayed as one, ``get_classifier`` gives it, and ``reset_classifier`` makes it anew, with ``width`` inputs.
+    The own classifier waits aside, untouched, and is back in its place while this is switched off.
+
+    Args:
+        sites: of the model.
+        more: inputs beyond the own classifier's.
+    """
+
+    routable = False
+
+    def __init__(self, sites: Sites, more: int):
+        super().__init__(LAST)
+        if len(sites.heads) != 1 or not isinstance(sites.heads[0].module, nn.Linear):
+            found = ", ".join(f"{h.path} ({type(h.module).__name__})" for h in sites.heads) or "none"
+            raise UnsupportedModelError(f"one linear classifier is widened; this model has {found}")
+        self.model, self.path = Place("", sites.model), sites.heads[0].path
+        self.width = sites.heads[0].module.in_features + more
+        self._set_aside(None)
+
+    # The classifier that is not in use. Unregistered: it is saved and trained by nobody.
+    def _set_aside(self, module: nn.Module | None) -> None:
+        object.__setattr__(self, "aside", module)
+
+    def _apply(self, fn, recurse: bool = True) -> "WideHead":
+        if self.aside is not None:
+            self.aside._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
+    def current(self) -> Place:
+        """What stands in the classifier's place."""
+        return Place(self.path, self.model.module.get_submodule(self.path))
+
+    def _exchange(self, module: nn.Module) -> None:
+        parent, _, leaf = self.path.rpartition(".")
+        self._set_aside(self.current.module)
+        setattr(self.model.module.get_submodule(parent), leaf, module)
+
+    def _widened(self, own: nn.Module) -> nn.Module:
+        """A fresh classifier with as many outputs, or, where there are none, what gives its inputs."""
+        wide: nn.Module = nn.Identity()
+        if isinstance(own, nn.Linear):
+            like = {"device": own.weight.device, "dtype": own.weight.dtype}
+            wide = nn.Linear(self.width, own.out_features, bias=own.bias is not None, **like)
+        wide.register_forward_pre_hook(self._widen)
+        return wide.train(own.training)
+
+    def _widen(self, module: nn.Module, args: tuple) -> tuple:
+        return self(args[0]), *args[1:]
+
+    def places(self) -> list[Place]:
+        return [self.current]
+
+    def claims(self) -> set[str]:
+        return {self.path}
+
+    def install(self) -> None:
+        self._exchange(self._widened(self.current.module))
+        if "reset_classifier" not in vars(self.model.module):
+            self.model.module.reset_classifier = self._reset
+
+    def uninstall(self) -> None:
+        if self.enabled and self.aside is not None:
+            self._exchange(self.aside)
+        model = self.model.module
+        if getattr(vars(model).get("reset_classifier"), "__self__", None) is self:
+            del model.reset_classifier
+            others = [m for m in model.modules() if isinstance(m, WideHead) and m is not self]
+            if others:
+                model.reset_classifier = others[0]._reset
+
+    def swap(self) -> None:
+        self._exchange(self.aside)
+
+    def _reset(self, num_classes: int, *args, **kwargs) -> None:
+        model = self.model.module
+        type(model).reset_classifier(model, num_classes, *args, **kwargs)
+        for part in model.modules():
+            if isinstance(part, WideHead):
+                part.follow()
+
+    def follow(self) -> None:
+        """Take up the number of classes of the classifier that now stands in the model."""
+        wide = self._widened(self.current.module)
+        if self.enabled:
+            self._exchange(wide)
+        else:
+            self._set_aside(wide)
 
 
 class Grid(Intervention):
@@ -590,6 +755,9 @@ class ExistingTensors(Intervention):
 
     def places(self) -> list[Place]:
         return []
+
+    def claims(self) -> set[str]:
+        return set(self.slots)
 
     def install(self) -> None:
         for _, parameter in self.tensors():

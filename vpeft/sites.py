@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
@@ -581,6 +583,49 @@ def attention_output(attn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     if gate is not None:
         y = y * gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y))
+
+
+# ---- a plain block, for rows that read its tokens without being read ----
+
+_BLOCKS = (Block, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
+
+
+def check_rows(block: BlockSite) -> None:
+    """Raise where ``rows_through_block`` does not restate this block.
+
+    Raises:
+        UnsupportedModelError: a block of another class.
+    """
+    check_attention(block)
+    kind = type(block.module)
+    if kind.forward not in {c.forward for c in _BLOCKS}:
+        known = ", ".join(sorted({f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in _BLOCKS}))
+        raise UnsupportedModelError(
+            f"{block.path}: rows cannot be sent through a {kind.__module__.rpartition('.')[2]}.{kind.__name__} by "
+            f"themselves; known: {known}"
+        )
+
+
+def rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows (B, T, D) through a block whose tokens have the keys and values k, v (B, heads, N, d); T need not be N.
+
+    The rows have no position: no rotation, and no relative-position bias towards any token.
+    """
+    m, attn = block.module, block.module.attn
+    h = m.norm1(rows) if block.pre_norm else rows
+    a = attention_output(attn, attend(attn, attention_inputs(attn, h)[0], k, v), h)
+    rows = rows + m.drop_path1(_layer_scale(m, 1, a) if block.pre_norm else m.norm1(a))
+    if block.pre_norm:
+        return rows + m.drop_path2(_layer_scale(m, 2, m.mlp(m.norm2(rows))))
+    return rows + m.drop_path2(m.norm2(m.mlp(rows)))
+
+
+def _layer_scale(block: nn.Module, branch: int, y: Tensor) -> Tensor:
+    """LayerScale of a branch's output: a module in ViTs, a parameter in BEiT and EVA, or absent."""
+    if hasattr(block, f"ls{branch}"):
+        return getattr(block, f"ls{branch}")(y)
+    gain = getattr(block, f"gamma_{branch}", None)
+    return y if gain is None else gain * y
 
 
 # ---- Swin's block, for methods that send tokens of their own through it ----

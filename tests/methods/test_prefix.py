@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from compare import VIT_B, compare, count, kinds, state
+from compare import VIT_B, compare, count, kinds, state, uniform
 from einops import rearrange
-from models import randomise
+from models import attached, images, make, randomise
 from reference import Reference
 
 import vpeft
@@ -123,3 +123,28 @@ def test_initial_values():
     s = state("prefix", tokens=40)
     assert s["blocks.0.prefix.key"].shape == (2, 40, 32)
     assert s["blocks.0.prefix.value"].std() == pytest.approx(0.02, rel=0.1)
+
+
+@kinds
+@pytest.mark.parametrize("method", ["prefix", "mam", "unipelt"])
+def test_a_file_holds_keys_and_values_alone(kind, method, tmp_path):
+    model = make(kind)
+    handle = attached(model, method, form="perceptron", hidden=7, tokens=4)
+    randomise(handle)
+    handle.eval()
+    path = handle.save(tmp_path / "a.safetensors")
+    fresh = make(kind)
+    loaded = vpeft.load(fresh, path)
+    assert loaded.method.form == "direct"
+    names = {n.rpartition(".prefix.")[2] for n in loaded.state_dict() if ".prefix." in n}
+    assert names == {"key", "value"}
+    assert torch.equal(fresh(images(model)), model(images(model)))
+    kept = handle.save(tmp_path / "b.safetensors", training=True)
+    assert vpeft.load(make(kind), kept).method == handle.method
+
+
+def test_initial_values_of_the_perceptron():
+    s = state("prefix", form="perceptron", tokens=40, hidden=32)
+    assert s["blocks.0.prefix.embedding"].shape == (40, 64)
+    assert s["blocks.0.prefix.embedding"].std() == pytest.approx(1, rel=0.1)
+    uniform(s["blocks.0.prefix.down.weight"], 64**-0.5)

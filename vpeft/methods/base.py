@@ -98,6 +98,10 @@ class Method:
         """Weight of the divergence between two runs on one batch that the method's loss asks for; 0 for most."""
         return float(getattr(self, "consistency", 0.0))
 
+    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
+        """Further lines of ``handle.summary()``, as (title, text)."""
+        return []
+
     def exported(self, handle: "Handle") -> "tuple[Method, dict[str, Tensor]]":
         """The method and tensors that a file holds; simpler ones than in training where those compute the same."""
         return self, handle.state_dict()

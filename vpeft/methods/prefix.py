@@ -1,7 +1,7 @@
 """Keys and values beside the tokens' own: prefix tuning (Li and Liang, ACL 2021, arXiv 2101.00190)."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from ..errors import MethodError
 from ..interventions import ExtraKeys, Intervention
 from ..sites import BlockSite, Sites
-from .base import Blocks, Method, Paper, PerBlock, register
+from .base import Blocks, Method, Paper, PerBlock, create, register
+
+if TYPE_CHECKING:
+    from ..attach import Handle
 
 
 class Prefix(ExtraKeys):
@@ -39,9 +42,28 @@ class MadePrefix(ExtraKeys):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        both = self.drop(self.up(self.down(self.embedding).tanh()))
+        return self.pair(self.drop(self.up(self.down(self.embedding).tanh())))
+
+    def pair(self, both: Tensor) -> tuple[Tensor, Tensor]:
         key, value = both.unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
         return key, value
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The ``key`` and ``value`` that it stands for."""
+        key, value = self.pair(self.up(self.down(self.embedding).tanh()))
+        return {"key": key, "value": value}
+
+
+def fold_prefixes(handle: "Handle") -> dict[str, Tensor]:
+    """A method's tensors with keys and values in place of what makes them."""
+    state = handle.state_dict()
+    for path, part in handle.root.named_modules():
+        if isinstance(part, MadePrefix):
+            for name, _ in part.named_parameters():
+                del state[f"{path}.{name}"]
+            state |= {f"{path}.{name}": value for name, value in part.folded().items()}
+    return state
 
 
 @register(
@@ -59,7 +81,7 @@ class PrefixTuning(Method):
     Args:
         tokens: P, one for all blocks or one per block (0: none there).
         form: ``direct`` trains keys and values themselves, N(0, 0.02²) at the start; ``perceptron`` makes them from an
-            embedding by Linear, tanh, Linear, as the paper does for stability.
+            embedding by Linear, tanh, Linear, as the paper does for stability; a file then holds keys and values alone.
         hidden: width of that perceptron.
         dropout: on its result.
         blocks: which blocks; None for all.
@@ -88,3 +110,6 @@ class PrefixTuning(Method):
                 yield f"{block.path}.prefix", Prefix(block, tokens)
             else:
                 yield f"{block.path}.prefix", MadePrefix(block, tokens, self.hidden, self.dropout)
+
+    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
+        return create(self.name, tokens=self.tokens, blocks=self.blocks), fold_prefixes(handle)

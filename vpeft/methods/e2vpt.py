@@ -1,0 +1,253 @@
+"""E2VPT: prompts in the input and in keys and values, pruned and trained anew (Han et al., ICCV 2023, arXiv 2307.13770)."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..errors import MethodError, UnsupportedModelError
+from ..interventions import ExtraKeys
+from ..sites import BlockSite, Place, Sites, patch_fan
+from .base import Method, Paper, register
+from .vpt import Prompts, VPTDeep, WindowPrompts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..attach import Handle
+
+
+class Masks(nn.Module):
+    """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start."""
+
+    def __init__(self, tokens: int, segments: int, seed: int, heads: list[Place]):
+        super().__init__()
+        self.register_buffer("token_mask", torch.ones(tokens))
+        self.register_buffer("segment_mask", torch.ones(tokens, segments))
+        self.register_buffer("seed", torch.tensor(seed))
+        # What the head starts from; of no use in a file.
+        self.head = {f"{h.path}.{n}": t.detach().clone() for h in heads for n, t in h.module.named_parameters()}
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        """Prompts (B, P, D) times the masks; a segment is D / S neighbouring channels."""
+        mask = self.token_mask[:, None] * self.segment_mask
+        return (prompts.unflatten(-1, (mask.shape[1], -1)) * mask[..., None]).flatten(-2)
+
+
+class _Masked:
+    """Gives a block's prompts masks."""
+
+    masks: Masks
+
+    def forward(self, batch: int) -> Tensor | None:
+        prompts = super().forward(batch)
+        return None if prompts is None else self.masks(prompts)
+
+
+class MaskedPrompts(_Masked, Prompts):
+    """In front of one block's patches, masked."""
+
+
+class MaskedWindowPrompts(_Masked, WindowPrompts):
+    """In every window of one Swin block, masked."""
+
+
+class KeyValue(ExtraKeys):
+    """``kv`` (heads, P, head width), or ``key`` and ``value``; or, without either, another block's."""
+
+    no_decay = frozenset({"kv", "key", "value"})
+
+    def __init__(self, method: "E2VPT", sites: Sites, block: BlockSite, source: "KeyValue | None"):
+        super().__init__(block)
+        self.drop = nn.Dropout(method.kv_dropout)
+        for name in () if source else ("kv",) if method.share_kv else ("key", "value"):
+            tensor = nn.Parameter(torch.empty(block.heads, method.kv_tokens, block.head_width))
+            self.register_parameter(name, tensor)
+            if method.init == "kaiming":  # fan-in of (heads, P, d) as torch counts it: P d
+                nn.init.kaiming_uniform_(tensor, a=0)
+            elif method.init == "trunc_normal":
+                nn.init.trunc_normal_(tensor, std=0.02)
+            else:
+                bound = math.sqrt(6 / (patch_fan(sites) + block.width))
+                nn.init.uniform_(tensor, -bound, bound)
+        object.__setattr__(self, "source", source or self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.source._parameters
+        key, value = (own["kv"], own["kv"]) if "kv" in own else (own["key"], own["value"])
+        return self.drop(key), self.drop(value)
+
+
+@register(
+    "e2vpt",
+    Paper(
+        "E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning",
+        "ICCV 2023",
+        "2307.13770",
+        "prompt",
+        vtab="71.42 mean of 19 tasks (73.94 group mean), the paper",
+    ),
+    where="fresh tokens in front of every block, and keys and values of every attention",
+    aliases=("e2_vpt",),
+)
+class E2VPT(VPTDeep):
+    """VPT-Deep's prompts times masks, and beside them learned keys and values in every attention.
+
+    It is trained twice. The second training starts where the first one did, with the prompts of little use masked out:
+
+    1. Attach and train as any method; save (``first.safetensors``).
+    2. Attach with ``pruned_from="first.safetensors"`` and call ``handle.calibrate(loader)``, which looks at the trained
+       prompts and sets the masks; train; save. The configuration file of the second run needs that option alone.
+
+    ``calibrate`` without ``pruned_from``, on a handle that was just trained, does the same within one program. Calibration
+    sums, over the batches, the absolute gradient of the mean loss with respect
+    to each mask, drops the tokens with the lowest sums and then, in each token, the segments with the lowest. Prompts,
+    keys, values return to the very values that the first training started from (a file holds the seed they came from),
+    the head to its own. Masked prompts are zero, but keep their place in the sequence.
+
+    Args:
+        tokens: P, prompts in front of each block.
+        kv_tokens: learned keys and values per head; 0 for none.
+        share_kv: one tensor (``blocks.{i}.prefix.kv``) is both; else there are two (``key`` and ``value``).
+        share_blocks: all blocks have the same keys and values (``prefix.kv`` …).
+        init: of those: ``kaiming`` uniform, ``trunc_normal`` with std 0.02, or ``uniform`` in the prompts' range.
+        kv_dropout: on them.
+        segments: S, in how many parts a prompt is masked; divides every width.
+        prune_tokens, prune_segments: per cent to drop in calibration, rounded down; at least 1 token and 4 segments per
+            token stay. The paper chooses among 10, 20 … 90 on validation images.
+        pruned_from: file of the first training; see above.
+        dropout, project, shared, blocks: of the prompts, as ``vpt_deep``'s.
+    """
+
+    tokens: int = 5
+    kv_tokens: int = 5
+    share_kv: bool = True
+    share_blocks: bool = False
+    init: Literal["kaiming", "trunc_normal", "uniform"] = "kaiming"
+    kv_dropout: float = 0.0
+    segments: int = 16
+    prune_tokens: float = 10.0
+    prune_segments: float = 10.0
+    pruned_from: str | None = None
+
+    KEEP_TOKENS, KEEP_SEGMENTS = 1, 4
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.pruned_from is not None
+
+    def check(self) -> None:
+        super().check()
+        if self.kv_tokens < 0 or self.segments < 1:
+            raise MethodError(f"{self.name}: kv_tokens and segments cannot be {self.kv_tokens} and {self.segments}")
+        if not 0 <= self.kv_dropout < 1:
+            raise MethodError(f"{self.name}.kv_dropout: {self.kv_dropout} is no probability in [0, 1)")
+        for option in ("prune_tokens", "prune_segments"):
+            if not 0 <= getattr(self, option) <= 100:
+                raise MethodError(f"{self.name}.{option}: {getattr(self, option)} is no percentage")
+
+    def _plant(self, sites: Sites, block: BlockSite, **how) -> "MaskedPrompts | MaskedWindowPrompts":
+        if block.width % self.segments:
+            raise MethodError(f"{self.name}.segments: {self.segments} does not divide the width {block.width}")
+        planted = (MaskedWindowPrompts if block.maps else MaskedPrompts)(self, sites, block, **how)
+        object.__setattr__(planted, "masks", self._masks)
+        return planted
+
+    def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
+        """Everything, at the initial values that belong to a seed."""
+        self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_plant``
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = [("e2vpt", self._masks), *super().build(sites)]
+            first = None
+            for block in sites.choose(self.blocks) if self.kv_tokens else []:
+                own = first is None or not self.share_blocks
+                keys = KeyValue(self, sites, block, None if own else first)
+                parts.append(("prefix" if own and self.share_blocks else f"{block.path}.prefix", keys))
+                first = first or keys
+        del self._masks
+        return iter(parts)
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
+        if sites.blocks[0].maps and self.share_blocks:
+            raise UnsupportedModelError(f"{self.name}: stages differ in heads, so share_blocks has no meaning")
+        return self._parts(sites, int(torch.randint(2**62, ())))
+
+    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Choose what to mask by the trained prompts, and go back to the start."""
+        masks: Masks = handle.root.get_submodule("e2vpt")
+        head = masks.head
+        if self.pruned_from is not None:
+            head = {n: t.clone() for n, t in handle.head_state_dict().items()}
+            handle.load_state_dict(_first_training(self.pruned_from, handle))
+        masks.token_mask.fill_(1)
+        masks.segment_mask.fill_(1)
+        handle.eval()
+        tokens, segments = importance(handle.model, masks, batches)
+        masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
+        masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
+        self._rewind(handle, int(masks.seed))
+        now = handle.head_state_dict()  # of another shape after ``reset_classifier``
+        handle.load_state_dict({n: t for n, t in head.items() if n in now and now[n].shape == t.shape}, strict=False)
+
+    @torch.no_grad()
+    def _rewind(self, handle: "Handle", seed: int) -> None:
+        state = dict(handle.named_parameters())
+        for path, part in self._parts(handle.sites, seed):
+            for name, start in part.named_parameters():
+                state[f"{path}.{name}"].copy_(start)
+
+    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
+        return replace(self, pruned_from=None), handle.state_dict()
+
+    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
+        masks: Masks = handle.root.get_submodule("e2vpt")
+        if masks.seed.is_meta or (masks.token_mask.all() and masks.segment_mask.all()):
+            return [("masks", "none")]
+        mask = masks.token_mask[:, None] * masks.segment_mask
+        prompts = [p.numel() for n, p in handle.named_parameters() if n.endswith("vpt.prompts")]
+        share = masks.token_mask if self.project else mask  # what a projection makes is masked, not its input
+        kept = round(share.mean().item() * sum(prompts))
+        own = sum(p.numel() for p in handle.parameters()) - sum(prompts) + kept
+        text = f"{int(masks.token_mask.sum())} of {self.tokens} tokens and {int(mask.sum())} of {mask.numel()} segments kept"
+        return [("masks", f"{text}: {own:,} numbers that count")]
+
+
+def _first_training(path: "str | Path", handle: "Handle") -> dict[str, Tensor]:
+    from pathlib import Path
+
+    file = checkpoint.read(Path(path))
+    if file.about["method"]["name"] != E2VPT.name:
+        raise MethodError(f"{E2VPT.name}.pruned_from: {path} holds {file.about['method']['name']}")
+    checkpoint.check_backbone(handle.model, file)
+    return file.tensors
+
+
+def importance(model: nn.Module, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum over the batches of the absolute gradients of the mean loss with respect to both masks."""
+    both = [masks.token_mask, masks.segment_mask]
+    tokens, segments = (torch.zeros_like(mask, dtype=torch.float32) for mask in both)
+    try:
+        for mask in both:
+            mask.requires_grad_(True)
+        for images, labels in batches:
+            gradients = torch.autograd.grad(F.cross_entropy(model(images).float(), labels), both)
+            tokens += gradients[0].abs()
+            segments += gradients[1].abs()
+    finally:
+        for mask in both:
+            mask.requires_grad_(False)
+    return tokens, segments
+
+
+def keep(scores: Tensor, percent: float, least: int) -> Tensor:
+    """0 for the lowest ``percent`` of each row of scores, 1 for the others, of which at least ``least`` remain."""
+    count = scores.shape[-1]
+    drop = max(min(int(count * percent / 100), count - least), 0)
+    lowest = scores.argsort(dim=-1, stable=True)[..., :drop]
+    return torch.ones_like(scores).scatter(-1, lowest, 0)

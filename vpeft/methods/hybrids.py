@@ -1,0 +1,348 @@
+"""Hybrids: MAM adapter (arXiv 2110.04366), UniPELT (arXiv 2110.07577) and S4 (arXiv 2301.01821), made of other methods."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MethodError
+from ..interventions import Intervention
+from ..sites import BlockSite, Place, Sites
+from .adapter import BottleneckAdapter, MappedBottleneck
+from .adaptformer import AdaptFormer
+from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register, tensors_of
+from .lora import LoRA, LoraLinear
+from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
+from .selective import BitFit
+
+if TYPE_CHECKING:
+    from ..attach import Handle
+
+
+class _WithPrefix(Method):
+    """A method with prefixes, which a file holds in their direct form."""
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        super().check()
+        for name in ("prefix_dropout", "lora_dropout"):
+            if not 0 <= getattr(self, name, 0) < 1:
+                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} is no probability in [0, 1)")
+        if self.hidden < 1:
+            raise MethodError(f"{self.name}.hidden: {self.hidden} is no width")
+
+    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
+        return type(self)(**(self.options() | {"form": "direct"})), fold_prefixes(handle)
+
+
+@register(
+    "mam",
+    Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", "ICLR 2022", "2110.04366", "hybrid"),
+    where="keys and values of every attention, and parallel to every MLP",
+    aliases=("mam_adapter",),
+)
+class MAM(_WithPrefix):
+    """Prefix tuning in every attention, and a scaled bottleneck parallel to every MLP.
+
+    The bottleneck is ``adaptformer``'s, s (drop(relu(z Wd^T + bd)) Wu^T + bu), but reads what the MLP reads.
+
+    Args:
+        tokens: P, keys and values per head, one for all blocks or one per block (0: none there).
+        form, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``hidden`` and ``dropout``. The official
+            runs have the ``perceptron`` form.
+        bottleneck: rows of Wd, one for all blocks or one per block (0: none there).
+        scale: s, or ``"learnable"`` (one number, starting at 1). Published: 4 in translation, 2 on GLUE.
+        norm: a LayerNorm of the bottleneck's own on its input (``"in"``), on its result (``"out"``), or ``"none"``.
+        dropout: on its hidden layer.
+        reads: ``normed``, what the MLP gets, as the official models do; ``stream``, the residual stream before norm2.
+        blocks: which blocks; None for all.
+    """
+
+    tokens: PerBlock = 10
+    form: Literal["direct", "perceptron"] = "direct"
+    hidden: int = 512
+    prefix_dropout: float = 0.0
+    bottleneck: PerBlock = 64
+    scale: float | Literal["learnable"] = 0.1
+    norm: Literal["none", "in", "out"] = "none"
+    dropout: float = 0.0
+    reads: Literal["normed", "stream"] = "normed"
+    blocks: Blocks = None
+
+    presets = {
+        "translation": {"tokens": 30, "form": "perceptron", "bottleneck": 512, "scale": 4.0},
+        "glue": {"tokens": 16, "form": "perceptron", "bottleneck": 16, "scale": 2.0},
+    }
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        prefixes = PrefixTuning(
+            tokens=self.tokens, form=self.form, hidden=self.hidden, dropout=self.prefix_dropout, blocks=self.blocks
+        )
+        yield from prefixes.build(sites)
+        adapters = AdaptFormer(
+            bottleneck=self.bottleneck, scale=self.scale, norm=self.norm, dropout=self.dropout, blocks=self.blocks
+        )
+        for path, part in adapters.build(sites):
+            if self.reads == "normed":
+                part.reads = sites.blocks[part.position].mlp
+            yield path, part
+
+
+class Gates(Intervention):
+    """One number per sample and gate: the mean over the sample's tokens of sigmoid(x w^T + b).
+
+    For prefixes and LoRA, x is what the attention's queries, keys and values are made of: read before it is cut into
+    windows, so that in Swin too a gate sees its whole sample once, and no padding.
+    """
+
+    def __init__(self, block: BlockSite, names: list[str]):
+        super().__init__(block.index)
+        self.read, self.on_output = (block.norm1, True) if block.pre_norm else (block, False)
+        for name in names:
+            self.add_module(f"gate_{name}", nn.Linear(block.width, 1))
+        if "adapter" in names:
+            nn.init.normal_(self.gate_adapter.weight, std=0.02)
+            nn.init.zeros_(self.gate_adapter.bias)
+        self._open: dict[str, Tensor] = {}
+
+    def places(self) -> list[Place]:
+        return [self.read]
+
+    def install(self) -> None:
+        if self.on_output:
+            self.read.module.register_forward_hook(self._see_output)
+        else:
+            self.read.module.register_forward_pre_hook(self._see)
+
+    def _see_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._see(module, (output,))
+
+    def _see(self, module: nn.Module, args: tuple) -> None:
+        if self.enabled:
+            self._open = {
+                name: self.gate(name, args[0]) for name in ("prefix", "lora_q", "lora_v") if f"gate_{name}" in self._modules
+            }
+
+    def gate(self, name: str, x: Tensor) -> Tensor:
+        """(B,) from x (B, …, D)."""
+        return self.get_submodule(f"gate_{name}")(x).sigmoid().flatten(1).mean(1)
+
+    def take(self, name: str, batch: int) -> Tensor:
+        """A gate for ``batch`` windows, or whole samples, in their order; it is then forgotten."""
+        g = self._open.pop(name)
+        return g.repeat_interleave(batch // len(g))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+
+class _Gated:
+    """A part whose block's gates stand beside it, unregistered: they are saved once, under ``unipelt``."""
+
+    gates: Gates
+
+    def behind(self, gates: Gates) -> "_Gated":
+        object.__setattr__(self, "gates", gates)
+        return self
+
+
+class _GatedPair(_Gated):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        g = self.gates.take("prefix", len(x))[:, None, None, None]
+        key, value = super().forward(x)
+        return g * key, g * value
+
+
+class GatedPrefix(_GatedPair, Prefix):
+    """Keys and values, both times their gate."""
+
+
+class GatedMadePrefix(_GatedPair, MadePrefix):
+    """The same, of the perceptron's."""
+
+
+class GatedLora(_Gated, LoraLinear):
+    """y + g x A^T B^T, with a gate for each slot in place of the constant."""
+
+    mergeable = False
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.factors()
+        order = [s for _, s in sorted(zip(self.rows, self.slots or [self.site.slot], strict=True))]
+        g = torch.stack([self.gates.take(f"lora_{s}", len(x)) for s in order], -1)
+        h = nn.functional.linear(self.drop(x), a).unflatten(-1, (len(order), -1))
+        h = (h * g[:, None, :, None].to(h.dtype)).flatten(-2)
+        return y + nn.functional.linear(h, b)
+
+    def fold(self):
+        return Intervention.fold(self)
+
+
+class GatedAdapter(_Gated, MappedBottleneck):
+    """v + g(v) times the gate of v."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        gate = self.gates.gate("adapter", v)
+        return v + gate.view(-1, *(1,) * (v.ndim - 1)) * self.g(v)
+
+
+@register(
+    "unipelt",
+    Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", "ACL 2022", "2110.07577", "hybrid"),
+    where="keys and values, q and v, and the MLP branch, each behind a gate",
+)
+class UniPELT(_WithPrefix):
+    """Prefixes, LoRA on q and v, and a sequential adapter on the MLP branch, each times a gate between 0 and 1.
+
+    A gate is one number per sample, the mean over its tokens of sigmoid(x w^T + b). That of the prefixes multiplies keys
+    and values; those of LoRA, one for q and one for v, stand where alpha / r would; that of the adapter multiplies its
+    result before the residual addition. The first three read the attention's input, the last the adapter's. In a Swin
+    the mean is over all tokens of the sample, not over those of a window.
+
+    Args:
+        tokens: keys and values per head, one for all blocks or one per block (0: none there).
+        form, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``hidden`` and ``dropout``.
+        rank: of LoRA, one for all blocks or one per block (0: none there).
+        lora_dropout: on LoRA's input.
+        bottleneck: of the adapter, one for all blocks or one per block (0: none there).
+        act: activation of the adapter, by timm's name.
+        dropout: on the adapter's hidden layer.
+        blocks: which blocks; None for all.
+    """
+
+    tokens: PerBlock = 10
+    form: Literal["direct", "perceptron"] = "direct"
+    hidden: int = 512
+    prefix_dropout: float = 0.0
+    rank: PerBlock = 8
+    lora_dropout: float = 0.0
+    bottleneck: PerBlock = 48
+    act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "relu"
+    dropout: float = 0.0
+    blocks: Blocks = None
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        sizes = {
+            option: {b.index: n for b, n in self.sized_blocks(sites, option, self.blocks)}
+            for option in ("tokens", "rank", "bottleneck")
+        }
+        for block in sites.choose(self.blocks):
+            tokens, rank, bottleneck = (sizes[option].get(block.index, 0) for option in sizes)
+            names = ["prefix"] * bool(tokens) + ["lora_q", "lora_v"] * bool(rank) + ["adapter"] * bool(bottleneck)
+            if names:
+                gates = Gates(block, names)
+                yield f"{block.path}.unipelt", gates
+                for path, part in self._parts(block, tokens, rank, bottleneck):
+                    yield path, part.behind(gates)
+
+    def _parts(self, block: BlockSite, tokens: int, rank: int, bottleneck: int) -> Iterator[tuple[str, _Gated]]:
+        if tokens and self.form == "direct":
+            yield f"{block.path}.prefix", GatedPrefix(block, tokens)
+        elif tokens:
+            yield f"{block.path}.prefix", GatedMadePrefix(block, tokens, self.hidden, self.prefix_dropout)
+        for path, linears in linears_by_path(block, ["q", "v"]).items() if rank else ():
+            yield f"{path}.lora", GatedLora(linears, block.index, rank, 1.0, self.lora_dropout, on_input=True)
+        if bottleneck:
+            adapter = BottleneckAdapter(act=self.act, init="bert", dropout=self.dropout)
+            yield f"{block.path}.adapter_mlp", GatedAdapter(adapter, block, bottleneck, block.branch2)
+
+
+STRATEGIES = ("adapter", "prefix", "bitfit", "lora")
+
+
+@register(
+    "s4",
+    Paper("Parameter-Efficient Fine-Tuning Design Spaces", "ICLR 2023", "2301.01821", "hybrid"),
+    where="a set of other methods per group of blocks",
+)
+class S4(Method):
+    """Blocks in groups, and in each group its own set of strategies: adapters, prefixes, LoRA, biases.
+
+    Group sizes form a spindle, small at both ends (12 blocks: 2, 4, 4, 2), and all groups are tuned. The strategies are
+    the library's ``adapter`` (on the MLP branch), ``prefix``, ``lora`` (on q and v) and ``bitfit`` (all biases of the
+    block), under their own names.
+
+    Args:
+        groups: the strategies of each group, in the order of the blocks; None for the published assignment: adapter and
+            lora; adapter and prefix; adapter, prefix and bitfit; prefix, bitfit and lora.
+        sizes: blocks of each group; None for the spindle.
+        bottleneck, tokens, rank: sizes of adapters, prefixes and LoRA, the same in every block.
+        budget: parameters of each block instead: spread evenly over the block's strategies (after its biases), which
+            sets their sizes, at least 1 each.
+    """
+
+    groups: list[list[str]] | None = None
+    sizes: list[int] | None = None
+    bottleneck: int = 8
+    tokens: int = 10
+    rank: int = 8
+    budget: int | None = None
+
+    PUBLISHED = [["adapter", "lora"], ["adapter", "prefix"], ["adapter", "prefix", "bitfit"], ["prefix", "bitfit", "lora"]]
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return not any(set(group) & {"adapter", "prefix"} for group in self.assignment)
+
+    @property
+    def assignment(self) -> list[list[str]]:
+        """The strategies of each group."""
+        return self.PUBLISHED if self.groups is None else self.groups
+
+    def check(self) -> None:
+        super().check()
+        for group in self.assignment:
+            for strategy in group:
+                if strategy not in STRATEGIES:
+                    raise MethodError(f"{self.name}.groups: no strategy '{strategy}'; known: {', '.join(STRATEGIES)}")
+        if not self.assignment or min(self.bottleneck, self.tokens, self.rank) < 1:
+            raise MethodError(f"{self.name}: at least one group, and bottleneck, tokens and rank of at least 1")
+        if self.sizes is not None and (len(self.sizes) != len(self.assignment) or min(self.sizes) < 0):
+            raise MethodError(f"{self.name}.sizes: {self.sizes} for {len(self.assignment)} groups")
+        if self.budget is not None and self.budget < 1:
+            raise MethodError(f"{self.name}.budget: {self.budget} is no number of parameters")
+
+    def strategies(self, depth: int) -> list[list[str]]:
+        """The strategies of each block."""
+        sizes = spindle(depth, len(self.assignment)) if self.sizes is None else self.sizes
+        if sum(sizes) != depth:
+            raise MethodError(f"{self.name}.sizes: {sizes} do not add up to the model's {depth} blocks")
+        return [group for group, size in zip(self.assignment, sizes, strict=True) for _ in range(size)]
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        chosen = self.strategies(len(sites.blocks))
+        biases = [[n for n in BitFit().names(sites) if n.startswith(f"{block.path}.")] for block in sites.blocks]
+        sizes: dict[str, list[int]] = {s: [0] * len(chosen) for s in STRATEGIES}
+        for block, names in zip(sites.blocks, chosen, strict=True):
+            for strategy, size in self._sizes(sites, block, names, biases[block.index]).items():
+                sizes[strategy][block.index] = size
+        yield from BottleneckAdapter(bottleneck=sizes["adapter"]).build(sites)
+        yield from PrefixTuning(tokens=sizes["prefix"]).build(sites)
+        yield from LoRA(rank=sizes["lora"]).build(sites)
+        trained = [n for names, own in zip(chosen, biases, strict=True) if "bitfit" in names for n in own]
+        if trained:
+            yield "tensors", tensors_of(sites, trained)
+
+    def _sizes(self, sites: Sites, block: BlockSite, names: list[str], biases: list[str]) -> dict[str, int]:
+        """Size of each strategy in one block."""
+        sized = [s for s in names if s != "bitfit"]
+        if self.budget is None:
+            return {s: {"adapter": self.bottleneck, "prefix": self.tokens, "lora": self.rank}[s] for s in sized}
+        spent = sum(sites.model.get_parameter(n).numel() for n in biases) if "bitfit" in names else 0
+        share = (self.budget - spent) / max(len(sized), 1)
+        width, attention = block.width, block.heads * block.head_width
+        lora = sum(site.in_features + site.out_features for slot in "qv" for site in block.linears(slot))
+        cost = {"adapter": (width, 2 * width + 1), "prefix": (0, 2 * attention), "lora": (0, lora)}
+        return {s: max(round((share - cost[s][0]) / cost[s][1]), 1) for s in sized}
+
+
+def spindle(depth: int, groups: int) -> list[int]:
+    """Sizes of ``groups`` groups of ``depth`` blocks, those at both ends half as large as the others."""
+    weights = [1 if i in (0, groups - 1) and groups > 2 else 2 for i in range(groups)]
+    ends = [int(depth * total / sum(weights) + 0.5) for total in accumulate(weights)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
