@@ -633,15 +633,15 @@ def load(
         method = create(file.about["method"]["name"], **file.about["method"]["options"])
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
-    put_back = _remember_classifier(model)
     handle = attach(model, method, name=name or file.about["name"])
-    reset = False
+    put_back = None
     try:
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         if head_tensors:
             current = handle.head_state_dict()
             if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in head_tensors.items()}:
-                reset = True
+                with handle.disable():  # the model's own, where the method has another in its place
+                    put_back = _remember_classifier(model)
                 _reset_classifier(model, next(iter(widths.values())))
                 current = handle.head_state_dict()
                 handle.root.sites.heads = head_places(model)
@@ -655,7 +655,7 @@ def load(
                     current[n].copy_(t)
     except BaseException:
         handle.detach()
-        if reset:
+        if put_back is not None:
             put_back()
         raise
     return handle
@@ -750,7 +750,7 @@ def _remember_classifier(model: nn.Module) -> Callable[[], None]:
     heads = {h.path: h.module for h in head_places(model)} or {
         n: getattr(model, n) for n in ("head", "head_dist") if isinstance(getattr(model, n, None), nn.Identity)
     }
-    count = getattr(model, "num_classes", None)
+    count = model.num_classes
 
     def put_back() -> None:
         model.reset_classifier(count)
