@@ -104,11 +104,12 @@ class E2VPT(VPTDeep):
     2. Attach with ``pruned_from="first.safetensors"`` and call ``handle.calibrate(loader)``, which looks at the trained
        prompts and sets the masks; train; save. The configuration file of the second run needs that option alone.
 
-    ``calibrate`` without ``pruned_from``, on a handle that was just trained, does the same within one program. Calibration
-    sums, over the batches, the absolute gradient of the mean loss with respect
-    to each mask, drops the tokens with the lowest sums and then, in each token, the segments with the lowest. Prompts,
-    keys, values return to the very values that the first training started from (a file holds the seed they came from),
-    the head to its own. Masked prompts are zero, but keep their place in the sequence.
+    ``calibrate`` without ``pruned_from``, on a handle that was just trained, does the same within one program.
+
+    Calibration sums, over the batches, the absolute gradient of the mean loss with respect to each mask, drops the tokens
+    with the lowest sums and then, in each token, the segments with the lowest. Prompts, keys and values return to the
+    very values that the first training started from (a file holds the seed they came from), the head to its own. Masked
+    prompts are zero, but keep their place in the sequence.
 
     Args:
         tokens: P, prompts in front of each block.
