@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from compare import VIT_B, count, kinds, state
@@ -323,3 +324,18 @@ def test_counts():
 def test_refused(options, message):
     with pytest.raises(vpeft.MethodError, match=message):
         vpeft.methods.create("increlora", **options)
+
+
+def test_bias_outside_the_linear():
+    """BEiT adds the q, k, v bias in place on the fused linear's output."""
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("beit_base_patch16_224", **small).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    handle = attached(model, "increlora", **GROWING)
+    run_steps(model, handle, 8)
+    assert sum(ranks_of(handle).values()) == 12
+    hooked = model(images(model))
+    handle.merge()
+    assert (model(images(model)) - hooked).abs().max() < 1e-10

@@ -225,9 +225,9 @@ class IncreLoRA(Method):
         missing = schedule.total - int(torch.stack([p.rank for p in parts]).sum())
         if missing and self._observe(parts) and step > self.warmup and step % self.interval == 0:
             missing = self._grow(parts, missing)
-        if not missing:
-            for linear, part in _parts(handle):
-                linear.scoring = False
+        for linear, part in _parts(handle):
+            linear.scoring = missing > 0
+            if not missing:
                 part.e.mul_(linear.trained(part)[0])  # what trained in advance will not be needed
 
     def _observe(self, parts: list[nn.Module]) -> bool:
