@@ -32,7 +32,7 @@ class SparseTensor(ReplaceTensor):
 
     def __init__(self, sites: Sites, name: str, index: Tensor | None = None):
         super().__init__(sites, name)
-        self.register_buffer("index", torch.empty(0, dtype=torch.int32))
+        self.register_buffer("index", torch.empty(0, dtype=torch.int32, device=self.frozen.device))
         self.value = nn.Parameter(torch.empty(0, dtype=self.frozen.dtype, device=self.frozen.device))
         if index is not None:
             self.choose(index)
