@@ -127,7 +127,8 @@ def test_save_load_is_bit_identical(method, kind, tmp_path):
     loaded.eval()
     assert torch.equal(run(fresh, images(model)), expected)
     assert loaded.method == handle.method.exported(handle)[0]
-    # In the file is what was trained, and at most as much again of what it started from: nothing of the backbone's size.
+    # In the file is what was trained, and at most as much again of what it started from or where it stands: nothing of the
+    # backbone's size.
     own = sum(p.numel() for p in handle.trainable_parameters())
     assert path.stat().st_size < 8 * own + 40_000
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from .interventions import ExistingTensors, Folded, Intervention
+from .interventions import ExistingTensors, Folded, Intervention, set_tensor
 from .methods.base import Method, create
 from .sites import Place, Sites, head_places, needs_separate_bias_call, prove_alive
 
@@ -146,7 +146,9 @@ class Handle:
         state = dict(self.root.state_dict())  # parameters and persistent buffers
         for existing in self.root.existing:
             state |= existing.values()
-        return state
+        # While merged, a trained tensor of the model may hold a folded value.
+        folded = {f"{place.path}.{n}": value for place, n, value in self.root.unmerged or ()}
+        return state | {n: folded[n] for n in folded.keys() & state.keys() if folded[n] is not None}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
@@ -181,6 +183,12 @@ class Handle:
                 raise CheckpointError(
                     f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
                 )
+        for path, module in self.root.named_modules():
+            if isinstance(module, Intervention) and module.flexible:
+                names = {leaf: f"{path}.{leaf}".lstrip(".") for leaf in module.flexible}
+                problem = module.misfit({leaf: state.get(n, known[n]) for leaf, n in names.items()})
+                if problem:
+                    raise CheckpointError(f"{path}: {problem}")
         existing = {n: e for e in self.root.existing for n in e.slots}
         self.root.calibrated = self.root.calibrated or not missing
         for name, value in state.items():
@@ -201,8 +209,11 @@ class Handle:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The method's parameters under the names of ``state_dict``; the head's are not among them."""
-        yield from self.root.named_parameters()
+        """The method's parameters under the names of ``state_dict``; the head's are not among them.
+
+        A parameter of no entries (a mask that chose none of a tensor's) is left out.
+        """
+        yield from ((n, p) for n, p in self.root.named_parameters() if p.numel())
         for existing in self.root.existing:
             yield from existing.tensors()
 
@@ -563,7 +574,8 @@ def attach(model: nn.Module, method: str | Method | type[Method], *, name: str |
         container = getattr(model, CONTAINER)
         container.add_module(name, root)
         model.requires_grad_(False)
-        root.requires_grad_(True)
+        for parameter in root.parameters():
+            parameter.requires_grad_(parameter.numel() > 0)
         for head in sites.heads:
             head.module.requires_grad_(method.trains_head)
         for intervention in root.interventions:
@@ -654,15 +666,6 @@ def load(
 
 
 # ---- helpers ----
-
-
-def set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
-    """Give a module's own tensor another size, keeping its kind (parameter or buffer), type and device."""
-    old = getattr(module, leaf)
-    value = value.detach().to(old.device, old.dtype).clone()
-    if isinstance(old, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=old.requires_grad)
-    setattr(module, leaf, value)
 
 
 def _build(name: str, method: Method, sites: Sites) -> Root:

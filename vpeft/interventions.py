@@ -55,7 +55,7 @@ from .sites import (
 
 __all__ = [
     "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "Folded", "Grid",
-    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "WideHead",
+    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "WideHead", "set_tensor",
 ]  # fmt: skip
 
 
@@ -118,6 +118,10 @@ class Intervention(nn.Module):
     def claims(self) -> set[str]:
         """Names of what it replaces in the model while enabled, and no other enabled method may replace as well."""
         return set()
+
+    def misfit(self, tensors: dict[str, Tensor]) -> str | None:
+        """Why these values of its ``flexible`` tensors, about to be loaded, do not fit together or here; or None."""
+        return None
 
 
 class AddToBranch(Intervention):
@@ -670,6 +674,7 @@ class ReplaceTensor(Intervention):
 
     def __init__(self, sites: Sites, name: str):
         super().__init__(sites.position(name))
+        self.model = Place("", sites.model)
         self.enter, self.leave = sites.span(name)
         owner, _, self.leaf = name.rpartition(".")
         self.owner = Place(owner, sites.model.get_submodule(owner))
@@ -699,8 +704,10 @@ class ReplaceTensor(Intervention):
             self.leave.module.register_forward_hook(self._put_back, always_call=True)
         else:
             self.leave.module.register_forward_pre_hook(self._put_back)
+            self.model.module.register_forward_hook(self._put_back, always_call=True)
 
     def _put(self, module: nn.Module, args: tuple) -> None:
+        self._put_back(module, args)  # after an error on the way to ``leave``
         if self.enabled:
             self._kept = self.owner.module._parameters[self.leaf]
             self.owner.module._parameters[self.leaf] = self(self._kept)
@@ -772,6 +779,19 @@ class ExistingTensors(Intervention):
 
     def fold(self) -> list[Folded]:
         return []
+
+
+def set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """Give a module's own tensor another size, keeping its kind (parameter or buffer), type and device.
+
+    A parameter without entries has nothing to train, and trains again once it gets some.
+    """
+    old = getattr(module, leaf)
+    value = value.detach().to(old.device, old.dtype).clone()
+    if isinstance(old, nn.Parameter):
+        trains = value.numel() > 0 and (old.requires_grad or old.numel() == 0)
+        value = nn.Parameter(value, requires_grad=trains)
+    setattr(module, leaf, value)
 
 
 def _aside(tensor: Tensor) -> Tensor:

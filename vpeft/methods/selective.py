@@ -1,4 +1,4 @@
-"""Choosing existing tensors: full fine-tuning, linear probe, partial-k, BitFit, norm tuning."""
+"""Choosing existing tensors: full fine-tuning, linear probe, partial-k, BitFit, norm and attention tuning."""
 
 from collections.abc import Iterator
 
@@ -132,3 +132,20 @@ class NormTuning(_Selective):
 
     def names(self, sites: Sites) -> Iterator[str]:
         return (f"{place.path}.{n}" for place in sites.norms() for n, _ in place.module.named_parameters())
+
+
+@register(
+    "attention",
+    Paper("Three Things Everyone Should Know About Vision Transformers", "ECCV 2022", "2203.09795", "selective"),
+    where="every attention, and the position embedding",
+    aliases=("attn", "attention_only"),
+)
+class AttentionOnly(_Selective):
+    """All tensors of the attentions (weights, biases, relative-position tables) and the position embedding are trained.
+
+    The released code also leaves the position embedding free, and keeps the patch embedding frozen.
+    """
+
+    def names(self, sites: Sites) -> Iterator[str]:
+        inside = tuple(f"{block.attn.path}." for block in sites.blocks)
+        return (n for n, _ in sites.parameters() if n.startswith(inside) or n == "pos_embed")
