@@ -1,20 +1,33 @@
 """The pages in docs/ that are made from the registry."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 import vpeft
 from vpeft.bench.pages import methods_page
 from vpeft.methods import METHODS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 
 
-def test_methods_page_is_fresh():
-    assert (DOCS / "methods.md").read_text() == methods_page(), "run `vpeft docs`"
+@pytest.fixture(scope="module")
+def page() -> str:
+    return methods_page()
 
 
-def test_every_method_has_its_row():
-    page = methods_page()
+def test_methods_page_is_fresh(page):
+    assert (ROOT / "docs" / "methods.md").read_text() == page, "run `vpeft docs`"
+
+
+def test_readme_lists_every_method_under_its_category():
+    rows = re.findall(r"^\| (\w+) \| ((?:`\w+`(?:, )?)+) \|$", (ROOT / "README.md").read_text(), re.M)
+    listed = {name: category for category, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name: cls.paper.category for name, cls in METHODS.items()}
+
+
+def test_every_method_has_its_row(page):
     for name, cls in METHODS.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
         assert cls.paper.title in row

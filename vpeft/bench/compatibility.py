@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import Handle, attach, load
-from ..errors import UnsupportedModelError
+from ..errors import MethodError, UnsupportedModelError
 from ..methods import METHODS, list_methods
 from ..sites import input_size
 
@@ -85,9 +85,12 @@ def try_cell(method: str, architecture: str, build: Callable[[str], nn.Module] =
         bare = model(images)
     try:
         handle = attach(model, method)
+        handle.calibrate([(images, torch.arange(4))], progress=False)
     except UnsupportedModelError as error:
         reason = str(error).partition(": ")[2] or str(error)
         return Cell(method, architecture, "refused", reason)
+    except MethodError as error:  # what calibration found cannot work on this model
+        return Cell(method, architecture, "refused", str(error))
     try:
         problem = _exercise(handle, images, bare, lambda: build(architecture))
     except Exception as error:  # the matrix must show what broke, and go on
@@ -98,7 +101,6 @@ def try_cell(method: str, architecture: str, build: Callable[[str], nn.Module] =
 def _exercise(handle: Handle, images: Tensor, bare: Tensor, fresh: Callable[[], nn.Module]) -> str:
     """The first thing that is wrong, or an empty text."""
     model = handle.model
-    handle.calibrate([(images, torch.arange(4))], progress=False)
     trained = list(handle.trainable_parameters())
     with torch.no_grad():
         for p in handle.parameters():
