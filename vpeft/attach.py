@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ from .methods.base import Method, create
 from .sites import Place, Sites, head_places, needs_separate_bias_call, prove_alive
 
 CONTAINER = "vpeft"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of the frozen features below its first trained site; everything else there can be left out.
+
+    Attributes:
+        first: the first block that must really run; the number of blocks where only what follows them must.
+        heads_only: the classifiers' inputs are all that is needed.
+        taps: blocks whose outputs are read; -1 is the input of the first block.
+        image: the image itself is read too.
+    """
+
+    first: int
+    heads_only: bool
+    taps: tuple[int, ...]
+    image: bool
 
 
 class Root(nn.Module):
@@ -423,10 +441,22 @@ class Handle:
     @property
     def boundary(self) -> str:
         """Path of the first module, in forward order, that a gradient must reach; below it nothing needs a graph."""
-        positions = [i.position for i in self.root.interventions if not (isinstance(i, ExistingTensors) and not i.slots)]
+        positions = [i.position for i in self._acting()]
         if not positions:
             return next((h.path for h in self.sites.heads), "head")
         return self.sites.boundary(min(positions))
+
+    @property
+    def needs(self) -> Needs:
+        """What of the frozen features the method needs, for a cache of them."""
+        parts, depth = self._acting(), len(self.sites.blocks)
+        taps = {t for i in parts for t in i.taps()}
+        first = min([depth, *(i.runs_from for i in parts)])
+        return Needs(first, not parts, tuple(sorted(t for t in taps if t < first)), any(i.reads_image for i in parts))
+
+    def _acting(self) -> list[Intervention]:
+        """The interventions that train or change something, or read features."""
+        return [i for i in self.root.interventions if i.taps() or not i.passive]
 
     def calibrate(self, loader: Iterable, *, progress: bool = True) -> "Handle":
         """Let the method look at data before training, where it needs to (masks, clusters, label maps, pruned starts).

@@ -112,6 +112,31 @@ class Intervention(nn.Module):
         """
         raise MethodError(f"{type(self).__name__} cannot be merged: it is not an affine map of a frozen weight")
 
+    def taps(self) -> list[int]:
+        """Blocks whose output it reads, without a gradient into it; -1 is the input of the first block."""
+        return []
+
+    @property
+    def runs_from(self) -> int:
+        """The first block that must really run for it; FIRST where it also needs what comes before the blocks."""
+        return self.position
+
+    @property
+    def passive(self) -> bool:
+        """It neither trains nor changes anything: no gradient has to reach it."""
+        return False
+
+    @property
+    def reads_image(self) -> bool:
+        """It needs the image itself, besides what the model makes of it."""
+        return False
+
+    def forget(self) -> None:
+        """Drop what is held between two hooks, after a forward that was stopped half-way."""
+        for name in ("_read", "_left"):
+            if name in vars(self):
+                setattr(self, name, None)
+
     def swap(self) -> None:
         """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
 
@@ -509,6 +534,13 @@ class ExtraQueries(_AttentionGuest):
         self.block = block
         self._held: tuple[Tensor, Tensor] | Tensor | None = None
 
+    @property
+    def runs_from(self) -> int:
+        return self.block.index
+
+    def forget(self) -> None:
+        self._held = None
+
     def places(self) -> list[Place]:
         return [self.place, self.block]
 
@@ -637,12 +669,16 @@ class Grid(Intervention):
     mergeable = True
 
     def __init__(self, sites: Sites, block: BlockSite | None = None):
-        super().__init__(LAST)  # it trains nothing, so no gradient has to reach it
+        super().__init__(LAST)
         self.maps = block is not None and block.maps
         self.place = block if self.maps else sites.stem
         self.size = (0, 0)
         if not self.maps:
             grid_of(self.place.module, sites.input_size[1:])  # refuses a stem that cannot tell
+
+    @property
+    def passive(self) -> bool:
+        return True
 
     def places(self) -> list[Place]:
         return [self.place]
@@ -759,6 +795,10 @@ class ExistingTensors(Intervention):
         """Replace one trained value."""
         place, leaf = self.slots[name]
         (getattr(place.module, leaf) if self.enabled else self.other[name]).copy_(value)
+
+    @property
+    def passive(self) -> bool:
+        return not self.slots
 
     def places(self) -> list[Place]:
         return []

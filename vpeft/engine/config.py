@@ -117,6 +117,20 @@ class TrainConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Frozen features below the first trained site, computed once and replayed in every epoch.
+
+    ``mode``: ``off``; ``memory``; ``disk`` (memory-mapped files in ``folder``, found again by a later run); or ``auto``:
+    where it is possible, in memory within ``budget_gb``, else on disk.
+    """
+
+    mode: str = "off"
+    dtype: str = "fp32"
+    budget_gb: float = 4.0
+    folder: str | None = None
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases tracking; off unless asked for."""
 
@@ -142,6 +156,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -149,6 +164,8 @@ CHOICES = {
     "resume": ("auto", "never"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.select": ("best", "last"),
+    "cache.mode": ("off", "auto", "memory", "disk"),
+    "cache.dtype": ("fp32", "bf16", "fp16"),
     "wandb.mode": ("disabled", "offline", "online"),
     "data.crop_mode": ("center", "squash", "border"),
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
@@ -184,6 +201,7 @@ RANGES = {
     "train.clip_grad": (0, None),
     "train.label_smoothing": (0, 0.99),
     "train.ema": (0, 0.999999),
+    "cache.budget_gb": (0, None),
 }
 
 
@@ -258,6 +276,8 @@ def _check_keys(schema: type, values: Any, path: str) -> None:
 
 def check(config: DictConfig) -> None:
     """Refuse impossible values that types alone let through."""
+    if config.cache.mode == "False":  # YAML reads a bare off as no
+        config.cache.mode = "off"
     for key, choices in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value is not None and value not in choices:
@@ -277,5 +297,22 @@ def check(config: DictConfig) -> None:
         )
     if config.train.accumulate > config.train.batch_size:
         raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")
+    reason = why_no_cache(config)
+    if config.cache.mode in ("memory", "disk") and reason:
+        raise ConfigError(f"cache.mode: {reason}, or cache.mode=off")
     if (config.augment.mixup or config.augment.cutmix) and not config.augment.enabled:
         raise ConfigError("augment.enabled: mixup and cutmix need augmentation to be on")
+
+
+def why_no_cache(config: DictConfig) -> str | None:
+    """Why features cannot be the same in every epoch of this experiment, and what to set instead; or None."""
+    if config.model.drop_path or config.model.drop:
+        return (
+            "drop path and dropout in frozen blocks draw anew at every step, which stored features cannot; "
+            "choose model.drop_path=0 and model.drop=0"
+        )
+    if config.augment.enabled:
+        return "augmentation gives other images in every epoch, so nothing can be stored; choose augment.enabled=false"
+    if config.train.compile:
+        return "a compiled model cannot leave modules out; choose train.compile=false"
+    return None

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from ..data import Datasets, make_loader
 from ..errors import VpeftError
+from ..integrations.cache import GB, CachedLoader, CacheError, FeatureCache
 from ..tasks import Classification
+from .config import why_no_cache
 from .run import RunFolder
 
 
@@ -153,9 +155,49 @@ class Trainer:
         if self.run.main:
             self.run.keep_rows(self.epoch)
         self.scheduler.step_update(self.epoch * self.steps_per_epoch)
+        if self.epoch < self.epochs:
+            self._cache_features()
         while self.epoch < self.epochs:
             self._epoch()
         return self._finish()
+
+    def _cache_features(self) -> None:
+        """Store frozen features, where that is asked for and possible, and train and validate on them."""
+        config, about = self.config.cache, self.run.logger
+        if config.mode == "off":
+            return
+        reason = why_no_cache(self.config)
+        if self.accelerator.num_processes > 1:
+            reason = "each process would need all features; run one process"
+        try:
+            if reason:
+                raise CacheError(f"no features to cache: {reason}")
+            for name, loader in (("train", self.train_loader), ("val", self.eval_loaders.get("val"))):
+                if loader is not None:
+                    cached = self._cached(loader, name)
+                    self.train_loader = cached if name == "train" else self.train_loader
+                    self.eval_loaders |= {"val": cached} if name == "val" else {}
+        except CacheError as error:
+            if config.mode != "auto":
+                raise
+            about.info("cache.mode=auto: every epoch runs the whole model: %s", error)
+
+    def _cached(self, loader, name: str) -> CachedLoader:
+        config, started = self.config.cache, time.perf_counter()
+        self.tuned.eval()
+        cache = FeatureCache(
+            self.tuned,
+            dtype=config.dtype,
+            mode=config.mode,
+            budget=config.budget_gb * GB,
+            folder=config.folder or Path(self.config.output) / "cache",
+            autocast=self.accelerator.autocast,
+        ).fill(loader, progress=self.run.main)
+        self.run.logger.info(
+            "features of %d %s samples (%.3f GB) in %s after %.1fs", len(cache.labels), name, cache.size / GB, cache.where,
+            time.perf_counter() - started,
+        )  # fmt: skip
+        return cache.loader(loader)
 
     def _epoch(self) -> None:
         started = time.perf_counter()

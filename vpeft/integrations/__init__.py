@@ -1,0 +1,1 @@
+"""Where vpeft meets what surrounds a model: feature caches, other libraries, hubs."""
