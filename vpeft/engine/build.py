@@ -52,7 +52,7 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
     m = config.model
     # Fused attention is slower than the plain form on small models in bf16 on CPU.
     timm.layers.set_fused_attn(config.train.fused_attention)
-    kwargs: dict[str, Any] = dict(m.kwargs)
+    kwargs: dict[str, Any] = OmegaConf.to_container(m.kwargs)  # plain lists: timm hands them to torch
     if m.img_size:
         kwargs["img_size"] = m.img_size
     if m.drop_path:
