@@ -37,7 +37,7 @@ def swin(**kwargs) -> nn.Module:
 MODELS = {"vit": vit, "vit_reg": vit_reg, "swin": swin}
 
 # What a method cannot do on a model, which attach must say; everything else must work.
-REFUSED: set[tuple[str, str]] = {("vqt", "swin")}
+REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
 
-FIRST, LAST = -1, 10**9  # positions before and after all blocks
+IMAGE, FIRST, LAST = -2, -1, 10**9  # positions: the image, before all blocks, after all blocks
 QKV_SLOTS = ("q", "k", "v")
 SLOTS = ("qkv", *QKV_SLOTS, "proj", "fc1", "fc2")
 
@@ -109,6 +109,11 @@ class BlockSite(Place):
     def mlp_input(self) -> Place:
         """The module whose input is the residual stream between the two branches."""
         return self.norm2 if self.pre_norm else self.mlp
+
+    def gain(self, branch: int) -> Tensor | None:
+        """LayerScale's factors of branch 1 or 2: a module's in ViTs, the block's own in BEiT and EVA, or none."""
+        scale = getattr(self.module, f"ls{branch}", None)
+        return getattr(self.module, f"gamma_{branch}", None) if scale is None else getattr(scale, "gamma", None)
 
     def linears(self, slot: str) -> list[LinearSite]:
         """The linears behind a slot: usually one; several for ``qkv`` kept apart and for SwiGLU's ``fc1``.
@@ -248,6 +253,32 @@ class Sites:
         if not isinstance(embed, nn.Module):
             raise UnsupportedModelError(f"{type(self.model).__name__} has no patch_embed that takes the image")
         return Place("patch_embed", embed)
+
+    @property
+    def features_end(self) -> Place:
+        """The final norm, whose output is what ``forward_features`` gives; an Identity where pooling comes first.
+
+        Raises:
+            UnsupportedModelError: there is none of that name.
+        """
+        norm = getattr(self.model, "norm", None)
+        if not isinstance(norm, nn.Module):
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no final norm, where its features end")
+        return Place("norm", norm)
+
+    @property
+    def pooled(self) -> Place:
+        """The dropout whose input is the pooled features, in front of the classifier; ``reset_classifier`` keeps it.
+
+        Raises:
+            UnsupportedModelError: there is none, or it has several classifiers.
+        """
+        for path in ("head_drop", "head.drop"):
+            parent, _, leaf = path.rpartition(".")
+            owner = getattr(self.model, parent, None) if parent else self.model
+            if isinstance(getattr(owner, leaf, None), nn.Module) and len(self.heads) < 2:
+                return Place(path, getattr(owner, leaf))
+        raise UnsupportedModelError(f"{type(self.model).__name__} has no one place where pooled features enter a classifier")
 
     def norms(self) -> Iterator[Place]:
         """Every normalisation module of the backbone."""

@@ -67,6 +67,10 @@ class Method:
         """The adapted model computes what the bare one does until the first update."""
         return True
 
+    def starts_as_identity_on(self, sites: Sites) -> bool:
+        """``starts_as_identity`` on one model, for the methods where models differ."""
+        return self.starts_as_identity
+
     @property
     def needs_calibration(self) -> bool:
         """It must look at data (``handle.calibrate``) before training.

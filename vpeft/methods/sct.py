@@ -1,0 +1,164 @@
+"""SCT: salient channel tuning (Zhao et al., IJCV 2023, arXiv 2309.08513)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import MethodError
+from ..interventions import AddToBranch, Folded, Intervention, MapOutput, set_tensor
+from ..sites import BlockSite
+from .base import Blocks, Method, Paper, PerBlock, register
+
+if TYPE_CHECKING:
+    from ..attach import Handle
+
+
+class Salient:
+    """Gives an intervention the channels ``idx`` (K), and the K x K linear map on them."""
+
+    def add_parts(self, method: "SCT", block: BlockSite, size: int) -> None:
+        count = min(size, block.width)
+        self.block, self.width = block, block.width
+        self.scale, self.on_x = method.scale, method.variant == "scale_on_x"
+        self.register_buffer("idx", torch.arange(count, dtype=torch.int32))
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, count), std=0.02))
+        self.bias = nn.Parameter(torch.zeros(count))
+
+    def change(self, u: Tensor) -> Tensor:
+        """What is added to u: 0 but for the chosen channels."""
+        index = self.idx.long()
+        z = u.index_select(-1, index)
+        d = F.linear(z, self.weight, self.bias)
+        d = d + (self.scale - 1) * z if self.on_x else self.scale * d
+        return torch.zeros_like(u).index_copy(-1, index, d.to(u.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The (K, K) matrix and (K,) vector that take the chosen channels to their new values."""
+        one, w, b = torch.eye(len(self.idx), dtype=dtype, device=self.idx.device), self.weight.to(dtype), self.bias.to(dtype)
+        return (self.scale * one + w, b) if self.on_x else (one + self.scale * w, self.scale * b)
+
+
+class SalientStream(Salient, AddToBranch):
+    """On the stream after the attention."""
+
+    def __init__(self, method: "SCT", block: BlockSite, size: int):
+        super().__init__(block, block, block.branch1, after=True)
+        self.add_parts(method, block, size)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.change(u)
+
+
+class SalientMLP(Salient, MapOutput):
+    """On the MLP's output, inside LayerScale and drop path."""
+
+    mergeable = True
+
+    def __init__(self, method: "SCT", block: BlockSite, size: int):
+        super().__init__(block.mlp, block.index)
+        self.add_parts(method, block, size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.change(y)
+
+    def fold(self) -> list[Folded]:
+        site = self.block.linears("fc2")[0]
+        dtype = torch.promote_types(site.module.weight.dtype, torch.float32)
+        weight = site.module.weight.detach().to(dtype).clone()
+        bias = weight.new_zeros(len(weight)) if site.module.bias is None else site.module.bias.detach().to(dtype).clone()
+        matrix, vector = self.matrix(dtype)
+        index = self.idx.long()
+        weight[index], bias[index] = matrix @ weight[index], matrix @ bias[index] + vector
+        return [Folded(site, {"weight": weight, "bias": bias})]
+
+
+class _Norms:
+    """Per class, the sum of squares of each channel of what passes one module, while its hook is there."""
+
+    def __init__(self, part: Salient, place: str, prefix: int):
+        self.prefix = prefix
+        self.labels = torch.empty(0)
+        self.squares: dict[int, Tensor] = {}
+        module = part.block.mlp_input.module if place == "attn" else part.block.module
+        register = module.register_forward_pre_hook if place == "attn" else module.register_forward_hook
+        self.hook = register(self.look)
+
+    def look(self, module: nn.Module, args: tuple, *output: Tensor) -> None:
+        x = (output or args)[0]
+        x = x.flatten(1, -2)[:, self.prefix :].double().square().sum(1)
+        for label, row in zip(self.labels.tolist(), x, strict=True):
+            self.squares[label] = self.squares.get(label, 0) + row
+
+    def salient(self, count: int) -> Tensor:
+        """The channels with the largest mean over classes of their L2 norm, in ascending order."""
+        mean = torch.stack(list(self.squares.values())).sqrt().mean(0)
+        return mean.topk(count).indices.sort().values.int()
+
+
+@register(
+    "sct",
+    Paper(
+        "SCT: A Simple Baseline for Parameter-Efficient Fine-Tuning via Salient Channels",
+        "IJCV 2023",
+        "2309.08513",
+        "additive",
+    ),
+    where="the most salient channels of the stream after attention (or of the MLP's output)",
+)
+class SCT(Method):
+    """A linear map on the K most salient channels of each block: x[idx] becomes z + s (z W^T + b) with z = x[idx].
+
+    ``idx`` is chosen by ``handle.calibrate``, on the bare backbone: per class, the L2 norm of each channel over all images
+    and tokens of the class; the mean over classes; the K largest. It is saved with the values. Not the bare model at the
+    start. A published file expects s folded into W and b: give ``scale=1`` with it.
+
+    Args:
+        channels: K, one for all blocks or one per block (0: none there); all channels where a block has fewer.
+        place: ``attn``, the residual stream after the attention; or ``mlp``, the MLP's output, inside LayerScale and drop
+            path, which can be merged. Channels are chosen by norm2's input or by the block's output.
+        scale: s. Published: 0.1 to 1, by task.
+        variant: ``scale`` as above, or ``scale_on_x``: s z + (z W^T + b).
+        tokens: the tokens that count in the choice: ``all``, or ``patches``, as the released code has it.
+        blocks: which blocks; None for all.
+    """
+
+    channels: PerBlock = 96
+    place: Literal["attn", "mlp"] = "attn"
+    scale: float = 1.0
+    variant: Literal["scale", "scale_on_x"] = "scale"
+    tokens: Literal["all", "patches"] = "all"
+    blocks: Blocks = None
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        super().check()
+        if not self.scale:
+            raise MethodError(f"{self.name}.scale: 0 lets nothing through")
+
+    def build(self, sites) -> Iterator[tuple[str, Intervention]]:
+        for block, size in self.sized_blocks(sites, "channels", self.blocks):
+            kind = SalientStream if self.place == "attn" else SalientMLP
+            yield f"{block.path}.sct", kind(self, block, size)
+
+    def calibrate(self, handle: "Handle", batches) -> None:
+        handle.model.eval()
+        parts = [i for i in handle.root.interventions if isinstance(i, Salient)]
+        prefix = handle.sites.prefix_tokens if self.tokens == "patches" else 0
+        norms = [_Norms(part, self.place, prefix) for part in parts]
+        try:
+            with handle.disable(), torch.no_grad():
+                for images, labels in batches:
+                    for norm in norms:
+                        norm.labels = labels
+                    handle.model(images)
+        finally:
+            for norm in norms:
+                norm.hook.remove()
+        for part, norm in zip(parts, norms, strict=True):
+            set_tensor(part, "idx", norm.salient(len(part.idx)))
