@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from .interventions import ExistingTensors, Folded, Intervention, set_tensor
+from .interventions import IMAGE, ExistingTensors, Folded, Intervention, set_tensor
 from .methods.base import Method, create
 from .sites import Place, Sites, head_places, needs_separate_bias_call, prove_alive
 
@@ -452,7 +452,7 @@ class Handle:
         parts, depth = self._acting(), len(self.sites.blocks)
         taps = {t for i in parts for t in i.taps()}
         first = min([depth, *(i.runs_from for i in parts)])
-        return Needs(first, not parts, tuple(sorted(t for t in taps if t < first)), any(i.reads_image for i in parts))
+        return Needs(first, not parts, tuple(sorted(t for t in taps if IMAGE < t < first)), IMAGE in taps)
 
     def _acting(self) -> list[Intervention]:
         """The interventions that train or change something, or read features."""

@@ -125,10 +125,6 @@ class Intervention(nn.Module):
         """
         raise MethodError(f"{type(self).__name__} cannot be merged: it is not an affine map of a frozen weight")
 
-    def taps(self) -> list[int]:
-        """Blocks whose output it reads, without a gradient into it; -1 is the input of the first block."""
-        return []
-
     @property
     def runs_from(self) -> int:
         """The first block that must really run for it; FIRST where it also needs what comes before the blocks."""
@@ -137,11 +133,6 @@ class Intervention(nn.Module):
     @property
     def passive(self) -> bool:
         """It neither trains nor changes anything: no gradient has to reach it."""
-        return False
-
-    @property
-    def reads_image(self) -> bool:
-        """It needs the image itself, besides what the model makes of it."""
         return False
 
     def forget(self) -> None:

@@ -1,14 +1,18 @@
 """The frozen-feature cache: the same weights as without it, and refusals where it would be wrong."""
 
+import dataclasses
+
 import pytest
 import torch
-from models import attached, images, make
+from models import CASES as CASES_OF_METHODS
+from models import attached, images, make, randomise
 from safetensors.torch import load_file
 
 import vpeft
 from vpeft.engine.config import load_config
 from vpeft.engine.train import train
 from vpeft.integrations.cache import CacheError, FeatureCache, why_not
+from vpeft.methods import METHODS
 
 VIT = [
     "model.name=vit_tiny_patch16_224", "model.img_size=16",
@@ -193,3 +197,26 @@ def test_methods_that_read_every_block_keep_it_running():
     assert handle.boundary == "norm"
     assert handle.needs.first == 0
     assert "nothing frozen lies below" in why_not(handle)
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES_OF_METHODS)
+def test_every_method_computes_the_same_from_the_cache(method, kind):
+    """Restricted to the last block, where a method has that option, so that something lies below it."""
+    model = make(kind)
+    last = {"blocks": [-1]} if "blocks" in {f.name for f in dataclasses.fields(METHODS[method])} else {}
+    try:
+        handle = attached(model, method, **last)
+    except vpeft.VpeftError:  # a method whose blocks must be many
+        handle = attached(model, method)
+    randomise(handle)
+    handle.eval()
+    if why_not(handle):
+        with pytest.raises(CacheError, match="no features to cache"):
+            FeatureCache(handle)
+        return
+    loader = loader_of(model)
+    cached = FeatureCache(handle).fill(loader, progress=False).loader(loader)
+    with torch.no_grad():
+        direct = [model(x) for x, _ in loader]
+        played = [model(x) for x, _ in cached]
+    assert all(torch.equal(a, b) for a, b in zip(direct, played, strict=True))

@@ -87,7 +87,9 @@ class FeatureCache:
         self.skipped: list[Place] = [handle.sites.stem]
         for block in blocks[: self.needs.first]:
             merging = handle.sites.merging_before(block)
-            self.skipped += [block] if merging is None else [merging, block]
+            if merging is not None and block.index - 1 not in self.keys:  # else it runs, on stored tokens
+                self.skipped.append(merging)
+            self.skipped.append(block)
         self.features: dict[Any, Tensor] = {}
         self.labels = torch.empty(0, dtype=torch.long)
         self.computed_in: dict[Any, torch.dtype] = {}
