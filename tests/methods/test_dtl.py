@@ -95,12 +95,10 @@ def test_identity_at_the_start_but_for_the_pooling(kind):
     assert "pooling    the model's own\n" in handle.summary()
     handle.detach()
     handle = attached(model, "dtl")
-    first = model.num_prefix_tokens
     assert torch.equal(model.forward_features(x)[:, 1:], features[:, 1:])
     patches = model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
     assert torch.allclose(model.forward_features(x)[:, 0], model.norm(patches.mean((2, 3))[:, None].expand(-1, 2, -1))[:, 1])
     assert "pooling    mean of the patch tokens, then the final norm" in handle.summary()
-    assert first >= 1
 
 
 def test_pooling_that_is_the_papers_already():
@@ -111,7 +109,9 @@ def test_pooling_that_is_the_papers_already():
     assert "the model's own, which is the paper's too" in handle.summary()
 
 
-@pytest.mark.parametrize(("options", "kind"), [({"global_pool": "avg", "fc_norm": False}, "avg"), ({"global_pool": "map"}, "map")])
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"global_pool": "avg", "fc_norm": False}, "avg"), ({"global_pool": "map"}, "map")]
+)
 def test_pooling_that_cannot_be_the_papers(options, kind):
     model = make("vit", **options)
     with pytest.raises(vpeft.UnsupportedModelError, match=rf"this model pools '{kind}' for 1 classifier.*pool='model'"):
@@ -202,5 +202,4 @@ def test_drop_path_does_not_drop_the_feedback():
     randomise(handle)
     torch.manual_seed(0)
     model(images(model))
-    assert (seen[1] - seen[0]).abs().amin((1, 2)).max() >= 0
     assert ((seen[1] - seen[0]).abs().amax((1, 2)) > 0).all()

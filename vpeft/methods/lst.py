@@ -179,7 +179,9 @@ class LST(Method):
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         if sites.blocks[0].maps:
-            raise UnsupportedModelError("published for transformers of one width; a Swin's changes from stage to stage")
+            raise UnsupportedModelError(
+                "published for a sequence of tokens of one width; these blocks see maps, as a Swin's do"
+            )
         width, layers = self.width(sites), self.layers(sites)
         eps = getattr(sites.blocks[0].norm1.module, "eps", 1e-6)
         gates = Gates([*map(str, layers), *(["last"] if self.merge_last else [])])
