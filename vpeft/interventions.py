@@ -26,8 +26,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autograd import ScaleShift
 from .errors import MethodError, UnsupportedModelError
 from .sites import (
     FIRST,
@@ -45,6 +47,7 @@ from .sites import (
     check_sequence,
     check_windows,
     grid_of,
+    is_plain_norm,
     pad_pairs,
     pad_rope,
     rows_through_block,
@@ -55,7 +58,7 @@ from .sites import (
 
 __all__ = [
     "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "Folded", "Grid",
-    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "WideHead", "set_tensor",
+    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "WideHead", "set_tensor",
 ]  # fmt: skip
 
 
@@ -225,36 +228,103 @@ class AddToLinear(Intervention):
         return [Folded(self.site, {"weight": weight.detach().to(wide) + self.delta().to(wide)})]
 
 
+class ScalesNearZero:
+    """Which of a method's scales have an entry near zero, through which nothing can be recovered.
+
+    All are looked at together, once after each change: on a GPU that is one wait per step.
+    """
+
+    BOUND = 1e-3
+
+    def __init__(self) -> None:
+        self.parts: list[ScaleAndShift] = []
+        self._seen: dict[int, tuple[int, bool]] = {}
+
+    @torch.no_grad()
+    def has(self, part: "ScaleAndShift") -> bool:
+        """Whether this one has."""
+        key = self.parts.index(part)
+        if key not in self._seen or self._seen[key][0] != part.vectors()[0]._version:
+            scales = [p.vectors()[0] for p in self.parts]
+            near = bool(torch.cat(scales).abs().min() < self.BOUND)
+            self._seen = {
+                i: (scale._version, near and bool(scale.abs().min() < self.BOUND)) for i, scale in enumerate(scales)
+            }
+        return self._seen[key][1]
+
+    def __getstate__(self) -> dict:
+        # Versions count the changes of one tensor, not of its copies.
+        return {**self.__dict__, "_seen": {}}
+
+
 class ScaleAndShift(MapOutput):
     """y -> scale * y + shift per channel, after a linear, a convolution or a norm; folds into its affine tensors.
+
+    It keeps next to nothing for backward: a LayerNorm runs with its own affine vectors changed; after a linear, y is had
+    back from the result, which the next operation keeps as well; after the patch embedding, from the image.
 
     Args:
         place: the module.
         position: see ``Intervention``.
         channel_first: y is (B, C, …), as after a convolution.
+        near_zero: shared by all of one method.
     """
 
-    def __init__(self, place: Place, position: int, *, channel_first: bool = False):
+    def __init__(self, place: Place, position: int, *, channel_first: bool = False, near_zero: ScalesNearZero | None = None):
         super().__init__(place, position)
         self.channel_first = channel_first
         self.outside = place.bias_outside if isinstance(place, LinearSite) else None
+        self.near_zero = near_zero or ScalesNearZero()
+        self.near_zero.parts.append(self)
 
     def calls_needed(self) -> list[Place]:
         return [self.outside] if self.outside else []
+
+    def install(self) -> None:
+        module = self.place.module
+        if is_plain_norm(module) and "forward" not in vars(module):
+            module.forward = self._run_norm
+        else:
+            module.register_forward_hook(self._map_output)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """scale and shift, each (C,)."""
         raise NotImplementedError
 
-    def forward(self, y: Tensor) -> Tensor:
+    def _run_norm(self, x: Tensor) -> Tensor:
+        norm = self.place.module
+        if not self.enabled:
+            return type(norm).forward(norm, x)
+        scale, shift = self.vectors()
+        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, scale)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight * scale, bias, norm.eps)
+
+    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self(output, args[0]) if self.enabled else None
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The module's new output from its output y and its input x."""
         scale, shift = self.vectors()
         if self.outside is not None:
             # timm adds the q, k, v bias after this output; it must be scaled as if it were inside.
             shift = shift + (scale - 1) * separate_bias(self.outside.module)
-        if self.channel_first:
-            shape = (-1, *(1,) * (y.ndim - 2))
-            scale, shift = scale.view(shape), shift.view(shape)
-        return torch.addcmul(shift, y, scale)
+        axis = 1 if self.channel_first else y.ndim - 1
+        if self._keeps_y(y):
+            shape = (-1, *(1,) * (y.ndim - 1 - axis))
+            return torch.addcmul(shift.view(shape), y, scale.view(shape))
+        if self.position == FIRST and not x.requires_grad:
+            return ScaleShift.apply(y, scale, shift, axis, self._again, x)
+        return ScaleShift.apply(y, scale, shift, axis, None, None)
+
+    def _again(self, x: Tensor) -> Tensor:
+        return type(self.place.module).forward(self.place.module, x)
+
+    def _keeps_y(self, y: Tensor) -> bool:
+        """Whether torch's own product has to do."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True  # nothing is kept; the compiler decides by itself
+        # An attention with a bias outside its linear adds it to the result in place.
+        return self.outside is not None or not self.vectors()[0].requires_grad or self.near_zero.has(self)
 
     def why_not_mergeable(self) -> str | None:
         """The reason why this pair cannot be folded here, or None."""
