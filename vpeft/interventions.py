@@ -13,6 +13,7 @@ class                  hooks                                       mergeable   r
 ``InsertTokens``       block pre-hook and hook                     no          yes
 ``JoinWindows``        a Swin block's forward                      no          yes
 ``ExtraKeys``          attention's forward                         no          yes
+``MadeKeys``           attention's forward, pre-hook on the block  no          yes
 ``ExtraQueries``       attention's forward, hook on the block      no          yes
 ``WideHead``           stands in the classifier's place            no          no
 ``ReplaceTensor``      pre-hook and hook of the tensor's owner     yes         no
@@ -58,7 +59,7 @@ from .sites import (
 
 __all__ = [
     "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "Folded", "Grid",
-    "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "WideHead", "set_tensor",
+    "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput", "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "WideHead", "set_tensor",
 ]  # fmt: skip
 
 
@@ -561,6 +562,71 @@ class ExtraKeys(_AttentionGuest):
 
     def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self(x)
+
+
+class MadeKeys(ExtraKeys):
+    """Keys and values that are the same for every sample of a batch, and are made of other tensors.
+
+    ``make()`` gives them as in ``ExtraKeys``, once per forward, just before the block runs: hooks that hold something from
+    the modules that it calls then hold the block's own. In eval mode, while no gradient is recorded, what was made is kept
+    and used again until one of ``sources()`` is changed in place, moved or replaced. (torch does not tell of a change
+    through ``tensor.data``; a forward in training mode forgets what was kept.)
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block)
+        self.block = block
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._stored: tuple[list, list[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def sources(self) -> list[Tensor] | None:
+        """Every tensor that they depend on, or None where that cannot be said (hooks of other methods on the way)."""
+        raise NotImplementedError
+
+    def places(self) -> list[Place]:
+        return [*super().places(), self.block]
+
+    def install(self) -> None:
+        super().install()
+        self.block.module.register_forward_pre_hook(self._prepare)
+
+    def _prepare(self, module: nn.Module, args: tuple) -> None:
+        if self.enabled:
+            self._made = self._recall()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made, self._made = self._made, None
+        return self._recall() if made is None else made
+
+    def _recall(self) -> tuple[Tensor, Tensor]:
+        sources = None
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()):
+            sources = self.sources()
+        if sources is None or not all(_tells_changes(t) for t in sources):
+            self._stored = None
+            return self.make()
+        kind = sources[0].device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        state = [half, *((id(t), t.data_ptr(), t._version) for t in sources)]
+        if self._stored is None or self._stored[0] != state:
+            self._stored = state, sources, self.make()  # the sources too, so that no other tensor gets their id
+        return self._stored[2]
+
+    def _apply(self, fn, recurse: bool = True) -> "MadeKeys":
+        self._stored = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Versions count the changes of one tensor, not of its copies.
+        return {**self.__dict__, "_made": None, "_stored": None}
+
+
+def _tells_changes(tensor: Tensor) -> bool:
+    """Whether address and version of a tensor mean something: not those of meta, fake and inference tensors."""
+    return type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
 
 
 class ExtraQueries(_AttentionGuest):
