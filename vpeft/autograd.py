@@ -9,8 +9,8 @@ from torch import Tensor
 class ScaleShift(torch.autograd.Function):
     """y * scale + shift per channel, without keeping y.
 
-    The gradient of scale is the sum of g * y. It is had from the result z, which the next operation keeps anyway: y is
-    (z - shift) / scale. Where nothing else keeps z, ``again`` makes y anew from ``source`` instead.
+    The gradient of scale is the sum of g * y. It is had from the result z, which the next operation often keeps as well:
+    y is (z - shift) / scale. Where it does not, ``again`` can make y anew from ``source`` instead.
 
     Args (of ``apply``):
         y, scale, shift: scale and shift are (C,).
@@ -28,18 +28,31 @@ class ScaleShift(torch.autograd.Function):
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         _, scale, shift, ctx.axis, ctx.again, source = inputs
         ctx.save_for_backward(output if ctx.again is None else source, scale, shift)
+        device = output.device.type
+        ctx.precision = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         kept, scale, shift = ctx.saved_tensors
+        y = kept
+        if ctx.again is not None:
+            with torch.autocast(**ctx.precision):
+                y = ctx.again(kept)
         others = [d for d in range(grad.ndim) if d != ctx.axis % grad.ndim]
         wide = torch.promote_types(grad.dtype, scale.dtype)
-        to_shift = grad.sum(others, dtype=wide)
+        product = grad * y
+        to_scale, to_shift = product.sum(others, dtype=wide), grad.sum(others, dtype=wide)
         if ctx.again is None:
-            to_scale = ((grad * kept).sum(others, dtype=wide) - shift * to_shift) / scale
-        else:
-            to_scale = (grad * ctx.again(kept)).sum(others, dtype=wide)
-        return grad * _along(scale, grad, ctx.axis), to_scale, to_shift, None, None, None
+            to_scale = (to_scale - shift * to_shift) / scale
+        factor = _along(scale, grad, ctx.axis)
+        if torch.is_grad_enabled() or product.dtype != wide:
+            return grad * factor, to_scale, to_shift, None, None, None
+        # The product's memory is not needed any more.
+        return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
 
 
 def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -232,51 +232,51 @@ class AddToLinear(Intervention):
 class ScalesNearZero:
     """Which of a method's scales have an entry near zero, through which nothing can be recovered.
 
-    All are looked at together, once after each change: on a GPU that is one wait per step.
+    All are looked at together, once per forward: on a GPU that is one wait per step.
     """
 
     BOUND = 1e-3
 
     def __init__(self) -> None:
         self.parts: list[ScaleAndShift] = []
-        self._seen: dict[int, tuple[int, bool]] = {}
+        self._asked: set[int] = set()
+        self._near: set[int] = set()
 
     @torch.no_grad()
     def has(self, part: "ScaleAndShift") -> bool:
         """Whether this one has."""
         key = self.parts.index(part)
-        if key not in self._seen or self._seen[key][0] != part.vectors()[0]._version:
+        if not self._asked or key in self._asked:  # a new forward; versions do not tell, fused optimisers leave them
             scales = [p.vectors()[0] for p in self.parts]
-            near = bool(torch.cat(scales).abs().min() < self.BOUND)
-            self._seen = {
-                i: (scale._version, near and bool(scale.abs().min() < self.BOUND)) for i, scale in enumerate(scales)
-            }
-        return self._seen[key][1]
-
-    def __getstate__(self) -> dict:
-        # Versions count the changes of one tensor, not of its copies.
-        return {**self.__dict__, "_seen": {}}
+            self._asked, self._near = set(), set()
+            if torch.cat(scales).abs().min() < self.BOUND:
+                self._near = {i for i, scale in enumerate(scales) if scale.abs().min() < self.BOUND}
+        self._asked.add(key)
+        return key in self._near
 
 
 class ScaleAndShift(MapOutput):
     """y -> scale * y + shift per channel, after a linear, a convolution or a norm; folds into its affine tensors.
 
-    It keeps next to nothing for backward: a LayerNorm runs with its own affine vectors changed; after a linear, y is had
-    back from the result, which the next operation keeps as well; after the patch embedding, from the image.
+    It keeps little for backward: a LayerNorm runs with its own affine vectors changed; after a linear, y is had back from
+    the result, which activation and attention keep as well, or from the input.
 
     Args:
         place: the module.
         position: see ``Intervention``.
         channel_first: y is (B, C, …), as after a convolution.
+        again: make y anew from the module's input, where that costs less memory than keeping the result.
         near_zero: shared by all of one method.
     """
 
-    def __init__(self, place: Place, position: int, *, channel_first: bool = False, near_zero: ScalesNearZero | None = None):
+    def __init__(
+        self, place: Place, position: int, near_zero: ScalesNearZero, *, channel_first: bool = False, again: bool = False
+    ):
         super().__init__(place, position)
-        self.channel_first = channel_first
+        self.channel_first, self.again = channel_first, again
         self.outside = place.bias_outside if isinstance(place, LinearSite) else None
-        self.near_zero = near_zero or ScalesNearZero()
-        self.near_zero.parts.append(self)
+        self.near_zero = near_zero
+        near_zero.parts.append(self)
 
     def calls_needed(self) -> list[Place]:
         return [self.outside] if self.outside else []
@@ -313,11 +313,16 @@ class ScaleAndShift(MapOutput):
         if self._keeps_y(y):
             shape = (-1, *(1,) * (y.ndim - 1 - axis))
             return torch.addcmul(shift.view(shape), y, scale.view(shape))
-        if self.position == FIRST and not x.requires_grad:
-            return ScaleShift.apply(y, scale, shift, axis, self._again, x)
+        if self.again and self._alone():
+            return ScaleShift.apply(y, scale, shift, axis, self._once_more, x)
         return ScaleShift.apply(y, scale, shift, axis, None, None)
 
-    def _again(self, x: Tensor) -> Tensor:
+    def _alone(self) -> bool:
+        """Whether y is what the frozen module makes of x, with no other method's hook in between."""
+        module = self.place.module
+        return len(module._forward_hooks) == 1 and not module._forward_pre_hooks and "forward" not in vars(module)
+
+    def _once_more(self, x: Tensor) -> Tensor:
         return type(self.place.module).forward(self.place.module, x)
 
     def _keeps_y(self, y: Tensor) -> bool:
@@ -564,20 +569,58 @@ class ExtraKeys(_AttentionGuest):
         return self(x)
 
 
+class _Stored:
+    """What was made of some tensors, and how to tell whether they are still what they were.
+
+    A frozen tensor is told by its identity, address and version; a trained one by its value, since fused optimisers
+    leave the version as it is.
+    """
+
+    def __init__(self, sources: list[Tensor], made: tuple[Tensor, Tensor]):
+        self.sources, self.made = sources, made
+        self.half, self.states = self._half(), [self._state(t) for t in sources]
+
+    def _half(self) -> torch.dtype | None:
+        kind = self.sources[0].device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple:
+        value = tensor.detach().clone() if tensor.requires_grad else None
+        return tensor.data_ptr(), tensor._version, value
+
+    def holds(self, sources: list[Tensor]) -> bool:
+        """Whether the same would be made again."""
+        if self.half != self._half() or len(sources) != len(self.sources):
+            return False
+        for tensor, before, (address, version, value) in zip(sources, self.sources, self.states, strict=True):
+            if tensor is not before or tensor.data_ptr() != address or tensor._version != version:
+                return False
+            if tensor.requires_grad and (value is None or not torch.equal(tensor, value)):
+                return False
+        return True
+
+
+def _tells_changes(tensor: Tensor) -> bool:
+    """Whether a change of it can be told: not on meta, fake and inference tensors, nor, without a wait, a GPU's value."""
+    known = type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
+    return known and (tensor.device.type == "cpu" or not tensor.requires_grad)
+
+
 class MadeKeys(ExtraKeys):
     """Keys and values that are the same for every sample of a batch, and are made of other tensors.
 
     ``make()`` gives them as in ``ExtraKeys``, once per forward, just before the block runs: hooks that hold something from
     the modules that it calls then hold the block's own. In eval mode, while no gradient is recorded, what was made is kept
-    and used again until one of ``sources()`` is changed in place, moved or replaced. (torch does not tell of a change
-    through ``tensor.data``; a forward in training mode forgets what was kept.)
+    and used again until one of ``sources()`` changes (on a GPU: where none of them is set to train). torch does not tell
+    of a change of a frozen tensor through ``tensor.data``; a forward that records gradients forgets what was kept.
     """
 
     def __init__(self, block: BlockSite):
         super().__init__(block)
         self.block = block
         self._made: tuple[Tensor, Tensor] | None = None
-        self._stored: tuple[list, list[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._stored: _Stored | None = None
 
     def make(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -608,12 +651,9 @@ class MadeKeys(ExtraKeys):
         if sources is None or not all(_tells_changes(t) for t in sources):
             self._stored = None
             return self.make()
-        kind = sources[0].device.type
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state = [half, *((id(t), t.data_ptr(), t._version) for t in sources)]
-        if self._stored is None or self._stored[0] != state:
-            self._stored = state, sources, self.make()  # the sources too, so that no other tensor gets their id
-        return self._stored[2]
+        if self._stored is None or not self._stored.holds(sources):
+            self._stored = _Stored(sources, self.make())
+        return self._stored.made
 
     def _apply(self, fn, recurse: bool = True) -> "MadeKeys":
         self._stored = None
@@ -622,11 +662,6 @@ class MadeKeys(ExtraKeys):
     def __getstate__(self) -> dict:
         # Versions count the changes of one tensor, not of its copies.
         return {**self.__dict__, "_made": None, "_stored": None}
-
-
-def _tells_changes(tensor: Tensor) -> bool:
-    """Whether address and version of a tensor mean something: not those of meta, fake and inference tensors."""
-    return type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
 
 
 class ExtraQueries(_AttentionGuest):

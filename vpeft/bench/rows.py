@@ -65,7 +65,7 @@ class Row:
 
     def __init__(self, label: str, model: nn.Module, batch: Batch, trained: list, update: bool):
         self.label, self.model, self.batch = label, model, batch
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0) if update and trained else None
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if update and trained else None
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
     @property

@@ -15,10 +15,8 @@ class ScaleShift(ScaleAndShift):
 
     no_decay = frozenset({"scale", "shift"})
 
-    def __init__(
-        self, place: Place, position: int, width: int, near_zero: ScalesNearZero, *, channel_first: bool = False
-    ):
-        super().__init__(place, position, channel_first=channel_first, near_zero=near_zero)
+    def __init__(self, place: Place, position: int, width: int, near_zero: ScalesNearZero, **how):
+        super().__init__(place, position, near_zero, **how)
         self.scale = nn.Parameter(torch.empty(width).normal_(1, 0.02))
         self.shift = nn.Parameter(torch.empty(width).normal_(0, 0.02))
 
@@ -73,7 +71,10 @@ class SSF(Method):
                 places.append((Place(f"{block.mlp.path}.norm", inner), block.linears("fc2")[0].in_features))
             places += self._linears(block, ("fc2",))
             for place, width in places:
-                yield f"{place.path}.ssf", ScaleShift(place, block.index, width, near)
+                # Nothing else keeps what goes into the residual stream. Made anew, proj's costs 3 % of a step in all
+                # blocks; in every third, 1 %, and brings what is kept from 1.21 to 1.18 times the limit (ViT-S/16).
+                again = place.path == f"{block.attn.path}.proj" and block.index % 3 == 0
+                yield f"{place.path}.ssf", ScaleShift(place, block.index, width, near, again=again)
         if self.downsample:
             for norm in sites.norms():
                 if norm.path.rpartition(".")[0].endswith("downsample"):
