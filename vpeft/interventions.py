@@ -13,6 +13,7 @@ class                  hooks                                       mergeable   r
 ``InsertTokens``       block pre-hook and hook                     no          yes
 ``JoinWindows``        a Swin block's forward                      no          yes
 ``ExtraKeys``          attention's forward                         no          yes
+``MadeKeys``           attention's forward, pre-hook on the block  no          yes
 ``ExtraQueries``       attention's forward, hook on the block      no          yes
 ``Tap``                reads a module's output, or input           no          yes
 ``FeedBack``           forward hook (or pre-hook) on one module    no          yes
@@ -29,8 +30,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autograd import ScaleShift
 from .errors import MethodError, UnsupportedModelError
 from .sites import (
     FIRST,
@@ -49,6 +52,7 @@ from .sites import (
     check_sequence,
     check_windows,
     grid_of,
+    is_plain_norm,
     pad_pairs,
     pad_rope,
     rows_through_block,
@@ -59,8 +63,8 @@ from .sites import (
 
 __all__ = [
     "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "FeedBack",
-    "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MapOutput", "ReplaceTensor",
-    "ScaleAndShift", "Tap", "WideHead", "set_tensor",
+    "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput",
+    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "set_tensor",
 ]  # fmt: skip
 
 
@@ -254,36 +258,108 @@ class AddToLinear(Intervention):
         return [Folded(self.site, {"weight": weight.detach().to(wide) + self.delta().to(wide)})]
 
 
+class ScalesNearZero:
+    """Which of a method's scales have an entry near zero, through which nothing can be recovered.
+
+    All are looked at together, once per forward: on a GPU that is one wait per step.
+    """
+
+    BOUND = 1e-3
+
+    def __init__(self) -> None:
+        self.parts: list[ScaleAndShift] = []
+        self._asked: set[int] = set()
+        self._near: set[int] = set()
+
+    @torch.no_grad()
+    def has(self, part: "ScaleAndShift") -> bool:
+        """Whether this one has."""
+        key = self.parts.index(part)
+        if not self._asked or key in self._asked:  # a new forward; versions do not tell, fused optimisers leave them
+            scales = [p.vectors()[0] for p in self.parts]
+            self._asked, self._near = set(), set()
+            if torch.cat(scales).abs().min() < self.BOUND:
+                self._near = {i for i, scale in enumerate(scales) if scale.abs().min() < self.BOUND}
+        self._asked.add(key)
+        return key in self._near
+
+
 class ScaleAndShift(MapOutput):
     """y -> scale * y + shift per channel, after a linear, a convolution or a norm; folds into its affine tensors.
+
+    It keeps little for backward: a LayerNorm runs with its own affine vectors changed; after a linear, y is had back from
+    the result, which activation and attention keep as well, or from the input.
 
     Args:
         place: the module.
         position: see ``Intervention``.
         channel_first: y is (B, C, …), as after a convolution.
+        again: make y anew from the module's input, where that costs less memory than keeping the result.
+        near_zero: shared by all of one method.
     """
 
-    def __init__(self, place: Place, position: int, *, channel_first: bool = False):
+    def __init__(
+        self, place: Place, position: int, near_zero: ScalesNearZero, *, channel_first: bool = False, again: bool = False
+    ):
         super().__init__(place, position)
-        self.channel_first = channel_first
+        self.channel_first, self.again = channel_first, again
         self.outside = place.bias_outside if isinstance(place, LinearSite) else None
+        self.near_zero = near_zero
+        near_zero.parts.append(self)
 
     def calls_needed(self) -> list[Place]:
         return [self.outside] if self.outside else []
+
+    def install(self) -> None:
+        module = self.place.module
+        if is_plain_norm(module) and "forward" not in vars(module):
+            module.forward = self._run_norm
+        else:
+            module.register_forward_hook(self._map_output)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """scale and shift, each (C,)."""
         raise NotImplementedError
 
-    def forward(self, y: Tensor) -> Tensor:
+    def _run_norm(self, x: Tensor) -> Tensor:
+        norm = self.place.module
+        if not self.enabled:
+            return type(norm).forward(norm, x)
+        scale, shift = self.vectors()
+        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, scale)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight * scale, bias, norm.eps)
+
+    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self(output, args[0]) if self.enabled else None
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The module's new output from its output y and its input x."""
         scale, shift = self.vectors()
         if self.outside is not None:
             # timm adds the q, k, v bias after this output; it must be scaled as if it were inside.
             shift = shift + (scale - 1) * separate_bias(self.outside.module)
-        if self.channel_first:
-            shape = (-1, *(1,) * (y.ndim - 2))
-            scale, shift = scale.view(shape), shift.view(shape)
-        return torch.addcmul(shift, y, scale)
+        axis = 1 if self.channel_first else y.ndim - 1
+        if self._keeps_y(y):
+            shape = (-1, *(1,) * (y.ndim - 1 - axis))
+            return torch.addcmul(shift.view(shape), y, scale.view(shape))
+        if self.again and self._alone():
+            return ScaleShift.apply(y, scale, shift, axis, self._once_more, x)
+        return ScaleShift.apply(y, scale, shift, axis, None, None)
+
+    def _alone(self) -> bool:
+        """Whether y is what the frozen module makes of x, with no other method's hook in between."""
+        module = self.place.module
+        return len(module._forward_hooks) == 1 and not module._forward_pre_hooks and "forward" not in vars(module)
+
+    def _once_more(self, x: Tensor) -> Tensor:
+        return type(self.place.module).forward(self.place.module, x)
+
+    def _keeps_y(self, y: Tensor) -> bool:
+        """Whether torch's own product has to do."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True  # nothing is kept; the compiler decides by itself
+        # An attention with a bias outside its linear adds it to the result in place.
+        return self.outside is not None or not self.vectors()[0].requires_grad or self.near_zero.has(self)
 
     def why_not_mergeable(self) -> str | None:
         """The reason why this pair cannot be folded here, or None."""
@@ -520,6 +596,101 @@ class ExtraKeys(_AttentionGuest):
 
     def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self(x)
+
+
+class _Stored:
+    """What was made of some tensors, and how to tell whether they are still what they were.
+
+    A frozen tensor is told by its identity, address and version; a trained one by its value, since fused optimisers
+    leave the version as it is.
+    """
+
+    def __init__(self, sources: list[Tensor], made: tuple[Tensor, Tensor]):
+        self.sources, self.made = sources, made
+        self.half, self.states = self._half(), [self._state(t) for t in sources]
+
+    def _half(self) -> torch.dtype | None:
+        kind = self.sources[0].device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple:
+        value = tensor.detach().clone() if tensor.requires_grad else None
+        return tensor.data_ptr(), tensor._version, value
+
+    def holds(self, sources: list[Tensor]) -> bool:
+        """Whether the same would be made again."""
+        if self.half != self._half() or len(sources) != len(self.sources):
+            return False
+        for tensor, before, (address, version, value) in zip(sources, self.sources, self.states, strict=True):
+            if tensor is not before or tensor.data_ptr() != address or tensor._version != version:
+                return False
+            if tensor.requires_grad and (value is None or not torch.equal(tensor, value)):
+                return False
+        return True
+
+
+def _tells_changes(tensor: Tensor) -> bool:
+    """Whether a change of it can be told: not on meta, fake and inference tensors, nor, without a wait, a GPU's value."""
+    known = type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
+    return known and (tensor.device.type == "cpu" or not tensor.requires_grad)
+
+
+class MadeKeys(ExtraKeys):
+    """Keys and values that are the same for every sample of a batch, and are made of other tensors.
+
+    ``make()`` gives them as in ``ExtraKeys``, once per forward, just before the block runs: hooks that hold something from
+    the modules that it calls then hold the block's own. In eval mode, while no gradient is recorded, what was made is kept
+    and used again until one of ``sources()`` changes (on a GPU: where none of them is set to train). torch does not tell
+    of a change of a frozen tensor through ``tensor.data``; a forward that records gradients forgets what was kept.
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block)
+        self.block = block
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._stored: _Stored | None = None
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def sources(self) -> list[Tensor] | None:
+        """Every tensor that they depend on, or None where that cannot be said (hooks of other methods on the way)."""
+        raise NotImplementedError
+
+    def places(self) -> list[Place]:
+        return [*super().places(), self.block]
+
+    def install(self) -> None:
+        super().install()
+        self.block.module.register_forward_pre_hook(self._prepare)
+
+    def _prepare(self, module: nn.Module, args: tuple) -> None:
+        if self.enabled:
+            self._made = self._recall()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made, self._made = self._made, None
+        return self._recall() if made is None else made
+
+    def _recall(self) -> tuple[Tensor, Tensor]:
+        sources = None
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()):
+            sources = self.sources()
+        if sources is None or not all(_tells_changes(t) for t in sources):
+            self._stored = None
+            return self.make()
+        if self._stored is None or not self._stored.holds(sources):
+            self._stored = _Stored(sources, self.make())
+        return self._stored.made
+
+    def _apply(self, fn, recurse: bool = True) -> "MadeKeys":
+        self._stored = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Versions count the changes of one tensor, not of its copies.
+        return {**self.__dict__, "_made": None, "_stored": None}
 
 
 class ExtraQueries(_AttentionGuest):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, LayerNorm, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -291,6 +291,12 @@ def is_norm(module: Any) -> bool:
     """A normalisation with something to normalise: no Identity, no container."""
     name = type(module).__name__.lower()
     return isinstance(module, nn.Module) and "norm" in name and not list(module.children())
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """A LayerNorm with a weight, whose forward is ``F.layer_norm`` of its tensors."""
+    plain = type(module).forward in (nn.LayerNorm.forward, LayerNorm.forward)
+    return plain and module.weight is not None and not getattr(module, "_fast_norm", False)
 
 
 def head_places(model: nn.Module) -> list[Place]:

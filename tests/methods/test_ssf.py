@@ -1,9 +1,16 @@
 """Scale and shift."""
 
+import copy
+
 import pytest
 import torch
 from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state
+from models import images, make, randomise
 from reference import Reference
+
+import vpeft
+from vpeft.autograd import ScaleShift
+from vpeft.bench.compatibility import small_model
 
 
 class SSF(Reference):
@@ -54,3 +61,138 @@ TABLE = [
 @pytest.mark.parametrize(("method", "options", "model", "expected"), TABLE)
 def test_counts(method, options, model, expected):
     assert count(method, options, model) == expected
+
+
+def kept(model, x):
+    """Bytes that a forward keeps for backward beyond parameters, buffers and images."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
+    sizes = {}
+
+    def keep(t):
+        memory = t.untyped_storage()
+        if memory.data_ptr() not in known:
+            sizes[memory.data_ptr()] = memory.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    del y
+    return sum(sizes.values())
+
+
+def gradients(model, handle, x):
+    return torch.autograd.grad(model(x).square().sum(), list(handle.trainable_parameters()))
+
+
+def test_keeps_only_the_linears_into_the_stream():
+    model = make("vit", embed_dim=64, num_heads=2)
+    x = images(model)
+    limit = make("vit", embed_dim=64, num_heads=2).requires_grad_(False)
+    limit.blocks[0].register_forward_pre_hook(lambda m, a: (a[0].detach().requires_grad_(),))
+    vpeft.attach(model, "ssf")
+    row = 4 * 3 * 17 * 64  # bytes of D channels of every token
+    # The patch embedding, proj (made anew in block 0) and fc2 of three blocks, and the head's input.
+    streams = 1 + 2 + 3 + 1
+    assert kept(model, x) - kept(limit, x) < (streams + 0.4) * row
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_a_scale_near_zero_keeps_what_cannot_be_recovered(kind):
+    """Gradients in float32 stay those of float64, also where y = (z - shift) / scale would be noise."""
+    model = make(kind)
+    handle = vpeft.attach(model, "ssf")
+    randomise(handle, 0.05)
+    x = images(model)
+    gradients(model, handle, x)
+    named = dict(handle.named_parameters())
+    with torch.no_grad():  # after a first look at the scales
+        for name, p in named.items():
+            if name.endswith(("qkv.ssf.scale", "fc1.ssf.scale", "fc2.ssf.scale")):
+                p[::3] = 1e-6
+                p[1] = 0
+    exact = copy.deepcopy(model).double()
+    expected = gradients(exact, vpeft.get_handle(exact), x.double())
+    for name, a, b in zip(named, gradients(model, handle, x), expected, strict=False):
+        assert torch.isfinite(a).all()
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("update", [{"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_an_update_is_seen(update):
+    """The look at the scales is repeated after every kind of optimiser step."""
+    model = make("vit")
+    handle = vpeft.attach(model, "ssf")
+    optimizer = torch.optim.SGD(handle.param_groups(lr=1.0), **update)
+    near = handle.root.get_submodule("blocks.0.mlp.fc1.ssf").near_zero
+    part = handle.root.get_submodule("blocks.0.mlp.fc1.ssf")
+    x = images(model)
+    model(x).sum().backward()
+    assert not near._near
+    with torch.no_grad():
+        part.scale.grad.copy_(part.scale)
+    optimizer.step()
+    assert part.scale.abs().max() == 0
+    model(x)
+    assert near._near
+
+
+def test_function_and_its_second_gradient():
+    torch.manual_seed(0)
+    y = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(4, dtype=torch.float64).add(2).requires_grad_()
+    shift = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for axis in (2, -1):
+        run = lambda *t: ScaleShift.apply(*t, axis, None, None)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(run, (y, scale, shift))
+        assert torch.autograd.gradgradcheck(run, (y, scale, shift))
+    image = y.detach().transpose(1, 2)  # (B, C, N)
+    double = lambda t: 2 * t  # noqa: E731
+    run = lambda y, *t: ScaleShift.apply(y, *t, 1, double, image)  # noqa: E731
+    again = double(image).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, h: run(again, s, h), (scale, shift))
+
+
+@pytest.mark.parametrize("kind", ["beit", "eva giant", "eva02 base", "swinv2", "no qkv bias", "q/k norm", "dinov3"])
+def test_gradients_where_attentions_differ(kind):
+    """Bias added in place, q/k norm, no bias: as torch's own product of what the modules give."""
+    model = small_model(kind).double()
+    handle = vpeft.attach(model, "ssf")
+    randomise(handle)
+    x = images(model)
+    ours = gradients(model, handle, x)
+    for part in handle.root.interventions:
+        part.near_zero.BOUND = float("inf")  # keeps y everywhere
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, gradients(model, handle, x), strict=True))
+
+
+def test_two_pairs_on_one_norm():
+    model = make("vit", dtype=torch.float64)
+    x = images(model)
+    first = vpeft.attach(model, "ssf", name="first")
+    second = vpeft.attach(model, "ssf", name="second")
+    first.enable()
+    for handle in (first, second):
+        randomise(handle)
+    both = model(x)
+    merged = copy.deepcopy(model)
+    vpeft.get_handle(merged, "second").disable()
+    vpeft.get_handle(merged, "first").merge().detach(keep_merged=True)
+    vpeft.get_handle(merged, "second").enable()
+    vpeft.get_handle(merged, "second").merge().detach(keep_merged=True)
+    assert torch.allclose(merged(x), both, atol=1e-10)
+    first.detach()
+    second.disable()
+    assert torch.equal(model(x), make("vit", dtype=torch.float64)(x))
+
+
+def test_another_hook_on_the_projection():
+    """Where LoRA changes what proj gives before the pair sees it, y is not made anew."""
+    model = make("vit", dtype=torch.float64)
+    lora = vpeft.attach(model, "lora", targets=["proj"])
+    randomise(lora)
+    ssf = vpeft.attach(model, "ssf")
+    lora.enable()
+    x = images(model)
+    ours = gradients(model, ssf, x)
+    ssf.root.get_submodule("blocks.0.norm1.ssf").near_zero.BOUND = float("inf")
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, gradients(model, ssf, x), strict=True))

@@ -1,6 +1,8 @@
 """Visual prompt tuning."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import timm
@@ -11,6 +13,8 @@ from models import images, make, randomise
 from reference import Reference
 
 import vpeft
+from vpeft.bench.compatibility import small_model
+from vpeft.interventions import InsertTokens, JoinWindows, MadeKeys
 
 
 class Prompts(Reference):
@@ -177,3 +181,175 @@ def test_refusals_on_swin():
     small = {"img_size": 64, "window_size": 4, "depths": (1, 1, 1, 1), "embed_dim": 24}
     with pytest.raises(vpeft.UnsupportedModelError, match="tokens cannot join the windows of a swin_transformer_v2"):
         vpeft.attach(timm.create_model("swinv2_tiny_window8_256", **small), "vpt_deep")
+
+
+# ---- the fast path ----
+
+
+def both_ways(model, **options):
+    """Logits and gradients of all trained tensors, literal and fast, at the same values."""
+    found, x = [], images(model)
+    state = None
+    for path in ("literal", "fast"):
+        handle = vpeft.attach(model, options.get("method", "vpt_deep"), path=path, **{k: v for k, v in options.items() if k != "method"})
+        if state is None:
+            randomise(handle)
+            state = {n: t.clone() for n, t in handle.state_dict().items()}
+        handle.load_state_dict(state)
+        logits = model(x)
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+        gradients = torch.autograd.grad((logits * weights).sum(), list(handle.trainable_parameters()))
+        with torch.no_grad():
+            stored = model(x), model(x)  # made, then taken from what is kept
+        found.append([logits, *stored, *gradients])
+        handle.detach()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind",
+    ["vit class token", "vit average pooling", "q/k norm", "no qkv bias", "dinov2 registers", "beit", "beitv2", "beit3",
+     "eva giant", "eva02 tiny", "eva02 base", "dinov3", "dinov3 qkv bias", "deit distilled", "swin"],
+)  # fmt: skip
+def test_fast_equals_literal(kind, dtype):
+    model = small_model(kind).to(dtype)
+    atol = 1e-10 if dtype == torch.float64 else 1e-6
+    for literal, fast in zip(*both_ways(model, tokens=4), strict=True):
+        assert torch.allclose(literal, fast, atol=atol * max(1, literal.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 3, "project": 6},
+        {"tokens": 3, "shared": True},
+        {"tokens": 3, "blocks": [0, 2]},
+        {"tokens": 3, "blocks": [1]},
+        {"method": "e2vpt", "tokens": 3},
+    ],
+)
+def test_fast_equals_literal_with_options(options):
+    for kind in ("vit", "vit_reg", *(("swin",) if not options.keys() & {"project", "shared"} else ())):
+        for literal, fast in zip(*both_ways(make(kind, dtype=torch.float64), **options), strict=True):
+            assert torch.allclose(literal, fast, atol=1e-10)
+
+
+def ways(model, **options):
+    """Per block, whether prompts are keys alone (F) or tokens (l)."""
+    handle = vpeft.attach(model, "vpt_deep", tokens=2, **options)
+    kinds = {InsertTokens: "l", JoinWindows: "l", MadeKeys: "F"}
+    text = "".join(next(k for c, k in kinds.items() if isinstance(i, c)) for i in handle.root.interventions if "Pool" not in type(i).__name__)
+    handle.detach()
+    return text
+
+
+def test_where_prompts_are_tokens():
+    assert ways(make("vit")) == "FFF"
+    assert ways(make("vit"), blocks=[0, 2]) == "llF"  # block 1 carries on what block 0 made of its prompts
+    assert ways(make("vit"), dropout=0.1) == "lll"
+    assert ways(make("vit"), path="literal") == "lll"
+    assert ways(make("swin")) == "FFFl"
+    assert ways(make("swin"), blocks=[0, 1, 3]) == "Flll"
+    with pytest.raises(vpeft.MethodError, match=r"vpt_deep\.path: with dropout"):
+        vpeft.attach(make("vit"), "vpt_deep", dropout=0.1, path="fast")
+
+
+def test_what_inference_keeps_follows_every_change():
+    model = make("vit")
+    handle = vpeft.attach(model, "vpt_deep", tokens=3)
+    handle.eval()
+    x = images(model)
+    makes = []
+    part = handle.root.get_submodule("blocks.1.vpt")
+    part.make = lambda: (makes.append(1), type(part).make(part))[1]
+
+    def run(expect):
+        before = len(makes)
+        with torch.no_grad():
+            y = model(x)
+        assert len(makes) - before == expect
+        return y
+
+    part._stored = None
+    first = run(1)
+    assert torch.equal(run(0), first)
+    for change in (
+        lambda: part.prompts.mul_(2),
+        lambda: model.blocks[1].norm1.weight.add_(0.1),
+        lambda: model.blocks[1].attn.qkv.bias.add_(0.1),
+        lambda: handle.load_state_dict({n: torch.randn_like(t) for n, t in handle.state_dict().items()}),
+        lambda: setattr(model.blocks[1].attn.qkv, "weight", torch.nn.Parameter(model.blocks[1].attn.qkv.weight * 1.1)),
+    ):
+        with torch.no_grad():
+            change()
+        changed = run(1)
+        assert not torch.equal(changed, first)
+        first = changed
+    model.double().float()
+    assert torch.equal(run(1), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(1)
+    assert torch.equal(run(1), first)
+    optimizer = torch.optim.SGD(handle.param_groups(lr=0.1), fused=True)
+    model(x).sum().backward()  # records gradients: nothing is kept
+    assert part._stored is None
+    assert torch.equal(run(1), first)
+    optimizer.step()  # leaves the tensors' versions as they are
+    assert not torch.equal(run(1), first)
+    handle.train()
+    run(1)
+    run(1)
+    handle.eval()
+    lora = vpeft.attach(model, "lora", name="lora")  # its hooks stand on the way
+    handle.enable()
+    randomise(lora)
+    second = run(1)
+    assert torch.equal(run(1), second)
+    lora.detach()
+    del part.make
+
+
+def test_copies_forget_what_was_kept():
+    model = make("vit")
+    handle = vpeft.attach(model, "vpt_deep", tokens=3)
+    handle.eval()
+    x = images(model)
+    with torch.inference_mode():
+        expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        part = vpeft.get_handle(twin).root.get_submodule("blocks.1.vpt")
+        assert part._stored is None
+        with torch.no_grad():
+            assert torch.equal(twin(x), expected)
+            part.prompts.add_(1)
+            assert not torch.equal(twin(x), expected)
+    model(x).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_other_methods_act_on_prompts_too():
+    """LoRA on the qkv linear changes the prompts' keys and values as well, as it does where prompts are tokens."""
+    found = []
+    for path in ("literal", "fast"):
+        model = make("vit", dtype=torch.float64)
+        lora = vpeft.attach(model, "lora")
+        randomise(lora)
+        prompts = vpeft.attach(model, "vpt_deep", tokens=3, path=path)
+        randomise(prompts)
+        lora.enable()
+        found.append(model(images(model)))
+    assert torch.allclose(*found, atol=1e-10)
+
+
+def test_methods_that_hold_the_normed_tokens_hold_the_blocks_own():
+    model = make("vit", dtype=torch.float64)
+    bypass = vpeft.attach(model, "convpass_attn")
+    randomise(bypass)
+    prompts = vpeft.attach(model, "vpt_deep", tokens=3)
+    with torch.no_grad():
+        for name, p in prompts.named_parameters():
+            p.fill_(0 if "prompts" in name else 1)
+    bypass.enable()
+    assert torch.isfinite(model(images(model))).all()

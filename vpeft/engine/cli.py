@@ -107,12 +107,25 @@ def _docs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     return run
 
 
+def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration: backbone, batch, device and rows")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..bench.measure import bench
+
+        bench(args.cfg, args.overrides)
+
+    return run
+
+
 COMMANDS = {
     "train": (_train, "train a method on a data set"),
     "test": (_test, "evaluate a checkpoint on a data set"),
     "predict": (_predict, "classify image files with a checkpoint"),
     "table": (_table, "train configurations under several seeds and compare them"),
     "methods": (_methods, "list the methods, or describe one"),
+    "bench": (_bench, "measure time and memory of methods on a backbone"),
     "docs": (_docs, "write the pages in docs/ that are made from the registry"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }

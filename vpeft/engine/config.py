@@ -1,5 +1,7 @@
 """One YAML per experiment, typed: unknown keys, wrong types and impossible values are refused with the key's path."""
 
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,17 @@ def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: with the key's path, what was found, and the nearest valid name or value.
     """
+    config = read_config(Config, file, overrides)
+    check(config)
+    return config
+
+
+def read_config(schema: type, file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """A YAML file with its bases and overrides, laid over the defaults of a dataclass; only keys and types are checked.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
     layers = _read(Path(file), ())
     for item in overrides:
         if "=" not in item:
@@ -219,10 +232,9 @@ def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             layers.append(OmegaConf.from_dotlist([item]))
         except Exception as error:  # yaml's own errors have several unrelated classes
             raise ConfigError(f"override '{item}': {error}") from error
-    config = OmegaConf.structured(Config)
+    config = OmegaConf.structured(schema)
     for layer in layers:
         config = merge(config, layer)
-    check(config)
     return config
 
 
@@ -235,7 +247,7 @@ def from_container(values: dict) -> DictConfig:
 
 def merge(config: DictConfig, layer: DictConfig) -> DictConfig:
     """Lay untyped values over a typed configuration."""
-    _check_keys(Config, layer, "")
+    _check_keys(OmegaConf.get_type(config), layer, "")
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
@@ -270,23 +282,38 @@ def _check_keys(schema: type, values: Any, path: str) -> None:
         where = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise ConfigError(f"{where}: unknown key{did_you_mean(key, known)}")
-        if is_dataclass(known[key].type) and values[key] is not None:
-            _check_keys(known[key].type, values[key], where)
+        kind, value = known[key].type, values[key]
+        if is_dataclass(kind) and value is not None:
+            _check_keys(kind, value, where)
+        elif typing.get_origin(kind) is list and is_dataclass(typing.get_args(kind)[0]) and OmegaConf.is_list(value):
+            for number, item in enumerate(value):
+                _check_keys(typing.get_args(kind)[0], item, f"{where}[{number}]")
+
+
+def check_values(
+    config: DictConfig, choices: Mapping[str, Sequence[str]], ranges: Mapping[str, tuple[float | None, float | None]]
+) -> None:
+    """Refuse a key's value that is none of its choices, or out of its range.
+
+    Raises:
+        ConfigError: with the key's path and what it may be.
+    """
+    for key, allowed in choices.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{key}: '{value}' is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+    for key, (low, high) in ranges.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            raise ConfigError(f"{key}: {value} is impossible; it must be {bound}")
 
 
 def check(config: DictConfig) -> None:
     """Refuse impossible values that types alone let through."""
     if config.cache.mode == "False":  # YAML reads a bare off as no
         config.cache.mode = "off"
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value not in choices:
-            raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
-    for key, (low, high) in RANGES.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
-            bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise ConfigError(f"{key}: {value} is impossible; it must be {bound}")
+    check_values(config, CHOICES, RANGES)
     for key in ("augment.scale", "augment.ratio"):
         pair = OmegaConf.select(config, key)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:

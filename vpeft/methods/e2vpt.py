@@ -14,7 +14,7 @@ from ..errors import MethodError, UnsupportedModelError
 from ..interventions import ExtraKeys
 from ..sites import BlockSite, Place, Sites, patch_fan
 from .base import Method, Paper, register
-from .vpt import Prompts, VPTDeep, WindowPrompts
+from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ class Masks(nn.Module):
         self.head = {f"{h.path}.{n}": t.detach().clone() for h in heads for n, t in h.module.named_parameters()}
 
     def forward(self, prompts: Tensor) -> Tensor:
-        """Prompts (B, P, D) times the masks; a segment is D / S neighbouring channels."""
+        """Prompts (P, D) times the masks; a segment is D / S neighbouring channels."""
         mask = self.token_mask[:, None] * self.segment_mask
         return (prompts.unflatten(-1, (mask.shape[1], -1)) * mask[..., None]).flatten(-2)
 
@@ -44,9 +44,11 @@ class _Masked:
 
     masks: Masks
 
-    def forward(self, batch: int) -> Tensor | None:
-        prompts = super().forward(batch)
-        return None if prompts is None else self.masks(prompts)
+    def rows(self) -> Tensor:
+        return self.masks(super().rows())
+
+    def made_of(self) -> list[Tensor]:
+        return [*super().made_of(), self.masks.token_mask, self.masks.segment_mask]
 
 
 class MaskedPrompts(_Masked, Prompts):
@@ -55,6 +57,10 @@ class MaskedPrompts(_Masked, Prompts):
 
 class MaskedWindowPrompts(_Masked, WindowPrompts):
     """In every window of one Swin block, masked."""
+
+
+class MaskedPromptKeys(_Masked, PromptKeys):
+    """As keys and values alone, masked."""
 
 
 class KeyValue(ExtraKeys):
@@ -122,7 +128,7 @@ class E2VPT(VPTDeep):
         prune_tokens, prune_segments: per cent to drop in calibration, rounded down; at least 1 token and 4 segments per
             token stay. The paper chooses among 10, 20 … 90 on validation images.
         pruned_from: file of the first training; see above.
-        dropout, project, shared, blocks: of the prompts, as ``vpt_deep``'s.
+        dropout, project, shared, blocks, path: of the prompts, as ``vpt_deep``'s.
     """
 
     tokens: int = 5
@@ -152,10 +158,13 @@ class E2VPT(VPTDeep):
             if not 0 <= getattr(self, option) <= 100:
                 raise MethodError(f"{self.name}.{option}: {getattr(self, option)} is no percentage")
 
-    def _plant(self, sites: Sites, block: BlockSite, **how) -> "MaskedPrompts | MaskedWindowPrompts":
+    def _kind(self, block: BlockSite, keys: bool) -> "type[MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys]":
+        return MaskedPromptKeys if keys else MaskedWindowPrompts if block.maps else MaskedPrompts
+
+    def _plant(self, sites: Sites, block: BlockSite, **how) -> "MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys":
         if block.width % self.segments:
             raise MethodError(f"{self.name}.segments: {self.segments} does not divide the width {block.width}")
-        planted = (MaskedWindowPrompts if block.maps else MaskedPrompts)(self, sites, block, **how)
+        planted = super()._plant(sites, block, **how)
         object.__setattr__(planted, "masks", self._masks)
         return planted
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
-from ..interventions import ExtraKeys, Intervention
+from ..interventions import ExtraKeys, Intervention, MadeKeys
 from ..sites import BlockSite, Sites
 from .base import Blocks, Method, Paper, PerBlock, create, register
 
@@ -29,7 +29,7 @@ class Prefix(ExtraKeys):
         return self.key, self.value
 
 
-class MadePrefix(ExtraKeys):
+class MadePrefix(MadeKeys):
     """The same, made from an embedding (P, D) by a perceptron: Linear(D, h), tanh, Linear(h, 2 heads d)."""
 
     no_decay = frozenset({"embedding"})
@@ -41,8 +41,11 @@ class MadePrefix(ExtraKeys):
         self.down, self.up = nn.Linear(block.width, hidden), nn.Linear(hidden, 2 * block.heads * block.head_width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def make(self) -> tuple[Tensor, Tensor]:
         return self.pair(self.drop(self.up(self.down(self.embedding).tanh())))
+
+    def sources(self) -> list[Tensor]:
+        return list(self.parameters())
 
     def pair(self, both: Tensor) -> tuple[Tensor, Tensor]:
         key, value = both.unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..interventions import FIRST, LAST, Intervention, ScaleAndShift
+from ..interventions import FIRST, LAST, Intervention, ScaleAndShift, ScalesNearZero
 from ..sites import Place, Sites, is_norm
 from .base import Blocks, Method, Paper, linears_by_path, register
 
@@ -15,8 +15,8 @@ class ScaleShift(ScaleAndShift):
 
     no_decay = frozenset({"scale", "shift"})
 
-    def __init__(self, place: Place, position: int, width: int, *, channel_first: bool = False):
-        super().__init__(place, position, channel_first=channel_first)
+    def __init__(self, place: Place, position: int, width: int, near_zero: ScalesNearZero, **how):
+        super().__init__(place, position, near_zero, **how)
         self.scale = nn.Parameter(torch.empty(width).normal_(1, 0.02))
         self.shift = nn.Parameter(torch.empty(width).normal_(0, 0.02))
 
@@ -52,14 +52,15 @@ class SSF(Method):
         return False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        near = ScalesNearZero()
         if self.blocks is None:
             embed = sites.patch_embed
             if embed is not None:
                 conv = isinstance(embed.module, nn.Conv2d)
                 width = embed.module.out_channels if conv else embed.module.out_features
-                yield f"{embed.path}.ssf", ScaleShift(embed, FIRST, width, channel_first=conv)
+                yield f"{embed.path}.ssf", ScaleShift(embed, FIRST, width, near, channel_first=conv)
             if sites.patch_norm is not None:
-                yield f"{sites.patch_norm.path}.ssf", ScaleShift(sites.patch_norm, FIRST, sites.blocks[0].width)
+                yield f"{sites.patch_norm.path}.ssf", ScaleShift(sites.patch_norm, FIRST, sites.blocks[0].width, near)
         for block in sites.choose(self.blocks):
             places: list[tuple[Place, int]] = [(block.norm1, block.width)]
             places += self._linears(block, ("qkv", "proj"))
@@ -70,14 +71,17 @@ class SSF(Method):
                 places.append((Place(f"{block.mlp.path}.norm", inner), block.linears("fc2")[0].in_features))
             places += self._linears(block, ("fc2",))
             for place, width in places:
-                yield f"{place.path}.ssf", ScaleShift(place, block.index, width)
+                # Nothing else keeps what goes into the residual stream. Made anew, proj's costs 3 % of a step in all
+                # blocks; in every third, 1 %, and brings what is kept from 1.21 to 1.18 times the limit (ViT-S/16).
+                again = place.path == f"{block.attn.path}.proj" and block.index % 3 == 0
+                yield f"{place.path}.ssf", ScaleShift(place, block.index, width, near, again=again)
         if self.downsample:
             for norm in sites.norms():
                 if norm.path.rpartition(".")[0].endswith("downsample"):
                     width = norm.module.weight.numel()
-                    yield f"{norm.path}.ssf", ScaleShift(norm, sites.position(f"{norm.path}.weight"), width)
+                    yield f"{norm.path}.ssf", ScaleShift(norm, sites.position(f"{norm.path}.weight"), width, near)
         if self.blocks is None and sites.final_norms:
-            yield f"{sites.final_norms[0].path}.ssf", ScaleShift(sites.final_norms[0], LAST, sites.blocks[-1].width)
+            yield f"{sites.final_norms[0].path}.ssf", ScaleShift(sites.final_norms[0], LAST, sites.blocks[-1].width, near)
 
     @staticmethod
     def _linears(block, slots) -> list[tuple[Place, int]]:

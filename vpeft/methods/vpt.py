@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import LAST, InsertTokens, JoinWindows, MapOutput
-from ..sites import BlockSite, Place, Sites, patch_fan
+from ..interventions import LAST, InsertTokens, JoinWindows, MadeKeys, MapOutput
+from ..sites import BlockSite, Place, Sites, attention_inputs, check_attention, check_windows, patch_fan
 from .base import Blocks, Method, Paper, register
 
 _PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
@@ -32,16 +33,24 @@ class _Tokens:
         object.__setattr__(self, "source", self if own else source)
         object.__setattr__(self, "shared_proj", proj)
 
-    def forward(self, batch: int) -> Tensor | None:
-        if self.source is None:
-            return None
+    def rows(self) -> Tensor:
+        """The prompts (P, D) as they enter the block, before dropout."""
         prompts = self.source.prompts
-        if self.shared_proj is not None:
-            prompts = self.shared_proj(prompts)
-        return self.drop(prompts.expand(batch, -1, -1))
+        return prompts if self.shared_proj is None else self.shared_proj(prompts)
+
+    def made_of(self) -> list[Tensor]:
+        """Every tensor that ``rows`` reads."""
+        return [self.source.prompts, *(self.shared_proj.parameters() if self.shared_proj is not None else ())]
 
 
-class Prompts(_Tokens, InsertTokens):
+class _Inserted(_Tokens):
+    """Prompts that are tokens."""
+
+    def forward(self, batch: int) -> Tensor | None:
+        return None if self.source is None else self.drop(self.rows().expand(batch, -1, -1))
+
+
+class Prompts(_Inserted, InsertTokens):
     """In front of one block's patches."""
 
     def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
@@ -49,13 +58,37 @@ class Prompts(_Tokens, InsertTokens):
         self.add_prompts(method, sites, block, own, source, proj)
 
 
-class WindowPrompts(_Tokens, JoinWindows):
+class WindowPrompts(_Inserted, JoinWindows):
     """In every window of one Swin block. The last block's outputs enter the pooling, so it always hands them on."""
 
     def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
         last = block is sites.blocks[-1]
         super().__init__(sites, block, method.tokens, previous, hands_on or last)
         self.add_prompts(method, sites, block, own, source, proj)
+
+
+class PromptKeys(_Tokens, MadeKeys):
+    """Prompts whose outputs nobody reads: only their keys and values are made, once for all samples and windows.
+
+    Their dropout must be 0. They pass norm1 and the qkv linear, and what methods hook there.
+    """
+
+    def __init__(self, method, sites, block, *, own, source, proj):
+        super().__init__(block)
+        self.add_prompts(method, sites, block, own, source, proj)
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        rows, block = self.rows()[None], self.block
+        if block.pre_norm:
+            rows = block.norm1.module(rows)
+        return attention_inputs(block.attn.module, rows)[1:]
+
+    def sources(self) -> list[Tensor] | None:
+        norm, attn = self.block.norm1.module, self.block.attn.module
+        for part in (*norm.modules(), *(m for m in attn.modules() if m is not attn)):
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+                return None
+        return [*self.made_of(), *(t for m in (norm, attn) for t in (*m.parameters(), *m.buffers()))]
 
 
 class PromptedPool(MapOutput):
@@ -91,8 +124,12 @@ class _VPT(Method):
                 raise UnsupportedModelError(f"{self.name}: prompts enter a mean; the pooling here is another")
         return sites.blocks
 
-    def _plant(self, sites: Sites, block: BlockSite, **how) -> "Prompts | WindowPrompts":
-        return (WindowPrompts if block.maps else Prompts)(self, sites, block, **how)
+    def _plant(self, sites: Sites, block: BlockSite, **how) -> "Prompts | WindowPrompts | PromptKeys":
+        return self._kind(block, "previous" not in how)(self, sites, block, **how)
+
+    def _kind(self, block: BlockSite, keys: bool) -> "type[Prompts | WindowPrompts | PromptKeys]":
+        """The class that acts in a block: as keys and values alone, or as tokens."""
+        return PromptKeys if keys else WindowPrompts if block.maps else Prompts
 
     def _end(self, sites: Sites, last: "Prompts | WindowPrompts") -> Iterator[tuple[str, nn.Module]]:
         if isinstance(last, WindowPrompts) and sites.final_norms:
@@ -153,12 +190,19 @@ class VPTDeep(_VPT):
     In a Swin they stand in every window of their block, and those of the last block are pooled with the patches. A block
     that was not chosen carries on with what the last chosen one before it left; none stand before the first.
 
+    Since nobody reads what a block makes of its prompts, there are two ways that compute the same. ``literal`` inserts
+    tokens. ``fast`` makes the prompts' keys and values once for the whole batch and lets every token attend to them;
+    in inference they are made once and kept. Where outputs of prompts are read (a Swin's last block; a block that another
+    one carries on from) prompts are tokens in either way. Of other methods that are enabled at the same time, those
+    that change the attention's input miss the prompts on the fast way.
+
     Args:
         tokens: P.
         dropout: on the prompts, one draw per sample.
         project: width D' of prompts that one shared linear maps to D; None for prompts of width D.
         shared: one set of prompts for all blocks (then saved as ``vpt.prompts``).
         blocks: which blocks get fresh prompts; None for all.
+        path: ``fast`` or ``literal``; ``auto`` is fast where there is no dropout and the attention can take further keys.
     """
 
     tokens: int = 50
@@ -166,6 +210,12 @@ class VPTDeep(_VPT):
     project: int | None = None
     shared: bool = False
     blocks: Blocks = None
+    path: Literal["auto", "literal", "fast"] = "auto"
+
+    def check(self) -> None:
+        super().check()
+        if self.path == "fast" and self.dropout:
+            raise MethodError(f"{self.name}.path: with dropout every sample has prompts of its own; only 'literal' does that")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         blocks, chosen = self._blocks(sites), [b.index for b in sites.choose(self.blocks)]
@@ -176,9 +226,27 @@ class VPTDeep(_VPT):
             own = fresh and not (self.shared and first is not None)
             source = first if fresh and not own else None
             carried_on = block.index + 1 < len(blocks) and block.index + 1 not in chosen
-            previous = self._plant(sites, block, own=own, source=source, proj=proj, previous=previous, hands_on=carried_on)
+            how = {"own": own, "source": source, "proj": proj}
+            read = carried_on or (block.maps and block is blocks[-1])
+            if not (fresh and not read and self._as_keys(block)):
+                how |= {"previous": previous, "hands_on": carried_on}
+            previous = self._plant(sites, block, **how)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
         yield from self._end(sites, previous)
         if proj is not None:
             yield "vpt.proj", proj
+
+    def _as_keys(self, block: BlockSite) -> bool:
+        """Whether a block's prompts, whose outputs nobody reads, are keys and values alone."""
+        if self.path == "literal" or self.dropout:
+            return False
+        if block.maps:
+            check_windows(block)
+        try:
+            check_attention(block)
+        except UnsupportedModelError:
+            if self.path == "fast":
+                raise
+            return False
+        return True

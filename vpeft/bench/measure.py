@@ -1,0 +1,156 @@
+"""Step and forward times and memory of many methods on one backbone, in proportion to what bounds them.
+
+All rows live in one process, on the same frozen weights, and are timed one after another within each round, so that
+whatever else the machine does meets them alike. What is reported are medians over the rounds; a ratio is the median of
+the ratios within the rounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from omegaconf import DictConfig
+
+from .config import load_bench_config
+from .report import write_report
+from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
+
+PASSES = ("step", "forward", "merged")
+
+
+@dataclass
+class Result:
+    """One row of the table. Times in seconds, memory in bytes; None where a row has none.
+
+    Attributes:
+        label: its name.
+        parameters: trained numbers, the head's left out.
+        step: forward, backward and update.
+        forward: of the adapted model in inference.
+        merged: of the model with the method folded in.
+        saved: bytes that autograd keeps from the forward for the backward; parameters, buffers and the images, which
+            are there anyway, are not counted.
+        peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
+        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``forward`` and ``merged`` to the
+            frozen forward, as ``{"step/limit": …}``.
+    """
+
+    label: str
+    parameters: int
+    step: float | None
+    forward: float
+    merged: float | None
+    saved: int | None
+    peak: int | None
+    ratios: dict[str, float]
+
+
+def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
+    """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print the table."""
+    config = load_bench_config(file, overrides)
+    results = measure(config)
+    print(write_report(config, results))
+    return results
+
+
+def measure(config: DictConfig) -> list[Result]:
+    """Every row's numbers."""
+    from rich.progress import track
+
+    threads = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        rows, batch = make_rows(config)
+        memory = {row.label: (saved_bytes(row), peak_bytes(row)) if row.trains else (None, None) for row in rows}
+        for _ in range(config.warmup):
+            _round(rows, batch)
+        rounds = track(range(config.rounds), "rounds", transient=True)
+        times = [_round(rows[n % len(rows) :] + rows[: n % len(rows)], batch) for n in rounds]
+    finally:
+        torch.set_num_threads(threads)
+    return [_result(row, times, memory) for row in rows]
+
+
+Times = dict[tuple[str, str], float]
+
+
+def _round(rows: list[Row], batch: Batch) -> Times:
+    """One time of everything: (label, pass) to seconds."""
+    found: Times = {}
+    for row in rows:
+        if row.trains:
+            row.training()
+            found[row.label, "step"] = batch.time(row.step)
+    for row in rows:
+        row.inference()
+        found[row.label, "forward"] = batch.time(row.forward)
+    for row in rows:
+        row.inference()
+        merged = merged_forward(row)
+        if merged is not None:
+            found[row.label, "merged"] = batch.time(merged)
+            row.handle.unmerge()
+    return found
+
+
+def saved_bytes(row: Row) -> int:
+    """Bytes that autograd keeps for backward, each piece of memory once, beyond parameters, buffers and the images."""
+    row.training()
+    there = [*row.model.parameters(), *row.model.buffers(), row.batch.images]
+    known = {t.untyped_storage().data_ptr() for t in there}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in known:
+            sizes[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = row.loss()  # held, so that no address is used twice
+    total = sum(sizes.values())
+    del loss
+    return total
+
+
+def peak_bytes(row: Row) -> int | None:
+    """Highest GPU memory of a step, as if the row were alone on the device; None elsewhere."""
+    device = row.batch.device
+    if device.type != "cuda":
+        return None
+    row.training()
+    row.step()  # the optimiser's state exists from now on
+    row.batch.finish()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    row.step()
+    row.batch.finish()
+    own = sum(t.nbytes for t in [*row.model.parameters(), *row.model.buffers()])
+    if row.optimizer is not None:
+        own += sum(t.nbytes for state in row.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    return torch.cuda.max_memory_allocated(device) - before + own
+
+
+def _result(row: Row, times: list[Times], memory: dict[str, tuple[int | None, int | None]]) -> Result:
+    middle = {p: _median(t.get((row.label, p)) for t in times) for p in PASSES}
+    saved, peak = memory[row.label]
+    ratios = {f"step/{base}": _ratio(times, (row.label, "step"), (base, "step")) for base in (FULL, LIMIT)}
+    ratios |= {f"{p}/{FROZEN}": _ratio(times, (row.label, p), (FROZEN, "forward")) for p in PASSES}
+    if saved is not None:
+        ratios |= {f"saved/{base}": saved / memory[base][0] for base in (FULL, LIMIT)}
+    if peak is not None:
+        ratios |= {f"peak/{base}": peak / memory[base][1] for base in (FULL, LIMIT)}
+    found = {key: value for key, value in ratios.items() if value is not None}
+    return Result(row.label, row.parameters, middle["step"], middle["forward"], middle["merged"], saved, peak, found)
+
+
+def _median(values) -> float | None:
+    values = [v for v in values if v is not None]
+    return median(values) if values else None
+
+
+def _ratio(times: list[Times], part: tuple[str, str], whole: tuple[str, str]) -> float | None:
+    return _median(t[part] / t[whole] for t in times if part in t)

@@ -1,0 +1,102 @@
+"""A measurement as CSV, Markdown and a picture."""
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from omegaconf import DictConfig
+
+from ..engine.run import write_atomically
+from .rows import FROZEN, FULL, LIMIT
+
+if TYPE_CHECKING:
+    from .measure import Result
+
+RATIOS = (
+    f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", f"forward/{FROZEN}", f"merged/{FROZEN}",
+    f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}",
+)  # fmt: skip
+
+
+def write_report(config: DictConfig, results: "list[Result]") -> str:
+    """Write the three files and return the Markdown."""
+    out = Path(config.output) / config.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(config, results)
+    write_atomically(out.with_suffix(".csv"), as_csv(results))
+    write_atomically(out.with_suffix(".md"), text + "\n")
+    plot(out.with_suffix(".png"), config, results)
+    return text
+
+
+def as_csv(results: "list[Result]") -> str:
+    """Plain numbers, one line per row."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["row", "parameters", "step_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS]
+    )
+    for r in results:
+        values = [r.label, r.parameters, r.step, r.forward, r.merged, r.saved, r.peak, *(r.ratios.get(k) for k in RATIOS)]
+        writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
+    return stream.getvalue()
+
+
+def markdown(config: DictConfig, results: "list[Result]") -> str:
+    """A table for people, with what it was measured on."""
+    gpu = any(r.peak is not None for r in results)
+    shown = [k for k in RATIOS if gpu or not k.startswith("peak")]
+    memory = "peak, MiB" if gpu else "saved, MiB"
+    head = ["row", "parameters", "step, ms", "forward, ms", "merged, ms", memory, *(k.replace("/", " / ") for k in shown)]
+    lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for r in results:
+        amount = r.peak if gpu else r.saved
+        cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.forward, r.merged))]
+        cells.append("–" if amount is None else f"{amount / 2**20:.1f}")
+        cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _setting(config: DictConfig) -> str:
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+    return (
+        f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} interleaved "
+        f"rounds, a step with{'' if config.update else 'out'} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.1f}"
+
+
+def plot(path: Path, config: DictConfig, results: "list[Result]") -> None:
+    """Memory against step time, both over full fine-tuning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kind = "peak" if any(r.peak is not None for r in results) else "saved"
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    for r in results:
+        if r.step is None:
+            continue
+        x, y = r.ratios[f"step/{FULL}"], r.ratios[f"{kind}/{FULL}"]
+        axis.plot(x, y, "s" if r.label in (FULL, LIMIT) else "o", markersize=5)
+        axis.annotate(r.label, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    what = {"peak": "peak memory", "saved": "bytes saved for backward"}[kind]
+    axis.set(xlabel="time of a step over full fine-tuning", ylabel=f"{what} over full fine-tuning")
+    axis.set(title=f"{config.model.name}, batch {config.batch_size}, {config.device}, {config.precision}")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,243 @@
+"""The rows of a measurement: one model each, all on the same frozen weights, with a training step and a forward."""
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import timm
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ..attach import Handle, attach
+from ..errors import ConfigError, MethodError, VpeftError
+from ..methods import Method, create
+from ..sites import Sites, input_size
+from .config import PEFT
+
+# The rows that every table has, to which the others are put in proportion.
+FULL, FROZEN, LIMIT = "full", "frozen", "limit"
+
+
+class Batch:
+    """One random batch and the precision that it is computed in."""
+
+    def __init__(self, config: DictConfig, size: tuple[int, int, int]):
+        self.device = torch.device(config.device)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.images = torch.randn(config.batch_size, *size, generator=generator).to(self.device)
+        self.labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator).to(self.device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+
+        self.clock = time.process_time if config.clock == "cpu" else time.perf_counter
+
+    def precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def finish(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Seconds that a call takes."""
+        self.finish()
+        start = self.clock()
+        run()
+        self.finish()
+        return self.clock() - start
+
+
+class Row:
+    """A model with something to train in it.
+
+    Args:
+        label: what the table calls it.
+        model: the row's own; its frozen weights may be every row's.
+        batch: what it runs on.
+        trained: parameters of the optimiser, or its groups.
+        update: whether a step includes AdamW's (at a rate of 0, so that no weight moves).
+    """
+
+    handle: Handle | None = None
+
+    def __init__(self, label: str, model: nn.Module, batch: Batch, trained: list, update: bool):
+        self.label, self.model, self.batch = label, model, batch
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if update and trained else None
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers, the head's left out."""
+        head = {id(p) for p in self.model.get_classifier().parameters()}
+        return sum(p.numel() for p in self.trained if id(p) not in head)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training step has a meaning."""
+        return True
+
+    def training(self) -> None:
+        """Into the mode that a step is made in."""
+        self.model.eval()  # a frozen backbone stays in it
+
+    def inference(self) -> None:
+        """Into the mode that a forward is made in."""
+        self.model.eval()
+
+    def loss(self) -> Tensor:
+        with self.batch.precision():
+            return F.cross_entropy(self.model(self.batch.images), self.batch.labels)
+
+    def step(self) -> None:
+        self.loss().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.after_step()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def after_step(self) -> None:
+        """What a method does after each update."""
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        with self.batch.precision():
+            return self.model(self.batch.images)
+
+
+class FrozenRow(Row):
+    """The bare forward; nothing is trained."""
+
+    @property
+    def trains(self) -> bool:
+        return False
+
+
+class LimitRow(Row):
+    """The frozen backbone with a gradient carried to the first block's input, and nothing else: what no method that
+    acts in the first block can undercut."""
+
+    def __init__(self, label: str, model: nn.Module, batch: Batch):
+        super().__init__(label, model.requires_grad_(False), batch, [], False)
+        Sites(model).blocks[0].module.register_forward_pre_hook(_carry)
+
+
+def _carry(module: nn.Module, args: tuple) -> tuple:
+    x, *rest = args
+    return x.detach().requires_grad_(torch.is_grad_enabled()), *rest
+
+
+class MethodRow(Row):
+    """One of our methods."""
+
+    def __init__(self, label: str, model: nn.Module, batch: Batch, method: Method, update: bool):
+        self.handle = attach(model, method, name="bench")
+        self.handle.calibrate([(batch.images, batch.labels)], progress=False)
+        super().__init__(label, model, batch, self.handle.param_groups(lr=0.0), update)
+        self.consistency = self.handle.consistency_loss if method.consistency_weight else None
+
+    def training(self) -> None:
+        self.handle.train()
+
+    def loss(self) -> Tensor:
+        with self.batch.precision():
+            logits = self.model(self.batch.images)
+            loss = F.cross_entropy(logits, self.batch.labels) + self.handle.penalty()
+            return loss if self.consistency is None else loss + self.consistency(logits, self.model(self.batch.images))
+
+    def after_step(self) -> None:
+        self.handle.after_step()
+
+
+class PeftRow(Row):
+    """LoRA of huggingface's peft on the same model."""
+
+    def __init__(
+        self, label: str, model: nn.Module, batch: Batch, update: bool, rank: int, targets: list[str], alpha: float
+    ):
+        from peft import LoraConfig, get_peft_model
+
+        head = [n for n, m in model.named_modules() if m is model.get_classifier()]
+        made = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=head))
+        trained = [p for p in made.parameters() if p.requires_grad]
+        super().__init__(label, made, batch, trained, update)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for n, p in self.model.named_parameters() if p.requires_grad and "lora_" in n)
+
+
+def peft_installed() -> bool:
+    """Whether huggingface's peft can be imported."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are its own objects, with flags and gradients of their own, on the same memory."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
+    """All rows of a table: full fine-tuning, the frozen forward, the limit, and what the configuration asks for.
+
+    Raises:
+        ConfigError: a row that cannot be, before the first model is built.
+        UnsupportedModelError: a method that this backbone does not take.
+    """
+    builders = [_plan(row, config.update) for row in config.rows]
+    labels = [FULL, FROZEN, LIMIT, *(row.label or row.name for row in config.rows)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
+    torch.manual_seed(config.seed)
+    m = config.model
+    kwargs = {**m.kwargs, **({"img_size": m.img_size} if m.img_size else {})}
+    if m.checkpoint:
+        kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
+    base = timm.create_model(m.name, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
+    base = base.to(config.device).eval()
+    batch = Batch(config, input_size(base))
+    rows: list[Row] = [
+        MethodRow(FULL, twin(base), batch, create("full"), config.update),
+        FrozenRow(FROZEN, twin(base).requires_grad_(False), batch, [], False),
+        LimitRow(LIMIT, twin(base), batch),
+    ]
+    for label, build in zip(labels[3:], builders, strict=True):
+        rows.append(build(label, twin(base), batch))
+    return rows, batch
+
+
+def _plan(row: DictConfig, update: bool) -> Callable[[str, nn.Module, Batch], Row]:
+    options = OmegaConf.to_container(row.options)
+    if row.name == PEFT:
+        if not peft_installed():
+            raise ConfigError(f"rows: '{PEFT}' needs huggingface's peft; install it with: pip install vpeft[bench]")
+        unknown = options.keys() - {"rank", "targets", "alpha"}
+        if unknown:
+            raise ConfigError(f"rows: {PEFT} has no option '{min(unknown)}'; it has rank, targets and alpha")
+        options = {"rank": 8, "targets": ["qkv"], "alpha": 8.0} | options
+        return lambda label, model, batch: PeftRow(label, model, batch, update, **options)
+    try:
+        method = create(row.name, **options)
+    except VpeftError as error:
+        raise ConfigError(f"rows: {error}") from error
+    return lambda label, model, batch: MethodRow(label, model, batch, method, update)
+
+
+def merged_forward(row: Row) -> Callable[[], Tensor] | None:
+    """Folds the row's method in and gives its forward, or None where it does not fold; ``row.handle.unmerge`` after it."""
+    if row.handle is None or not row.handle.mergeable:
+        return None
+    try:
+        row.handle.merge()
+    except MethodError:
+        return None
+    return row.forward
