@@ -1,0 +1,178 @@
+"""The measurement of time and memory, on a model of which every number is known."""
+
+import csv
+import sys
+import types
+
+import pytest
+import timm
+import torch
+from models import SMALL
+
+import vpeft
+from vpeft.bench import rows as bench_rows
+from vpeft.bench.config import load_bench_config
+from vpeft.bench.measure import bench, measure, saved_bytes
+from vpeft.bench.rows import make_rows, twin
+
+TINY = """
+name: tiny
+output: {out}
+model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
+batch_size: 2
+num_classes: 5
+rounds: 2
+warmup: 0
+threads: 1
+rows:
+  - {{name: lora, options: {{rank: 2}}}}
+  - {{name: adaptformer, label: wide, options: {{bottleneck: 8}}}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(out=tmp_path / "out", model={k: v for k, v in SMALL.items() if k != "num_classes"}))
+    return path
+
+
+def test_writes_table_numbers_and_picture(file, tmp_path, capsys):
+    results = bench(file)
+    assert [r.label for r in results] == ["full", "frozen", "limit", "lora", "wide"]
+    by_label = {r.label: r for r in results}
+    assert by_label["lora"].parameters == 3 * 2 * 2 * (32 + 32)  # blocks, q and v, rank
+    assert by_label["full"].parameters == sum(
+        p.numel() for n, p in timm.create_model("vit_tiny_patch16_224", **SMALL).named_parameters() if "head" not in n
+    )
+    assert by_label["frozen"].step is None
+    assert by_label["limit"].parameters == 0
+    assert by_label["lora"].merged is not None
+    assert by_label["wide"].merged is None
+    assert by_label["full"].ratios["step/full"] == by_label["limit"].ratios["saved/limit"] == 1
+    assert by_label["lora"].ratios["saved/full"] == by_label["lora"].saved / by_label["full"].saved
+    assert all(r.peak is None for r in results)
+    assert "| lora | 768 |" in capsys.readouterr().out
+    with open(tmp_path / "out" / "tiny.csv") as stream:
+        table = list(csv.DictReader(stream))
+    assert int(table[3]["saved_bytes"]) == by_label["lora"].saved
+    assert table[1]["step_s"] == ""
+    assert (tmp_path / "out" / "tiny.md").read_text().startswith("vit_tiny_patch16_224, batch 2, fp32, CPU, 1 thread(s)")
+    assert (tmp_path / "out" / "tiny.png").stat().st_size > 5000
+
+
+def test_saved_bytes_of_the_limit(file):
+    rows, _ = make_rows(load_bench_config(file))
+    limit, width, tokens, heads = rows[2], 32, 2 * 17, 2
+    # Both norms' inputs and statistics, q, k and v, the attention's output and its log-sums, the MLP's 4 D.
+    block = tokens * (2 * (width + 2) + 4 * width + heads + 4 * width)
+    end = tokens * (width + 2) + 2 * 5 + 1  # the final norm, log-probabilities, the weight sum of the loss
+    assert saved_bytes(limit) == 4 * (3 * block + end) + 8 * 2  # labels
+
+
+def test_steps_move_no_weight_and_rows_share_their_memory(file):
+    config = load_bench_config(file)
+    rows, _ = make_rows(config)
+    full, lora = rows[0], rows[3]
+    a, b = (dict(r.model.named_parameters())["blocks.0.attn.qkv.weight"] for r in (full, lora))
+    assert a is not b
+    assert a.data_ptr() == b.data_ptr()
+    assert a.requires_grad
+    assert not b.requires_grad
+    before = {n: p.detach().clone() for r in rows for n, p in r.model.named_parameters()}
+    for row in rows:
+        if row.trains:
+            row.training()
+            row.step()
+            assert all(p.grad is None for p in row.model.parameters())
+    assert all(torch.equal(p, before[n]) for r in rows for n, p in r.model.named_parameters())
+
+
+def test_merged_rows_leave_the_others_as_they_were(file):
+    config = load_bench_config(file)
+    rows, batch = make_rows(config)
+    outputs = [r.forward() for r in rows]
+    lora = rows[3]
+    with torch.no_grad():
+        for p in lora.handle.parameters():
+            p.add_(0.1)
+    changed = lora.forward()
+    merged = bench_rows.merged_forward(lora)()
+    assert torch.allclose(merged, changed, atol=1e-5)
+    lora.handle.unmerge()
+    assert all(torch.equal(r.forward(), y) for r, y in zip(rows, outputs, strict=True) if r is not lora)
+    assert batch.images.shape == (2, 3, 32, 32)
+
+
+def test_twin_shares_memory_and_nothing_else():
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    copy = twin(model)
+    for a, b in zip(model.parameters(), copy.parameters(), strict=True):
+        assert a is not b
+        assert a.data_ptr() == b.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batchsize=4", r"batchsize: unknown key; did you mean 'batch_size'"),
+        ("model.nam=x", r"model\.nam: unknown key; did you mean 'name'"),
+        ("rows=[{nme: lora}]", r"rows\[0\]\.nme: unknown key; did you mean 'name'"),
+        ("rows=[]", r"rows: nothing to measure"),
+        ("rounds=0", r"rounds: 0 is impossible"),
+        ("clock=cup", r"clock: 'cup' is not one of wall, cpu; did you mean 'cpu'"),
+        ("device=gpu9", r"device: 'gpu9' is none of torch's devices"),
+        ("precision=fp16", r"precision: fp16 needs a GPU"),
+        ("model.name=vit_smal_patch16_224", r"model\.name: timm has no .*did you mean 'vit_small_patch16_224'"),
+    ],
+)
+def test_refused_while_reading(file, override, message):
+    with pytest.raises(vpeft.ConfigError, match=message):
+        load_bench_config(file, [override])
+
+
+def test_processor_time_needs_one_thread(file):
+    load_bench_config(file, ["clock=cpu"])
+    with pytest.raises(vpeft.ConfigError, match="clock: processor time"):
+        load_bench_config(file, ["clock=cpu", "threads=2"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[{name: lorra}]", r"rows: unknown method 'lorra'; did you mean 'lora'"),
+        ("[{name: lora, options: {ranks: 2}}]", r"rows: lora has no hyper-parameter 'ranks'"),
+        ("[{name: lora}, {name: lora}]", r"rows: two are called 'lora'; give one of them another label"),
+        ("[{name: full}]", r"rows: two are called 'full'"),
+        ("[{name: huggingface_lora, options: {r: 2}}]", r"rows: huggingface_lora has no option 'r'"),
+    ],
+)
+def test_refused_before_a_model_is_built(file, rows, message, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("a model was built"))
+    monkeypatch.setattr(bench_rows, "peft_installed", lambda: True)
+    with pytest.raises(vpeft.ConfigError, match=message):
+        measure(load_bench_config(file, [f"rows={rows}"]))
+
+
+def test_row_of_huggingface(file, monkeypatch):
+    """With a stand-in for the library, which need not be installed."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = load_bench_config(file, ["rows=[{name: huggingface_lora, options: {rank: 3}}]"])
+    with pytest.raises(vpeft.ConfigError, match="needs huggingface's peft"):
+        make_rows(config)
+    asked = {}
+
+    def get_peft_model(model, settings):
+        asked.update(settings)
+        model.requires_grad_(False)
+        model.blocks[0].lora_a = torch.nn.Parameter(torch.zeros(7))
+        model.head.requires_grad_(True)
+        return model
+
+    fake = types.SimpleNamespace(LoraConfig=lambda **k: k, get_peft_model=get_peft_model)
+    monkeypatch.setitem(sys.modules, "peft", fake)
+    row = make_rows(config)[0][-1]
+    row.training()
+    row.step()
+    assert row.parameters == 7
+    assert asked == {"r": 3, "lora_alpha": 8.0, "target_modules": ["qkv"], "modules_to_save": ["head"]}
