@@ -68,8 +68,9 @@ def _setting(config: DictConfig) -> str:
     else:
         name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
     return (
-        f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} interleaved "
-        f"rounds, a step with{'' if config.update else 'out'} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
+        f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
+        f"interleaved rounds, a step with{'' if config.update else 'out'} AdamW's update; torch {torch.__version__}, "
+        f"timm {timm.__version__}"
     )
 
 
