@@ -59,7 +59,8 @@ from .sites import (
 
 __all__ = [
     "FIRST", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "Folded", "Grid",
-    "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput", "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "WideHead", "set_tensor",
+    "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput", "ReplaceTensor", "ScaleAndShift",
+    "ScalesNearZero", "WideHead", "set_tensor",
 ]  # fmt: skip
 
 

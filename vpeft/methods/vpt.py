@@ -215,7 +215,7 @@ class VPTDeep(_VPT):
     def check(self) -> None:
         super().check()
         if self.path == "fast" and self.dropout:
-            raise MethodError(f"{self.name}.path: with dropout every sample has prompts of its own; only 'literal' does that")
+            raise MethodError(f"{self.name}.path: with dropout each sample has prompts of its own, which 'fast' has not")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         blocks, chosen = self._blocks(sites), [b.index for b in sites.choose(self.blocks)]
