@@ -191,7 +191,9 @@ def both_ways(model, **options):
     found, x = [], images(model)
     state = None
     for path in ("literal", "fast"):
-        handle = vpeft.attach(model, options.get("method", "vpt_deep"), path=path, **{k: v for k, v in options.items() if k != "method"})
+        handle = vpeft.attach(
+            model, options.get("method", "vpt_deep"), path=path, **{k: v for k, v in options.items() if k != "method"}
+        )
         if state is None:
             randomise(handle)
             state = {n: t.clone() for n, t in handle.state_dict().items()}
@@ -239,7 +241,11 @@ def ways(model, **options):
     """Per block, whether prompts are keys alone (F) or tokens (l)."""
     handle = vpeft.attach(model, "vpt_deep", tokens=2, **options)
     kinds = {InsertTokens: "l", JoinWindows: "l", MadeKeys: "F"}
-    text = "".join(next(k for c, k in kinds.items() if isinstance(i, c)) for i in handle.root.interventions if "Pool" not in type(i).__name__)
+    text = "".join(
+        next(k for c, k in kinds.items() if isinstance(i, c))
+        for i in handle.root.interventions
+        if "Pool" not in type(i).__name__
+    )
     handle.detach()
     return text
 

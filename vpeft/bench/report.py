@@ -36,9 +36,7 @@ def as_csv(results: "list[Result]") -> str:
     """Plain numbers, one line per row."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["row", "parameters", "step_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS]
-    )
+    writer.writerow(["row", "parameters", "step_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS])
     for r in results:
         values = [r.label, r.parameters, r.step, r.forward, r.merged, r.saved, r.peak, *(r.ratios.get(k) for k in RATIOS)]
         writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
@@ -67,6 +65,7 @@ def _setting(config: DictConfig) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+    update = "with" if config.update else "without"
     return (
         f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
         f"interleaved rounds, a step with{'' if config.update else 'out'} AdamW's update; torch {torch.__version__}, "
