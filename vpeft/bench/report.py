@@ -68,8 +68,7 @@ def _setting(config: DictConfig) -> str:
     update = "with" if config.update else "without"
     return (
         f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
-        f"interleaved rounds, a step with{'' if config.update else 'out'} AdamW's update; torch {torch.__version__}, "
-        f"timm {timm.__version__}"
+        f"interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
     )
 
 
