@@ -36,6 +36,12 @@ def swin(**kwargs) -> nn.Module:
 
 MODELS = {"vit": vit, "vit_reg": vit_reg, "swin": swin}
 
+# timm's modules whose models are read.
+TIMM_MODULES = (
+    "vision_transformer", "deit", "eva", "beit", "swin_transformer", "swin_transformer_v2", "vision_transformer_hybrid",
+    "naflexvit", "vision_transformer_relpos", "vitamin", "vision_transformer_sam",
+)  # fmt: skip
+
 # What a method cannot do on a model, which attach must say; everything else must work.
 REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]

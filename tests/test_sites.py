@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from models import images, make, randomise
+from models import TIMM_MODULES, images, make, randomise
 from torch import nn
 
 import vpeft
@@ -329,14 +329,8 @@ def test_input_size_may_change_after_attaching():
     assert swin(torch.randn(1, 3, 64, 96)).shape == (1, 5)
 
 
-MODULES = (
-    "vision_transformer", "deit", "eva", "beit", "swin_transformer", "swin_transformer_v2", "vision_transformer_hybrid",
-    "naflexvit", "vision_transformer_relpos", "vitamin", "vision_transformer_sam",
-)  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TIMM_MODULES)
 def test_every_timm_name_is_accepted_or_refused_with_a_reason(module):
     refused = {}
     names = timm.list_models(module=module)

@@ -84,6 +84,7 @@ class Intervention(nn.Module):
         routable: samples of one batch may use different instances of it.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         flexible: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
+        held: names of own attributes that hold something from one hook of a forward to a later one, None in between.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         enabled: hooks do nothing where False.
     """
@@ -92,6 +93,7 @@ class Intervention(nn.Module):
     routable: bool = True
     no_decay: frozenset[str] = frozenset()
     flexible: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
 
     def __init__(self, position: int):
         super().__init__()
@@ -141,9 +143,12 @@ class Intervention(nn.Module):
 
     def forget(self) -> None:
         """Drop what is held between two hooks, after a forward that was stopped half-way."""
-        for name in ("_read", "_left"):
-            if name in vars(self):
-                setattr(self, name, None)
+        for name in self.held:
+            setattr(self, name, None)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles carry no activations.
+        return {**self.__dict__, **dict.fromkeys(self.held)}
 
     def swap(self) -> None:
         """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
@@ -167,6 +172,8 @@ class AddToBranch(Intervention):
         after: u is the stream after the branch instead, which is what was read plus the branch's output.
         output: u is the output of ``reads``.
     """
+
+    held = frozenset({"_read"})
 
     def __init__(self, block: BlockSite, reads: Place, adds: Place, *, after: bool = False, output: bool = False):
         super().__init__(block.index)
@@ -400,6 +407,8 @@ class InsertTokens(Intervention):
     token is not rotated, is visible to all, and has bias 0.
     """
 
+    held = frozenset({"_left"})
+
     def __init__(
         self, model: nn.Module, block: BlockSite, tokens: int, prefix: int, previous: "InsertTokens | None", hands_on: bool
     ):
@@ -453,10 +462,6 @@ class InsertTokens(Intervention):
             self._left = output[:, start:stop]
         return torch.cat([output[:, :start], output[:, stop:]], 1)
 
-    def __getstate__(self) -> dict:
-        # Copies and pickles carry no activations.
-        return {**self.__dict__, "_left": None}
-
 
 class JoinWindows(Intervention):
     """Tokens that take part in every window of a Swin block, in its norms and its MLP, and then leave it.
@@ -464,6 +469,8 @@ class JoinWindows(Intervention):
     The block's forward is replaced. ``forward(batch)`` gives fresh tokens (B, P, C), or None where the block uses those
     that left the block before it, brought to this stage's width by its patch merging.
     """
+
+    held = frozenset({"_left"})
 
     def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", hands_on: bool):
         super().__init__(block.index)
@@ -508,9 +515,6 @@ class JoinWindows(Intervention):
         if self.hands_on:
             self._left = left
         return x
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_left": None}
 
 
 def _checkpointing(model: nn.Module) -> bool:
@@ -645,6 +649,8 @@ class MadeKeys(ExtraKeys):
     of a change of a frozen tensor through ``tensor.data``; a forward that records gradients forgets what was kept.
     """
 
+    held = frozenset({"_made", "_stored"})  # versions count the changes of one tensor, not of its copies
+
     def __init__(self, block: BlockSite):
         super().__init__(block)
         self.block = block
@@ -688,10 +694,6 @@ class MadeKeys(ExtraKeys):
         self._stored = None
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict:
-        # Versions count the changes of one tensor, not of its copies.
-        return {**self.__dict__, "_made": None, "_stored": None}
-
 
 class ExtraQueries(_AttentionGuest):
     """Rows that read a block's tokens without being read: they attend to the tokens' keys and values, and go through
@@ -703,6 +705,8 @@ class ExtraQueries(_AttentionGuest):
     read is held until then (a run that stops at the features holds it until the next one).
     """
 
+    held = frozenset({"_held"})
+
     def __init__(self, block: BlockSite):
         super().__init__(block, LAST)  # no gradient enters any block's own path
         check_rows(block)
@@ -712,9 +716,6 @@ class ExtraQueries(_AttentionGuest):
     @property
     def runs_from(self) -> int:
         return self.block.index
-
-    def forget(self) -> None:
-        self._held = None
 
     def places(self) -> list[Place]:
         return [self.place, self.block]
@@ -743,9 +744,6 @@ class ExtraQueries(_AttentionGuest):
             raise MethodError(f"{self.block.path} has not run since its rows were taken: call the model, or its head once")
         return held if isinstance(held, Tensor) else self._read(*held)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_held": None}
-
 
 class Tap(Intervention):
     """One step of a side network: ``forward(state, x)`` makes the next side state of what is read of the model.
@@ -762,6 +760,8 @@ class Tap(Intervention):
         on_input: read the module's input instead of its output.
         cut: detach what is read, so that no gradient enters the model here. Only what lies above a feed-back needs none.
     """
+
+    held = frozenset({"_read", "_state"})
 
     def __init__(self, place: Place, reads: int, previous: "Tap | None" = None, *, on_input: bool = False, cut: bool = True):
         super().__init__(LAST)  # its tensors get their gradient through the side state
@@ -832,16 +832,13 @@ class Tap(Intervention):
 
     def forget(self) -> None:
         """Drop what it and the steps before it hold, of a run that was not finished."""
-        self._read = self._state = None
+        super().forget()
         if self.previous is not None:
             self.previous.forget()
 
     def forward(self, state: Tensor | None, x: Tensor) -> Tensor | None:
         """The reading itself, where there is no step before; else the state as it was."""
         return x if self.previous is None else state
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_read": None, "_state": None}
 
 
 class FeedBack(MapOutput):
@@ -877,6 +874,8 @@ class FeedFeatures(FeedBack):
     were asked for, until the next run.
     """
 
+    held = frozenset({"_made"})
+
     def __init__(self, sites: Sites, tap: Tap, *, on_input: bool = False):
         super().__init__(sites, sites.features_end, LAST, tap, on_input=on_input)
         self.first = sites.blocks[0]
@@ -901,9 +900,6 @@ class FeedFeatures(FeedBack):
         if self.tap.ready:
             self._made = super().forward(y)
         return y if self._made is None else self._made
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_made": None}
 
 
 class WideHead(Intervention):

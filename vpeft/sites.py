@@ -651,18 +651,12 @@ def rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor) -> 
     m, attn = block.module, block.module.attn
     h = m.norm1(rows) if block.pre_norm else rows
     a = attention_output(attn, attend(attn, attention_inputs(attn, h)[0], k, v), h)
-    rows = rows + m.drop_path1(_layer_scale(m, 1, a) if block.pre_norm else m.norm1(a))
     if block.pre_norm:
-        return rows + m.drop_path2(_layer_scale(m, 2, m.mlp(m.norm2(rows))))
+        one, two = (1 if (gain := block.gain(branch)) is None else gain for branch in (1, 2))
+        rows = rows + m.drop_path1(one * a)
+        return rows + m.drop_path2(two * m.mlp(m.norm2(rows)))
+    rows = rows + m.drop_path1(m.norm1(a))
     return rows + m.drop_path2(m.norm2(m.mlp(rows)))
-
-
-def _layer_scale(block: nn.Module, branch: int, y: Tensor) -> Tensor:
-    """LayerScale of a branch's output: a module in ViTs, a parameter in BEiT and EVA, or absent."""
-    if hasattr(block, f"ls{branch}"):
-        return getattr(block, f"ls{branch}")(y)
-    gain = getattr(block, f"gamma_{branch}", None)
-    return y if gain is None else gain * y
 
 
 # ---- Swin's block, for methods that send tokens of their own through it ----

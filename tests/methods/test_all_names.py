@@ -9,15 +9,11 @@ import collections
 import pytest
 import timm
 import torch
+from models import TIMM_MODULES
 from torch import nn
 
 import vpeft
 from vpeft.methods import METHODS
-
-MODULES = (
-    "vision_transformer", "deit", "eva", "beit", "swin_transformer", "swin_transformer_v2", "vision_transformer_hybrid",
-    "naflexvit", "vision_transformer_relpos", "vitamin", "vision_transformer_sam",
-)  # fmt: skip
 
 
 def shallow(name: str) -> nn.Module:
@@ -133,7 +129,7 @@ def traces(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TIMM_MODULES)
 def test_every_method_on_every_name(module):
     tally = collections.Counter()
     wrong = []

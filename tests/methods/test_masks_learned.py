@@ -93,14 +93,8 @@ def test_child_tuning_f_copies_draw_their_own_masks():
     assert model.blocks[0].mlp.fc1.weight.grad is None
 
 
-# ---- LT-SFT ----
-
-
-@kinds
-def test_lt_sft_masks(kind):
-    model, found = masks(kind, "lt_sft", epochs=2, lr=1e-3, ratio=0.03)
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.train()
+def train_all(model: nn.Module) -> None:
+    """Two epochs of everything, by hand, at a rate that falls."""
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
     for lr in (1e-3, 5e-4):
@@ -110,6 +104,17 @@ def test_lt_sft_masks(kind):
             F.cross_entropy(model(x), labels).backward()
             nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
+
+
+# ---- LT-SFT ----
+
+
+@kinds
+def test_lt_sft_masks(kind):
+    model, found = masks(kind, "lt_sft", epochs=2, lr=1e-3, ratio=0.03)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.train()
+    train_all(model)
     moved = torch.cat([(model.get_parameter(n).detach() - start[n]).abs().flatten() for n in found])
     chosen = torch.cat([m.flatten() for m in found.values()])
     assert set(found) == set(backbone(model))
@@ -148,15 +153,7 @@ def test_diff_pruning_phases(kind, monkeypatch):
     monkeypatch.setattr("vpeft.methods.masks_learned.gate", torch.ones_like)
     model, found = masks(kind, "diff_pruning", epochs=2, lr=1e-3, ratio=0.01, start="pretrained")
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
-    for lr in (1e-3, 5e-4):
-        optimizer.param_groups[0]["lr"] = lr
-        for x, labels in batches(model):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
+    train_all(model)
     moved = torch.cat([(model.get_parameter(n).detach() - start[n]).abs().flatten() for n in found])
     chosen = torch.cat([m.flatten() for m in found.values()])
     assert chosen.sum() == int(0.01 * len(moved))

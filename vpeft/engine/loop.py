@@ -163,7 +163,7 @@ class Trainer:
 
     def _cache_features(self) -> None:
         """Store frozen features, where that is asked for and possible, and train and validate on them."""
-        config, about = self.config.cache, self.run.logger
+        config = self.config.cache
         if config.mode == "off":
             return
         reason = why_no_cache(self.config)
@@ -180,7 +180,7 @@ class Trainer:
         except CacheError as error:
             if config.mode != "auto":
                 raise
-            about.info("cache.mode=auto: every epoch runs the whole model: %s", error)
+            self.run.logger.info("cache.mode=auto: every epoch runs the whole model: %s", error)
 
     def _cached(self, loader, name: str) -> CachedLoader:
         config, started = self.config.cache, time.perf_counter()

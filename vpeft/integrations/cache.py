@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..attach import Handle
 from ..checkpoint import fingerprint
-from ..errors import VpeftError
-from ..sites import Place, input_size
+from ..errors import UnsupportedModelError, VpeftError
+from ..sites import FIRST, Place, input_size
 
-INPUT = -1  # the key of the first block's input
+INPUT = FIRST  # the key of the first block's input
 GB = 1024**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,13 +39,15 @@ class _Enough(Exception):
 
 def why_not(handle: Handle) -> str | None:
     """Why an attached method leaves nothing to cache, or None."""
-    needs, sites = handle.needs, handle.sites
+    needs = handle.needs
     if needs.image:
         return f"{handle.method.name} reads the image itself"
     if needs.first <= 0:
         return f"{handle.method.name} acts from {handle.boundary} on, so nothing frozen lies below it"
-    if not isinstance(getattr(handle.model, "patch_embed", None), nn.Module):
-        return f"{type(sites.model).__name__} has no patch_embed in whose place the cache could stand"
+    try:
+        _ = handle.sites.stem  # where the stand-in images enter
+    except UnsupportedModelError as error:
+        return str(error)
     return None
 
 
@@ -84,7 +86,8 @@ class FeatureCache:
         self.keys: list[Any] = sorted({*self.needs.taps, self.needs.first - 1})
         if self.needs.heads_only:
             self.keys = [h.path for h in handle.sites.heads]
-        self.skipped: list[Place] = [handle.sites.stem]
+        self.stem = handle.sites.stem
+        self.skipped: list[Place] = [self.stem]
         for block in blocks[: self.needs.first]:
             merging = handle.sites.merging_before(block)
             if merging is not None and block.index - 1 not in self.keys:  # else it runs, on stored tokens
@@ -161,12 +164,9 @@ class FeatureCache:
 
             return hook
 
-        def keep_input(key: Any, enough: bool):
+        def keep_input(key: Any):
             def hook(module, args, kwargs):
-                if key is not None:
-                    found[key] = (args[0] if args else kwargs["x"]).detach()
-                if enough:
-                    raise _Enough
+                found[key] = (args[0] if args else kwargs["x"]).detach()
 
             return hook
 
@@ -174,11 +174,11 @@ class FeatureCache:
             hooks.append(place.module.register_forward_hook(shape(place)))
         if self.needs.heads_only:
             for head in sites.heads:
-                hooks.append(head.module.register_forward_pre_hook(keep_input(head.path, False), with_kwargs=True))
+                hooks.append(head.module.register_forward_pre_hook(keep_input(head.path), with_kwargs=True))
         else:
             for key in self.keys:
                 if key == INPUT:
-                    pre = keep_input(INPUT, False)
+                    pre = keep_input(INPUT)
                     hooks.append(sites.blocks[0].module.register_forward_pre_hook(pre, with_kwargs=True, prepend=True))
                 else:
                     hooks.append(sites.blocks[key].module.register_forward_hook(keep(key), prepend=True))
@@ -193,23 +193,16 @@ class FeatureCache:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._forget()
+            for intervention in self.handle.root.interventions:
+                intervention.forget()
         self.computed_in = {key: value.dtype for key, value in found.items()}
         return found
 
-    def _forget(self) -> None:
-        """Let interventions drop what they hold of a forward that was stopped half-way."""
-        for intervention in self.handle.root.interventions:
-            intervention.forget()
-
     # ---- storing ----
-
-    def _bytes(self, found: dict[Any, Tensor], total: int) -> int:
-        return sum(math.prod(v.shape[1:]) * total * self.dtype.itemsize for v in found.values())
 
     def _allocate(self, found: dict[Any, Tensor], total: int, loader: DataLoader) -> Path | None:
         """Room for the features; the folder they are written to, where they go to disk."""
-        size = self._bytes(found, total)
+        size = sum(math.prod(v.shape[1:]) * total * self.dtype.itemsize for v in found.values())
         if self.mode == "memory" and size > self.budget:
             raise CacheError(
                 f"the features of {total:,} samples take {size / GB:.2f} GB, more than {self.budget / GB:.2f} GB; "
@@ -350,7 +343,7 @@ class _Player:
         self.replaced.append(module)
 
     def _forward(self, place: Place, block: int | None) -> Callable:
-        stem = place is self.cache.handle.sites.stem or place.path == "patch_embed"
+        stem = place is self.cache.stem
         shape, dtype = self.cache.shapes[place.path]
 
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
