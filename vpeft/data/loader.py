@@ -84,7 +84,9 @@ def make_loader(
 
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
     """
+    # Only a data set knows why its samples do not fit into one batch.
     common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    common["collate_fn"] = getattr(dataset, "collate", None)
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
     batches = ShardedBatches(
