@@ -94,22 +94,37 @@ class Objective:
 
     Args:
         model: the timm model.
+        heads: modules outside it, by the names that were given to ``attach``.
         outer: the module that the task calls; ``model`` or one that holds it.
         criterion: ``(outer, images, labels) -> mean loss``; cross-entropy of its logits where None.
     """
 
-    def __init__(self, model: nn.Module, outer: nn.Module | None = None, criterion: Criterion | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Mapping[str, nn.Module],
+        outer: nn.Module | None = None,
+        criterion: Criterion | None = None,
+    ):
         self.outer, self.criterion = model if outer is None else outer, criterion
-        paths = [path for path, module in self.outer.named_modules() if module is model]
-        if not paths:
+        paths = {id(module): path for path, module in self.outer.named_modules()}
+        if id(model) not in paths:
             raise MethodError("calibrate: the module that the task calls does not hold the model")
-        self.prefix = f"{paths[0]}." if paths[0] else ""
+        self.prefix = f"{paths[id(model)]}." if paths[id(model)] else ""
+        self.heads = {f"{name}.": f"{paths[id(m)]}." for name, m in heads.items() if id(m) in paths}
 
     def loss(self, images: Tensor, labels: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """Mean loss of a batch, with ``tensors`` in place of the model's own of these names."""
+        """Mean loss of a batch, with ``tensors`` in place of the model's (and the heads') own of these names."""
         call = _Loss(self.outer, self.criterion)
-        values = {f"outer.{self.prefix}{name}": value for name, value in (tensors or {}).items()}
+        values = {f"outer.{self._path(name)}": value for name, value in (tensors or {}).items()}
         return functional_call(call, values, (images, labels))
+
+    def _path(self, name: str) -> str:
+        """Where the task's module has a tensor of this name."""
+        for prefix, path in self.heads.items():
+            if name.startswith(prefix):
+                return path + name.removeprefix(prefix)
+        return self.prefix + name
 
     def forward(self, images: Tensor) -> Any:
         """What the task's module gives for a batch."""
@@ -546,7 +561,7 @@ class Handle:
         training = {m: m.training for m in (self.model if outer is None else outer).modules()}
         try:
             self.root.calibrated = False
-            self.root.objective = Objective(self.model, outer, criterion)
+            self.root.objective = Objective(self.model, self.root.heads, outer, criterion)
             self.method.calibrate(self, _Batches(loader, device, self.name if progress else None))
             self.root.calibrated = True
         finally:
@@ -560,7 +575,7 @@ class Handle:
     @property
     def objective(self) -> Objective:
         """The task's loss, for a method's own ``calibrate``."""
-        return self.root.objective or Objective(self.model)
+        return self.root.objective or Objective(self.model, self.root.heads)
 
     def penalty(self) -> Tensor:
         """What the method adds to the task's loss (a number; 0 for most), from its present parameters."""

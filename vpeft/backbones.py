@@ -12,7 +12,7 @@ the log and the measured accuracy are in ``model_zoo.md``.
 from pathlib import Path
 
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, swin_transformer, vision_transformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -60,6 +60,8 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer
         VisionTransformer,
         "vit_micro_patch4_28",
         pretrained,
+        # Resizes the position embedding where another img_size is asked for.
+        pretrained_filter_fn=vision_transformer.checkpoint_filter_fn,
         feature_cfg={"out_indices": (1, 3, 5), "feature_cls": "getter"},
         **dict(args, **kwargs),
     )
@@ -73,6 +75,8 @@ def swin_micro_patch2_window7_28(pretrained: bool = False, **kwargs) -> SwinTran
         SwinTransformer,
         "swin_micro_patch2_window7_28",
         pretrained,
+        # Resizes the relative position tables where another img_size is asked for.
+        pretrained_filter_fn=swin_transformer.checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
         **dict(args, **kwargs),
     )

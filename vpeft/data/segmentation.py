@@ -110,9 +110,8 @@ def _pairs(images: Path, masks: Path, ending: str, cut: str = "") -> tuple[list[
     partners = [masks / p.relative_to(images).parent / f"{p.stem.removesuffix(cut)}{ending}" for p in found]
     missing = [(p, m) for p, m in zip(found, partners, strict=True) if not m.is_file()]
     if missing:
-        raise DataError(
-            f"{len(missing)} of {len(found)} images have no mask; the first is {missing[0][0]}, for {missing[0][1]}"
-        )
+        first, mask = missing[0]
+        raise DataError(f"{first} has no mask {mask} ({len(missing)} of {len(found)} images have none)")
     return found, partners
 
 
@@ -133,7 +132,7 @@ def ade20k(root: Path, split: str, data: Any) -> Source:
 
 
 def voc(root: Path, split: str, data: Any) -> Source:
-    """VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/<split>.txt; SegmentationClassAug for ``trainaug``."""
+    """VOC2012: JPEGImages, ImageSets/Segmentation/<split>.txt, SegmentationClass (``trainaug``: SegmentationClassAug)."""
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
         have = [p.stem for p in listed.parent.glob("*.txt")] if listed.parent.is_dir() else []
@@ -339,5 +338,6 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[tuple[int, in
 def write_mask(path: Path, mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
     """Class ids as a palette PNG, which ``read_mask`` gives back."""
     picture = Image.fromarray(mask.astype(np.uint8), "P")
-    picture.putpalette([v for colour in colours for v in colour])
+    # A full palette: with a shorter one PIL would save fewer bits, and lose 255.
+    picture.putpalette(coloured(np.arange(256), colours).tobytes())
     picture.save(path)

@@ -144,6 +144,49 @@ class WandbConfig:
 
 
 @dataclass
+class ScenesConfig:
+    """How many composed scenes (``data.source: scenes``) there are in each split; ``size`` is the crop where None."""
+
+    train: int = 400
+    val: int = 100
+    test: int = 200
+    size: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class SegConfig:
+    """Segmentation (``task: segmentation``): the decode head on the backbone's feature maps, and how images are taken.
+
+    ``head``: one of mmsegmentation's by its short name (fcn, psp, upernet, setr_pup, setr_mla, segmenter, segformer, dpt)
+    with its own keywords in ``options``, or ``san``. ``out_indices``: blocks or stages; by default the last, or four that
+    divide the depth evenly where the head reads several. ``aux``: maps that get an auxiliary FCN head. ``losses``: of ce,
+    dice and focal, with weights. ``mode``: whole images brought to ``crop``, or windows of it every ``stride`` pixels
+    (two thirds of the crop where None). ``short``: test images' shorter side; ``augment`` and what follows is for training.
+    """
+
+    head: str = "fcn"
+    options: dict[str, Any] = field(default_factory=dict)
+    out_indices: list[int] | None = None
+    pyramid: str | None = None
+    norm: str | None = None
+    aux: list[int] = field(default_factory=list)
+    aux_weight: float = 0.4
+    losses: dict[str, float] = field(default_factory=lambda: {"ce": 1.0})
+    mode: str = "whole"
+    crop: int | None = None
+    stride: int | None = None
+    short: int | None = None
+    augment: bool = False
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    cat_max_ratio: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+    overlays: int = 4
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+
+@dataclass
 class Config:
     """A whole experiment."""
 
@@ -161,6 +204,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    seg: SegConfig = field(default_factory=SegConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -174,6 +218,9 @@ CHOICES = {
     "wandb.mode": ("disabled", "offline", "online"),
     "data.crop_mode": ("center", "squash", "border"),
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+    "seg.mode": ("whole", "slide"),
+    "seg.pyramid": ("beit", "feature2pyramid"),
+    "seg.norm": ("final", "layer"),
     "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant", "none"),
 }
 # (lowest, highest) allowed value; None is open.
@@ -207,6 +254,18 @@ RANGES = {
     "train.label_smoothing": (0, 0.99),
     "train.ema": (0, 0.999999),
     "cache.budget_gb": (0, None),
+    "seg.aux_weight": (0, None),
+    "seg.crop": (1, None),
+    "seg.stride": (1, None),
+    "seg.short": (1, None),
+    "seg.cat_max_ratio": (0.01, 1),
+    "seg.hflip": (0, 1),
+    "seg.overlays": (0, None),
+    "seg.scenes.train": (1, None),
+    "seg.scenes.val": (0, None),
+    "seg.scenes.test": (0, None),
+    "seg.scenes.size": (16, None),
+    "seg.scenes.seed": (0, None),
 }
 
 
@@ -317,7 +376,7 @@ def check(config: DictConfig) -> None:
     if config.cache.mode == "False":  # YAML reads a bare off as no
         config.cache.mode = "off"
     check_values(config, CHOICES, RANGES)
-    for key in ("augment.scale", "augment.ratio"):
+    for key in ("augment.scale", "augment.ratio", "seg.scale"):
         pair = OmegaConf.select(config, key)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"{key}: expected two numbers 0 < low <= high, got {list(pair)}")

@@ -277,7 +277,7 @@ class GPS(Masked):
 class FISH(Masked):
     """The entries with the largest diagonal Fisher information, over all tensors of the backbone, are trained.
 
-    Their number is int(ratio * all parameters) less those of the head, which trains whole within the budget. The
+    Their number is int(ratio * all parameters) less those of the classifier, which trains whole within the budget. The
     information is a sum over single examples, in evaluation mode: of g² at the true label, or of the expectation of g²
     over the model's own distribution of labels, which costs one backward pass per class.
 
@@ -298,7 +298,7 @@ class FISH(Masked):
             raise MethodError(f"{self.name}.samples: {self.samples} is no number of examples")
 
     def calibrate(self, handle: "Handle", batches) -> None:
-        head = sum(p.numel() for _, p in handle.head_parameters())
+        head = sum(p.numel() for place in handle.sites.heads for p in place.module.parameters())
         every = head + sum(p.numel() for _, p in handle.sites.parameters())
         count = int(self.ratio * every) - head
         if count < 1:
@@ -306,7 +306,7 @@ class FISH(Masked):
                 f"{self.name}.ratio: {self.ratio} of {every:,} parameters is less than the {head:,} of the head, which "
                 f"count too; it must be above {(head + 1) / every:.4g}"
             )
-        handle.model.eval()
+        handle.eval()  # the heads too: single examples say nothing to a batch norm
         with handle.disable():
             gradients = Gradients(handle)
             information = gradients.summed(self.squares(gradients, batches))

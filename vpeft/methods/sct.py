@@ -154,6 +154,8 @@ class SCT(Method):
         try:
             with handle.disable(), torch.no_grad():
                 for images, labels in batches:
+                    if labels.ndim > 1:
+                        handle.objective.need_classifier(self.name)
                     for norm in norms:
                         norm.labels = labels
                     handle.objective.forward(images)

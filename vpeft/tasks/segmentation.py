@@ -1,6 +1,7 @@
 """Semantic segmentation: mmsegmentation's decode heads on the feature maps of an adapted timm model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ HEADS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 }
 LOSSES = {
     "ce": {"type": "CrossEntropyLoss", "use_sigmoid": False},
-    "dice": {"type": "DiceLoss"},
+    "dice": {"type": "DiceLoss", "use_sigmoid": False},
     "focal": {"type": "FocalLoss"},
 }
 
@@ -48,10 +49,9 @@ def _known(name: str, table: Mapping[str, Any], what: str) -> Any:
 
 def need_mmseg():
     """mmsegmentation's registry, with its models in it."""
-    from ..integrations import mmseg  # noqa: F401 - makes the import below work
-    from mmseg.models import MODELS  # isort: skip
-
-    return MODELS
+    import_module("..integrations.mmseg", __package__)  # makes mmsegmentation importable
+    import_module("mmseg.models")
+    return import_module("mmseg.registry").MODELS
 
 
 def build_head(name: str, maps: FeatureMaps, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
@@ -73,7 +73,8 @@ def build_head(name: str, maps: FeatureMaps, num_classes: int, options: Mapping[
         config |= {"channels": channels[-1], "embed_dims": channels[-1], "num_heads": heads, "norm_cfg": {"type": "LN"}}
     if kind == "DPTHead":
         stride = maps.strides[-1]
-        config |= {"embed_dims": channels[-1], "patch_size": stride, "in_channels": channels, "in_index": [0, 1, 2, 3]}
+        config |= {"embed_dims": channels[-1], "patch_size": stride, "in_channels": list(channels), "in_index": [0, 1, 2, 3]}
+        config["input_transform"] = "multiple_select"
         if len(channels) != 4:
             raise VpeftError(f"seg.out_indices: dpt reads four maps, there are {len(channels)}")
     elif several:
@@ -83,8 +84,7 @@ def build_head(name: str, maps: FeatureMaps, num_classes: int, options: Mapping[
     else:
         config |= {"in_channels": channels[-1], "in_index": len(channels) - 1}
     head = _build(kind, config | dict(options or {}), num_classes, f"seg.options: {name}")
-    head.init_weights()
-    return head
+    return _initialised(head)
 
 
 def auxiliary_head(maps: FeatureMaps, index: int, num_classes: int) -> nn.Module:
@@ -94,7 +94,18 @@ def auxiliary_head(maps: FeatureMaps, index: int, num_classes: int) -> nn.Module
     config = {"in_channels": maps.channels[index], "in_index": index, "channels": 256, "num_convs": 1}
     config |= {"concat_input": False, "norm_cfg": {"type": "BN", "requires_grad": True}, "align_corners": False}
     head = _build("FCNHead", config, num_classes, "seg.aux")
-    head.init_weights()
+    return _initialised(head)
+
+
+def _initialised(head: nn.Module) -> nn.Module:
+    """With the weights that mmsegmentation starts it from; mmengine would print a line for each of its tensors."""
+    logger = import_module("mmengine.logging").MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        head.init_weights()
+    finally:
+        logger.setLevel(level)
     return head
 
 
@@ -200,8 +211,7 @@ class Segmentation:
         loss = inner.loss(outputs, masks)
         if consistency is None:
             return loss
-        again = model(images)
-        return loss + inner.loss(again, masks) * 0 + consistency(_per_pixel(outputs[0]), _per_pixel(again[0]))
+        return loss + consistency(_per_pixel(outputs[0]), _per_pixel(model(images)[0]))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:

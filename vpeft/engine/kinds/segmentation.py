@@ -12,14 +12,19 @@ from torch import nn
 from ... import checkpoint
 from ...data import Datasets
 from ...data.segmentation import (
-    Joint, build_segmentation, check_segmentation, overlay, palette, read_image, write_mask,
+    Joint,
+    build_segmentation,
+    check_segmentation,
+    overlay,
+    palette,
+    read_image,
+    write_mask,
 )  # fmt: skip
 from ...errors import ConfigError, VpeftError
 from ...sites import input_size, map_count
+from ...tasks import segmentation as heads
 from ...tasks.features import FeatureMaps
-from ...tasks.segmentation import (
-    HEADS, LOSSES, Segmentation, SegmentationModel, auxiliary_head, build_head, need_mmseg, reads_all_maps, reads_class_token,
-)  # fmt: skip
+from ...tasks.segmentation import Segmentation, SegmentationModel
 from ..build import build_model, data_stats, pretrained_cfg
 from . import Built
 
@@ -31,12 +36,12 @@ def check(config: DictConfig) -> None:
     check_segmentation(config)
     seg = config.seg
     if seg.head != SAN:
-        if seg.head not in HEADS:
-            reads_all_maps(seg.head)  # raises
-        need_mmseg()
+        if seg.head not in heads.HEADS:
+            heads.reads_all_maps(seg.head)  # raises
+        heads.need_mmseg()
     for name in seg.losses:
-        if name not in LOSSES:
-            raise ConfigError(f"seg.losses: '{name}' is not one of {', '.join(LOSSES)}")
+        if name not in heads.LOSSES:
+            raise ConfigError(f"seg.losses: '{name}' is not one of {', '.join(heads.LOSSES)}")
     if config.augment.enabled:
         raise ConfigError("augment.enabled: masks must move with their images; use seg.augment instead")
     if config.train.label_smoothing:
@@ -66,10 +71,10 @@ def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built
             model = make_san(backbone, num_classes, **options)
             return Built(model, backbone, task, model.heads)
         maps = FeatureMaps(
-            backbone, _indices(config, backbone), seg.pyramid, seg.norm, class_token=reads_class_token(seg.head)
+            backbone, _indices(config, backbone), seg.pyramid, seg.norm, class_token=heads.reads_class_token(seg.head)
         )
-        head = build_head(seg.head, maps, num_classes, options)
-        aux = [auxiliary_head(maps, index, num_classes) for index in seg.aux]
+        head = heads.build_head(seg.head, maps, num_classes, options)
+        aux = [heads.auxiliary_head(maps, index, num_classes) for index in seg.aux]
         model = SegmentationModel(maps, head, aux, dict(seg.losses), seg.aux_weight)
     except VpeftError as error:
         raise ConfigError(f"seg: {error}") from error
@@ -80,7 +85,7 @@ def _indices(config: DictConfig, backbone: nn.Module) -> list[int]:
     if config.seg.out_indices is not None:
         return list(config.seg.out_indices)
     count = map_count(backbone)
-    if not reads_all_maps(config.seg.head) and not config.seg.pyramid:
+    if not heads.reads_all_maps(config.seg.head) and not config.seg.pyramid:
         return [count - 1]
     return sorted({(i + 1) * count // 4 - 1 for i in range(4)} - {-1})
 
