@@ -1,0 +1,69 @@
+# An ordinary mmsegmentation configuration (UPerNet, ADE20K, 512x512, 160,000 iterations); what vpeft changes in it are
+# custom_imports, backbone, the optimiser's constructor and the checkpoint hook. Not run here.
+_base_ = [
+    "mmseg::_base_/datasets/ade20k.py",
+    "mmseg::_base_/default_runtime.py",
+    "mmseg::_base_/schedules/schedule_160k.py",
+]
+custom_imports = dict(imports=["vpeft.integrations.mmseg"])
+crop_size = (512, 512)
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        mean=[127.5, 127.5, 127.5],
+        std=[127.5, 127.5, 127.5],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=crop_size,
+    ),
+    backbone=dict(
+        type="vpeft.TimmBackbone",
+        model="vit_base_patch16_224.augreg_in21k",
+        pretrained=True,
+        img_size=512,
+        method=dict(name="adaptformer", bottleneck=64),
+        out_indices=(2, 5, 8, 11),
+        pyramid="feature2pyramid",
+    ),
+    decode_head=dict(
+        type="UPerHead",
+        in_channels=[768, 768, 768, 768],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=512,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type="FCNHead",
+        in_channels=768,
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(341, 341)),
+)
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    constructor="vpeft.TrainedOnly",
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type="PolyLR", power=1.0, begin=1500, end=160000, eta_min=0.0, by_epoch=False),
+]
+default_hooks = dict(checkpoint=dict(_delete_=True, type="vpeft.SaveTrained", interval=16000))

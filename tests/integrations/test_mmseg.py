@@ -1,0 +1,287 @@
+"""mmsegmentation with an adapted timm backbone: the stand-in for compiled operators, training, interruption, resumption."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import vpeft
+from vpeft.integrations import mmcv_ops
+from vpeft.integrations.mmseg import TimmBackbone, TrainedOnly, load_trained, trained_tensors
+
+TINY = {"model": "vit_tiny_patch16_224", "pretrained": False, "img_size": 32}
+KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+def backbone(**kwargs):
+    torch.manual_seed(0)
+    return TimmBackbone(**(TINY | {"model_kwargs": KWARGS, "out_indices": (0, 1, 2, 3)} | kwargs))
+
+
+# ---- the stand-in ----
+
+
+def test_points_are_sampled_bilinearly():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    points = torch.rand(2, 11, 2, dtype=torch.float64)
+    found = mmcv_ops.point_sample(x, points)
+    for b in range(2):
+        for p in range(11):
+            u, v = points[b, p, 0].item() * 7 - 0.5, points[b, p, 1].item() * 5 - 0.5
+            wanted = torch.zeros(3, dtype=torch.float64)
+            for i, wi in ((math.floor(v), math.floor(v) + 1 - v), (math.floor(v) + 1, v - math.floor(v))):
+                for j, wj in ((math.floor(u), math.floor(u) + 1 - u), (math.floor(u) + 1, u - math.floor(u))):
+                    if 0 <= i < 5 and 0 <= j < 7:
+                        wanted += wi * wj * x[b, :, i, j]
+            assert torch.allclose(found[b, :, p], wanted, atol=1e-12)
+    assert mmcv_ops.point_sample(x, points.view(2, 11, 1, 2)).shape == (2, 3, 11, 1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_focal_loss_is_its_formula(reduction):
+    torch.manual_seed(0)
+    x, target, weight = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 1]), torch.rand(4)
+    one_hot = torch.zeros(6, 4)
+    for row, label in enumerate(target):
+        if label < 4:
+            one_hot[row, label] = 1
+    p = x.sigmoid()
+    loss = -0.3 * (1 - p) ** 1.5 * p.log() * one_hot - 0.7 * p**1.5 * (1 - p).log() * (1 - one_hot)
+    loss = loss * torch.stack([weight[min(int(t), 3)] for t in target])[:, None]
+    wanted = {"none": loss, "mean": loss.sum() / 6, "sum": loss.sum()}[reduction]
+    found = mmcv_ops.sigmoid_focal_loss(x, target, 1.5, 0.3, weight, reduction)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_real_operators_are_left_alone(monkeypatch):
+    import mmcv
+
+    real = type(sys)("mmcv.ops")
+    monkeypatch.setitem(sys.modules, "mmcv.ops", real)
+    monkeypatch.setattr(mmcv, "ops", real)
+    assert mmcv_ops.install() is False
+    assert sys.modules["mmcv.ops"] is real
+
+
+@pytest.mark.parametrize("operator", [mmcv_ops.CrissCrossAttention, mmcv_ops.PSAMask])
+def test_compiled_operators_say_what_they_are(operator):
+    with pytest.raises(ImportError, match="compiled operator of mmcv"):
+        operator(8)
+
+
+# ---- the backbone ----
+
+
+def test_backbone_is_frozen_but_for_its_method():
+    model = backbone(method={"name": "adaptformer", "bottleneck": 4}, pyramid="feature2pyramid")
+    maps = model.train()(torch.randn(2, 3, 32, 32))
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 16, 16), (2, 32, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)]
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("vpeft.adaptformer" in n or "pyramid" in n for n in names)
+    assert not model.timm.training
+    assert model.handle.root.training
+    assert model.maps.pyramid.training
+    saved = trained_tensors(model)
+    assert names <= {n.replace("maps.backbone.", "timm.") for n in saved}
+    assert {n for n in saved if "timm." in n} == {n for n in model.state_dict() if n.startswith("timm.vpeft.")}
+    assert backbone(drop_path=0.2).train().timm.training
+
+
+def test_backbone_without_a_method_is_wholly_frozen():
+    model = backbone()
+    assert model.handle is None
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_method_without_use_for_maps_is_refused():
+    with pytest.raises(vpeft.VpeftError, match="classifier"):
+        backbone(method={"name": "side_tuning"})
+
+
+def test_only_trained_parameters_reach_the_optimiser():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone(method={"name": "lora", "rank": 2})
+            self.head = nn.Conv2d(32, 3, 1)
+
+    model = Whole()
+    cfg = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}}
+    groups = TrainedOnly(cfg, {"head_lr_mult": 10})(model).optimizer.param_groups
+    found = {id(p): g for g in groups for p in g["params"]}
+    assert found.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    assert found[id(model.head.weight)]["lr"] == pytest.approx(0.1)
+    assert found[id(model.head.weight)]["weight_decay"] == 0.1
+    assert found[id(model.head.bias)]["weight_decay"] == 0.0
+    with pytest.raises(vpeft.VpeftError, match="paramwise_cfg may have head_lr_mult"):
+        TrainedOnly(cfg, {"custom_keys": {}})
+
+
+# ---- a whole run ----
+
+
+def scenes(folder):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(count):
+            mask = np.zeros((36, 40), np.uint8)
+            y, x = rng.integers(0, 20, 2)
+            mask[y : y + 16, x : x + 16] = 1 + i % 2
+            Image.fromarray(rng.integers(0, 50, (36, 40, 3), dtype=np.uint8) + 90 * mask[..., None]).save(
+                folder / f"images/{split}/{i}.png"
+            )
+            Image.fromarray(mask).save(folder / f"masks/{split}/{i}.png")
+    return str(folder)
+
+
+def config(root, work, iterations):
+    from mmengine.config import Config
+
+    norm, size = {"type": "BN", "requires_grad": True}, (32, 32)
+    loaded = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
+    train = [*loaded, {"type": "RandomResize", "scale": (40, 36), "ratio_range": (0.9, 1.3), "keep_ratio": True},
+             {"type": "RandomCrop", "crop_size": size, "cat_max_ratio": 0.75}, {"type": "RandomFlip", "prob": 0.5},
+             {"type": "PhotoMetricDistortion"}, {"type": "PackSegInputs"}]  # fmt: skip
+    meta = {"classes": ("none", "a", "b"), "palette": [[0, 0, 0], [255, 0, 0], [0, 255, 0]]}
+
+    def data(split, pipeline):
+        prefix = {"img_path": f"images/{split}", "seg_map_path": f"masks/{split}"}
+        return {"type": "BaseSegDataset", "data_root": root, "data_prefix": prefix, "metainfo": meta, "pipeline": pipeline,
+                "img_suffix": ".png", "seg_map_suffix": ".png"}  # fmt: skip
+
+    return Config({
+        "default_scope": "mmseg",
+        "custom_imports": {"imports": ["vpeft.integrations.mmseg"]},
+        "work_dir": str(work),
+        "model": {
+            "type": "EncoderDecoder",
+            "data_preprocessor": {"type": "SegDataPreProcessor", "mean": [127.5] * 3, "std": [127.5] * 3, "bgr_to_rgb": True,
+                                  "pad_val": 0, "seg_pad_val": 255, "size": size},
+            "backbone": {"type": "vpeft.TimmBackbone", **TINY, "model_kwargs": KWARGS, "out_indices": (0, 1, 2, 3),
+                         "method": {"name": "lora", "rank": 2}, "pyramid": "feature2pyramid"},
+            "decode_head": {"type": "UPerHead", "in_channels": [32] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2),
+                            "channels": 8, "dropout_ratio": 0.1, "num_classes": 3, "norm_cfg": norm, "align_corners": False,
+                            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False}},
+            "train_cfg": {}, "test_cfg": {"mode": "slide", "crop_size": size, "stride": (20, 20)},
+        },
+        "train_dataloader": {"batch_size": 4, "num_workers": 0, "sampler": {"type": "InfiniteSampler", "shuffle": True},
+                             "dataset": data("train", train)},
+        "val_dataloader": {"batch_size": 1, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False},
+                           "dataset": data("val", [loaded[0], loaded[1], {"type": "PackSegInputs"}])},
+        "val_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": iterations, "val_interval": 4},
+        "val_cfg": {"type": "ValLoop"},
+        "optim_wrapper": {"type": "OptimWrapper", "constructor": "vpeft.TrainedOnly",
+                          "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.01}},
+        "param_scheduler": [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 6, "eta_min": 0, "by_epoch": False}],
+        "default_hooks": {"checkpoint": {"type": "vpeft.SaveTrained", "interval": 2, "keep": 2},
+                          "logger": {"type": "LoggerHook", "interval": 10}},
+        "randomness": {"seed": 1}, "log_level": "ERROR", "experiment_name": work.name,
+    })  # fmt: skip
+
+
+def run(root, work, iterations=6, stop=None):
+    from mmengine.runner import Runner
+
+    runner = Runner.from_cfg(config(root, work, iterations))
+    if stop is not None:
+
+        class Killed(Exception):
+            pass
+
+        def step(*args, old=runner.model.train_step, **kwargs):
+            if runner.iter == stop:
+                raise Killed
+            return old(*args, **kwargs)
+
+        runner.model.train_step = step
+        with pytest.raises(Killed):
+            runner.train()
+    else:
+        runner.train()
+    return runner
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = scenes(tmp_path_factory.mktemp("scenes"))
+    work = tmp_path_factory.mktemp("whole")
+    return root, work, run(root, work)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(finished, tmp_path):
+    root, _, whole = finished
+    run(root, tmp_path, stop=3)
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {"iter_2.safetensors", "state.safetensors"}
+    resumed = run(root, tmp_path)
+    assert resumed.iter == 6
+    for (name, a), b in zip(trained_tensors(whole.model).items(), trained_tensors(resumed.model).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert {p.name for p in tmp_path.glob("iter_*")} == {"iter_4.safetensors", "iter_6.safetensors"}
+
+
+def test_only_what_was_trained_is_written(finished):
+    root, work, runner = finished
+    assert not [p for p in work.rglob("*") if p.suffix in (".pth", ".pkl", ".pt")]
+    whole = sum(t.numel() * t.element_size() for t in runner.model.state_dict().values())
+    assert (work / "iter_6.safetensors").stat().st_size < 0.8 * whole
+    from mmseg.registry import MODELS
+
+    torch.manual_seed(3)
+    fresh = MODELS.build(config(root, work, 6).model)
+    fresh.backbone.timm.load_state_dict(
+        {k: v for k, v in runner.model.backbone.timm.state_dict().items() if "vpeft" not in k}, strict=False
+    )
+    load_trained(fresh, work / "iter_6.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    found, wanted = (m.eval()(x, mode="tensor") for m in (fresh, runner.model))
+    assert torch.equal(found, wanted)
+
+
+def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
+    root, work, _ = finished
+    file = work / "iter_6.safetensors"
+    other = config(root, work, 6).model
+    other.backbone.method = {"name": "bitfit"}
+    from mmseg.registry import MODELS
+
+    model = MODELS.build(other)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(vpeft.CheckpointError, match="not of this configuration"):
+        load_trained(model, file)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(vpeft.CheckpointError, match="damaged"):
+        load_trained(model, cut)
+    vpeft.attach(other_timm := backbone().timm, "lora").save(tmp_path / "own.safetensors")
+    assert other_timm is not None
+    with pytest.raises(vpeft.CheckpointError, match=r"no file of vpeft\.SaveTrained"):
+        load_trained(model, tmp_path / "own.safetensors")
+
+
+def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
+    """Our sliding windows against mmsegmentation's own."""
+    from vpeft.tasks.segmentation import Segmentation
+
+    _, _, runner = finished
+    model = runner.model.eval()
+    x = torch.randn(1, 3, 37, 50)
+    meta = [{"ori_shape": (37, 50), "img_shape": (37, 50), "pad_shape": (37, 50)}]
+    with torch.no_grad():
+        theirs = model.slide_inference(x, meta)
+
+        class Ours(nn.Module):
+            def semantic(self, images):
+                return F.interpolate(model(images, mode="tensor"), images.shape[-2:], mode="bilinear", align_corners=False)
+
+        ours = Segmentation(3, crop=32, stride=20).scores(Ours(), x)
+    assert torch.allclose(ours, theirs, atol=1e-5)
