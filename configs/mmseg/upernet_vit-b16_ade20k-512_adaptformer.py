@@ -1,12 +1,6 @@
 # An ordinary mmsegmentation configuration (UPerNet, ADE20K, 512x512, 160,000 iterations); what vpeft changes in it are
 # custom_imports, backbone, the optimiser's constructor and the checkpoint hook. Not run here.
 default_scope = "mmseg"
-custom_imports, backbone, the optimiser's constructor and the checkpoint hook. Not run here.
-_base_ = [
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_160k.py",
-]
 custom_imports = dict(imports=["vpeft.integrations.mmseg"])
 crop_size = (512, 512)
 norm_cfg = dict(type="BN", requires_grad=True)
@@ -120,6 +114,10 @@ default_hooks = dict(
     checkpoint=dict(type="vpeft.SaveTrained", interval=16000),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
-env_cfg = dict(cudnn_benchmark=True, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl"))
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
 log_processor = dict(by_epoch=False)
 log_level = "INFO"
