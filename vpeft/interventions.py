@@ -9,6 +9,7 @@ class                  hooks                                       mergeable   r
 =====================  ==========================================  ==========  =======
 ``AddToBranch``        pre-hook where it reads, hook on drop path  no          yes
 ``MapOutput``          forward hook (or pre-hook) on one module    if affine   yes
+``ForPooling``         the same at the final norm, not for maps    no          yes
 ``AddToLinear``        forward hook on a linear                    if linear   yes
 ``InsertTokens``       block pre-hook and hook                     no          yes
 ``JoinWindows``        a Swin block's forward                      no          yes
@@ -27,6 +28,7 @@ An image is changed by a ``MapOutput`` with ``on_input`` at ``sites.stem``.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +65,9 @@ from .sites import (
 
 __all__ = [
     "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "FeedBack",
-    "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput",
-    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "set_tensor",
+    "FeedFeatures", "Folded", "ForPooling", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput",
+    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead",
+    "reading_maps", "set_tensor",
 ]  # fmt: skip
 
 
@@ -228,6 +231,44 @@ class MapOutput(Intervention):
 
     def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
         return (self(args[0]), *args[1:]) if self.enabled else None
+
+
+class ForPooling(MapOutput):
+    """A ``MapOutput`` at the final norm that only sets right what the pooling makes of the features.
+
+    Feature maps are read without it (``reading_maps``).
+    """
+
+    skipped = False
+
+    def skip(self) -> None:
+        """What it has to do where it is left out: take what was held for it."""
+
+    def _left_out(self) -> bool:
+        if self.enabled and self.skipped:
+            self.skip()
+        return self.skipped
+
+    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self._left_out() else super()._map_output(module, args, output)
+
+    def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
+        return None if self._left_out() else super()._map_input(module, args)
+
+
+@contextmanager
+def reading_maps(model: nn.Module) -> Iterator[None]:
+    """While the model's feature maps are read, by other functions than its own forward."""
+    parts = [m for m in model.modules() if isinstance(m, ForPooling)]
+    try:
+        for part in parts:
+            part.skipped = True
+        yield
+    finally:
+        for part in parts:
+            part.skipped = False
+        for feed in (m for m in model.modules() if isinstance(m, FeedFeatures)):
+            feed.end()
 
 
 class AddToLinear(Intervention):
@@ -894,6 +935,10 @@ class FeedFeatures(FeedBack):
         self.tap.forget()
 
     def _end(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """The run is over."""
         self._made = None
 
     def forward(self, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ missing.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -472,8 +472,10 @@ def _evaluating(model: nn.Module):
             module.training = mode
 
 
-def dry_forward(model: nn.Module, size: tuple[int, int, int]) -> None:
+def dry_forward(model: nn.Module, size: tuple[int, int, int], run: Callable[[Tensor], Any] | None = None) -> Any:
     """One forward of one blank image, without gradients, in eval mode, on the model's own device and dtype.
+
+    Returns what the model, or ``run`` in its place, gave.
 
     Raises:
         UnsupportedModelError: the model does not take an image of its own size.
@@ -482,7 +484,7 @@ def dry_forward(model: nn.Module, size: tuple[int, int, int]) -> None:
     image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
     with _evaluating(model), torch.no_grad():
         try:
-            model(image)
+            return (run or model)(image)
         except VpeftError:
             raise
         except Exception as error:
@@ -497,6 +499,21 @@ def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, int,
     Raises:
         UnsupportedModelError: names the modules whose forward is never called, so that a hook there does nothing.
     """
+    dead = [p.path for p in never_called(model, places, size)]
+    if dead:
+        raise UnsupportedModelError(
+            f"hooks at {', '.join(dead[:4])} would do nothing: {type(model).__name__} never calls "
+            f"{'this module' if len(dead) == 1 else 'these modules'}"
+        )
+
+
+def never_called(
+    model: nn.Module,
+    places: Iterable[Place],
+    size: tuple[int, int, int],
+    run: Callable[[Tensor], Any] | None = None,
+) -> list[Place]:
+    """Those of the given modules that one dry forward of the model (or ``run``, of a part of it) does not call."""
     calls: dict[int, int] = {}
     unique = {id(p.module): p for p in places}
 
@@ -505,16 +522,66 @@ def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, int,
 
     handles = [p.module.register_forward_hook(count) for p in unique.values()]
     try:
-        dry_forward(model, size)
+        dry_forward(model, size, run)
     finally:
         for handle in handles:
             handle.remove()
-    dead = [p.path for key, p in unique.items() if key not in calls]
-    if dead:
-        raise UnsupportedModelError(
-            f"hooks at {', '.join(dead[:4])} would do nothing: {type(model).__name__} never calls "
-            f"{'this module' if len(dead) == 1 else 'these modules'}"
-        )
+    return [p for key, p in unique.items() if key not in calls]
+
+
+# ---- feature maps ----
+
+
+def map_count(model: nn.Module) -> int:
+    """How many outputs timm can give as maps: those of a plain ViT's blocks, of a hierarchical model's stages.
+
+    Raises:
+        UnsupportedModelError: timm gives none of this model's.
+    """
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        raise UnsupportedModelError(f"timm reads no feature maps of a {type(model).__name__} (no forward_intermediates)")
+    return len(model.feature_info)
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first prefix token is a class token (else they are registers, or there are none)."""
+    return getattr(model, "cls_token", None) is not None and int(getattr(model, "num_prefix_tokens", 0)) > 0
+
+
+def read_maps(
+    model: nn.Module, x: Tensor, indices: list[int], norm: bool = False, class_token: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Maps (B, C, H, W) of an image x (B, 3, H', W') and, where wanted, the class tokens (B, C) beside them.
+
+    The last of all possible maps is taken where ``forward_features`` ends, behind the final norm, since that is where side
+    networks come back; the others are what the blocks (or stages) give.
+
+    Args:
+        model: a timm model.
+        x: normalised images.
+        indices: which maps, of ``map_count``, in ascending order.
+        norm: the final norm on the others too, in models of one width.
+        class_token: see above.
+    """
+    options: dict[str, Any] = {"indices": indices, "norm": norm}
+    if class_token:
+        options["return_prefix_tokens"] = True
+    features = None
+    if indices[-1] == map_count(model) - 1:
+        features, found = model.forward_intermediates(x, **options)
+    else:
+        found = model.forward_intermediates(x, stop_early=True, intermediates_only=True, **options)
+    pairs = [(y, prefix[:, 0]) for y, prefix in found] if class_token else [(y, None) for y in found]
+    if features is not None:
+        height, width = pairs[-1][0].shape[-2:]
+        token = features[:, 0] if class_token else None
+        if features.ndim == 3:
+            patches = features[:, features.shape[1] - height * width :]
+            features = patches.transpose(1, 2).unflatten(2, (height, width))
+        elif getattr(model, "output_fmt", "NCHW") == "NHWC":
+            features = features.permute(0, 3, 1, 2)
+        pairs[-1] = features.contiguous(), token
+    return pairs
 
 
 # ---- timm's attentions in three steps, for methods that change what happens between them ----

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import LAST, FeedBack, Grid, Intervention, MapOutput, Tap
+from ..interventions import LAST, FeedBack, ForPooling, Grid, Intervention, Tap
 from ..sites import BlockSite, Place, Sites, is_norm
 from .base import Blocks, Method, Paper, grids, register
 
@@ -64,7 +64,7 @@ class Swish(FeedBack):
         return y + (u if self.fusion is None else self.fusion(u, self.grid.size))
 
 
-class PatchMean(MapOutput):
+class PatchMean(ForPooling):
     """Puts the mean of the patch tokens in the class token's place, before the final norm."""
 
     def __init__(self, place: Place, prefix: int):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import LAST, InsertTokens, JoinWindows, MadeKeys, MapOutput
+from ..interventions import LAST, ForPooling, InsertTokens, JoinWindows, MadeKeys
 from ..sites import BlockSite, Place, Sites, attention_inputs, check_attention, check_windows, patch_fan
 from .base import Blocks, Method, Paper, register
 
@@ -91,12 +91,15 @@ class PromptKeys(_Tokens, MadeKeys):
         return [*self.made_of(), *(t for m in (norm, attn) for t in (*m.parameters(), *m.buffers()))]
 
 
-class PromptedPool(MapOutput):
+class PromptedPool(ForPooling):
     """After the final norm of a Swin, so that a mean over the map is the mean over prompts and patches together."""
 
     def __init__(self, place: Place, last: WindowPrompts):
         super().__init__(place, LAST)
         object.__setattr__(self, "last", last)
+
+    def skip(self) -> None:
+        self.last.take()
 
     def forward(self, y: Tensor) -> Tensor:
         norm, area = self.place.module, y.shape[1] * y.shape[2]
