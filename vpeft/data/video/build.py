@@ -1,0 +1,175 @@
+"""From a configuration's ``data``, ``augment`` and ``video`` sections to data sets of clips."""
+
+import copy
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError, did_you_mean
+from ..build import Datasets, make_transforms
+from ..motion import MOTIONS, check_motion, make_motion
+from .clips import Clips
+from .decode import fits
+from .index import open_index, usable
+from .lists import Video, read_hmdb51, read_list
+from .transforms import Crops, SameForAll
+
+SOURCES = ("list", "hmdb51", "motion")
+# Words that tell a class from its mirror image.
+DIRECTIONS = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|counter-?clockwise|anti-?clockwise)\b", re.I)
+logger = logging.getLogger(__name__)
+
+
+def check_video_source(data: Any, video: Any) -> None:
+    """Refuse, before any work, what cannot give clips.
+
+    Raises:
+        DataError: unknown source, missing folder or list, or settings that contradict each other.
+    """
+    if data.source not in SOURCES:
+        raise DataError(f"data.source: '{data.source}' is not a source of videos{did_you_mean(data.source, SOURCES)}")
+    if data.val_split and data.val_size:
+        raise DataError("data.val_size: give a validation split (val_split) or a size to cut from training, not both")
+    if video.sampling == "uniform" and video.views > 1:
+        raise DataError("video.views: uniform sampling covers the whole video in one view; set views=1, or sampling=dense")
+    if video.template and not fits(video.template):
+        raise DataError(f"video.template: '{video.template}' has no place for the frame's number, as in img_{{:05d}}.jpg")
+    if data.source == "motion":
+        check_motion(data.root, video.motion)
+        return
+    if not data.root or not Path(data.root).is_dir():
+        raise DataError(f"data.root: folder '{data.root}' does not exist; it holds the videos that the lists name")
+    if video.lists and not Path(video.lists).is_dir():
+        raise DataError(f"video.lists: folder '{video.lists}' does not exist")
+    for key in ("train_split", "val_split", "test_split"):
+        if data[key] and data.source == "list":
+            list_file(data, video, data[key])
+
+
+def list_file(data: Any, video: Any, split: str) -> Path:
+    """The list of a split: ``split``, ``split.txt`` or ``split.csv`` in ``video.lists`` or ``data.root``.
+
+    Raises:
+        DataError: none of them exists.
+    """
+    folder = Path(video.lists or data.root)
+    for name in (split, f"{split}.txt", f"{split}.csv"):
+        if (folder / name).is_file():
+            return folder / name
+    have = [p.name for p in folder.iterdir() if p.suffix in (".txt", ".csv")]
+    raise DataError(f"data: there is no list {folder / split}, nor .txt or .csv{did_you_mean(split, have)}")
+
+
+def build_clips(
+    data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0, splits=("train", "val", "test")
+) -> Datasets:
+    """The task's data sets of clips; arguments as of ``build_datasets``, and the video section."""
+    check_video_source(data, video)
+    if data.source == "motion":
+        make_motion(data.root, video.motion)
+    train_transform, test_transform = clip_transforms(augment, video, stats)
+    train = val = test = None
+    classes: tuple[str, ...] | None = None
+    if "train" in splits or ("val" in splits and data.val_size):
+        train, classes = _open(data, video, data.train_split, train_transform, training=True)
+        if data.val_size:
+            train, val = _cut(train, data.val_size, _fixed(test_transform, video), seed)
+    if "val" in splits and data.val_split:
+        val, classes = _open(data, video, data.val_split, test_transform, training=False)
+    if "test" in splits and data.test_split:
+        test, classes = _open(data, video, data.test_split, test_transform, training=False)
+    opened = [d for d in (train, val, test) if d is not None]
+    classes = _class_names(data, classes, max(max(d.labels) for d in opened))
+    _check_labels(opened, classes)
+    if augment.enabled and video.flip and (named := [c for c in classes if DIRECTIONS.search(c.replace("_", " "))]):
+        raise DataError(
+            f"video.flip: {len(named)} classes such as '{named[0]}' name a direction, and a mirrored clip would carry the "
+            "wrong label; set video.flip=false"
+        )
+    return Datasets(train, val, test, classes)
+
+
+def clip_transforms(augment: Any, video: Any, stats: dict) -> tuple[Callable, Callable]:
+    """The transforms of training and of evaluation. Without augmentation, training sees the centre."""
+    size = tuple(stats["input_size"][-2:])
+    crops = {
+        "short": video.short_side or round(min(size) / stats["crop_pct"]),
+        "mean": stats["mean"], "std": stats["std"], "interpolation": stats["interpolation"],
+    }  # fmt: skip
+    test = Crops(size, crops=video.crops, **crops)
+    if not augment.enabled:
+        return _Centre(size, **crops), test
+    augment = copy.deepcopy(augment)
+    augment.hflip = augment.hflip if video.flip else 0.0
+    return SameForAll(make_transforms(augment, stats)[0]), test
+
+
+class _Centre(Crops):
+    """The one centre crop as ``(3, T, h, w)``."""
+
+    def __call__(self, frames: np.ndarray):
+        return super().__call__(frames)[0]
+
+
+def _open(data: Any, video: Any, split: str, transform: Callable, *, training: bool):
+    videos, classes, index = _listed(data, video, split)
+    if data.num_samples:
+        videos = videos[: data.num_samples]
+    timelines, reasons = open_index(videos, index, cache=video.cache, template=video.template)
+    videos, timelines, left_out = usable(videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
+    if left_out:
+        logger.warning("%s: %d videos left out, the first: %s", split, len(left_out), left_out[0])
+    clips = Clips(
+        videos, timelines, transform, length=video.frames, stride=video.stride, sampling=video.sampling,
+        training=training, views=1 if training else video.views, template=video.template, skip=video.skip_broken,
+        left_out=left_out,
+    )  # fmt: skip
+    return clips, classes
+
+
+def _listed(data: Any, video: Any, split: str) -> tuple[list[Video], tuple[str, ...] | None, Path]:
+    """Videos, class names where the source has them, and the place of the index."""
+    folder = Path(video.lists or data.root)
+    if data.source == "hmdb51":
+        videos, classes = read_hmdb51(folder, data.root, split, video.fold)
+        return videos, classes, folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
+    file = list_file(data, video, split)
+    names = file.with_name("classes.txt")
+    classes = MOTIONS if data.source == "motion" else None
+    if classes is None and names.is_file():
+        classes = tuple(line.strip() for line in names.read_text().splitlines() if line.strip())
+    return read_list(file, data.root, folders=bool(video.template)), classes, file.with_name(f"{file.name}.frames.json")
+
+
+def _fixed(transform: Callable, video: Any) -> dict:
+    return {"transform": transform, "training": False, "views": video.views}
+
+
+def _cut(train: Clips, size: int, fixed: dict, seed: int) -> tuple[Clips, Clips]:
+    """A random validation part of the training videos, judged like a test video."""
+    if size >= len(train):
+        raise DataError(f"data.val_size: {size} leaves nothing of {len(train)} training videos")
+    order = np.random.default_rng(seed).permutation(len(train))
+    return train.subset(sorted(order[size:])), train.subset(sorted(order[:size]), **fixed)
+
+
+def _class_names(data: Any, classes: tuple[str, ...] | None, highest: int) -> tuple[str, ...]:
+    if data.classes:
+        return tuple(data.classes)
+    if classes:
+        return classes
+    return tuple(str(i) for i in range(data.num_classes or highest + 1))
+
+
+def _check_labels(opened: list[Clips], classes: tuple[str, ...]) -> None:
+    for clips in opened:
+        worst = int(np.argmax(clips.labels))
+        if clips.labels[worst] >= len(classes):
+            raise DataError(
+                f"data.num_classes: {clips.videos[worst].path} has the label {clips.labels[worst]}, "
+                f"but there are {len(classes)} classes (labels count from 0)"
+            )
