@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from ...errors import DataError
 from .decode import Timeline, read_folder, read_frames
 from .lists import Video
-from .sampling import test_indices, train_indices
+from .sampling import fixed_clips, random_clip
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class Clips(Dataset):
         """
         count = self.timelines[index].count
         if self.training:
-            return self.transform(self._frames(index, train_indices(self.sampling, count, self.length, self.stride)))
-        chosen = test_indices(self.sampling, count, self.length, self.stride, self.views)
+            return self.transform(self._frames(index, random_clip(self.sampling, count, self.length, self.stride)))
+        chosen = fixed_clips(self.sampling, count, self.length, self.stride, self.views)
         frames = self._frames(index, chosen.reshape(-1))  # one pass through the file for all views
         return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), self.length, *frames.shape[1:])])
 

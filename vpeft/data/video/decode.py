@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from ...errors import DataError
+
+SMALL = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ def _seek(path: str | Path, wanted: list[int], timeline: Timeline) -> dict[int, 
     times = timeline.times()[wanted]
     number = dict(zip(times.tolist(), wanted, strict=True))
     found: dict[int, np.ndarray] = {}
+    to_rgb = _Converter()
     for frame in _decode(path, int(times[0])):
         if frame.pts is None or (not found and frame.pts > times[0]):
             return None
         if frame.pts in number:
-            found[number[frame.pts]] = frame.to_ndarray(format="rgb24")
+            found[number[frame.pts]] = to_rgb(frame)
         if frame.pts >= times[-1]:
             break
     return found if len(found) == len(wanted) else None
@@ -107,13 +111,25 @@ def _seek(path: str | Path, wanted: list[int], timeline: Timeline) -> dict[int, 
 
 def _walk(path: str | Path, wanted: list[int]) -> dict[int, np.ndarray]:
     """The wanted frames by counting from the first."""
-    chosen, found = set(wanted), {}
+    chosen, found, to_rgb = set(wanted), {}, _Converter()
     for number, frame in enumerate(_decode(path, None)):
         if number in chosen:
-            found[number] = frame.to_ndarray(format="rgb24")
+            found[number] = to_rgb(frame)
         if number >= wanted[-1]:
             break
     return found
+
+
+class _Converter:
+    """Frames to RGB arrays; FFmpeg prepares the conversion once and not for each frame."""
+
+    def __init__(self):
+        from av.video.reformatter import VideoReformatter
+
+        self.reformatter = VideoReformatter()
+
+    def __call__(self, frame) -> np.ndarray:
+        return self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 def _decode(path: str | Path, time: int | None) -> Iterator:
@@ -122,7 +138,9 @@ def _decode(path: str | Path, time: int | None) -> Iterator:
 
     with _opened(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        # Starting threads costs more than a small picture's decoding, and loader workers share the cores already.
+        small = stream.width * stream.height < SMALL
+        stream.thread_type = "NONE" if small or get_worker_info() is not None else "AUTO"
         try:
             if time is not None:
                 container.seek(time, stream=stream, backward=True)

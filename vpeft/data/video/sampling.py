@@ -44,10 +44,7 @@ def dense_test(frames: int, length: int, stride: int, views: int) -> np.ndarray:
     One view is the middle one. A video shorter than the span is filled up with its last frame.
     """
     room = max(0, frames - (stride * (length - 1) + 1))
-    if views == 1:
-        starts = [room // 2]
-    else:
-        starts = [round(room * view / (views - 1)) for view in range(views)]
+    starts = [room // 2] if views == 1 else [round(room * view / (views - 1)) for view in range(views)]
     return np.stack([_strided(frames, length, stride, start, last=frames - 1) for start in starts])
 
 
@@ -66,14 +63,14 @@ def videomae(frames: int, length: int, stride: int, generator: torch.Generator |
     return np.clip(np.linspace(end - span, end, length), end - span, end - 1).astype(np.int64)
 
 
-def train_indices(kind: str, frames: int, length: int, stride: int = 1) -> np.ndarray:
+def random_clip(kind: str, frames: int, length: int, stride: int = 1) -> np.ndarray:
     """Indices ``(length,)`` of one random training clip by the sampling's name."""
     if kind == "uniform":
         return uniform(frames, length)
     return {"dense": dense, "videomae": videomae}[kind](frames, length, stride)
 
 
-def test_indices(kind: str, frames: int, length: int, stride: int = 1, views: int = 1) -> np.ndarray:
+def fixed_clips(kind: str, frames: int, length: int, stride: int = 1, views: int = 1) -> np.ndarray:
     """Indices ``(views, length)`` of the fixed clips that a video is judged by.
 
     Uniform sampling has one view only: it covers the whole video already.
