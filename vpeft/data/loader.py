@@ -83,8 +83,12 @@ def make_loader(
     """A loader of this process's share of each global batch; set ``loader.batch_sampler.epoch`` before an epoch.
 
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
+    A data set that has a ``collate`` makes its batches with it.
     """
-    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    common = {
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0,
+        "collate_fn": getattr(dataset, "collate", None),
+    }  # fmt: skip
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
     batches = ShardedBatches(

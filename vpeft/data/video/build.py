@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...errors import DataError, did_you_mean
 from ..build import Datasets, make_transforms
 from ..motion import MOTIONS, check_motion, make_motion
 from .clips import Clips
-from .decode import fits
+from .decode import Timeline, count_folder, fits, scan
 from .index import open_index, usable
 from .lists import Video, read_hmdb51, read_list
 from .transforms import Crops, SameForAll
@@ -21,6 +21,7 @@ from .transforms import Crops, SameForAll
 SOURCES = ("list", "hmdb51", "motion")
 # Words that tell a class from its mirror image.
 DIRECTIONS = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|counter-?clockwise|anti-?clockwise)\b", re.I)
+VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
 logger = logging.getLogger(__name__)
 
 
@@ -77,7 +78,7 @@ def build_clips(
     if "train" in splits or ("val" in splits and data.val_size):
         train, classes = _open(data, video, data.train_split, train_transform, training=True)
         if data.val_size:
-            train, val = _cut(train, data.val_size, _fixed(test_transform, video), seed)
+            train, val = _cut(train, data.val_size, test_transform, seed)
     if "val" in splits and data.val_split:
         val, classes = _open(data, video, data.val_split, test_transform, training=False)
     if "test" in splits and data.test_split:
@@ -95,24 +96,21 @@ def build_clips(
 
 def clip_transforms(augment: Any, video: Any, stats: dict) -> tuple[Callable, Callable]:
     """The transforms of training and of evaluation. Without augmentation, training sees the centre."""
-    size = tuple(stats["input_size"][-2:])
-    crops = {
-        "short": video.short_side or round(min(size) / stats["crop_pct"]),
-        "mean": stats["mean"], "std": stats["std"], "interpolation": stats["interpolation"],
-    }  # fmt: skip
-    test = Crops(size, crops=video.crops, **crops)
+    test = fixed_crops(video, stats)
     if not augment.enabled:
-        return _Centre(size, **crops), test
+        return test.centre, test
     augment = copy.deepcopy(augment)
     augment.hflip = augment.hflip if video.flip else 0.0
     return SameForAll(make_transforms(augment, stats)[0]), test
 
 
-class _Centre(Crops):
-    """The one centre crop as ``(3, T, h, w)``."""
-
-    def __call__(self, frames: np.ndarray):
-        return super().__call__(frames)[0]
+def fixed_crops(video: Any, stats: dict) -> Crops:
+    """The fixed crops of evaluation."""
+    size = tuple(stats["input_size"][-2:])
+    short = video.short_side or round(min(size) / stats["crop_pct"])
+    return Crops(
+        size, short=short, crops=video.crops, mean=stats["mean"], std=stats["std"], interpolation=stats["interpolation"]
+    )
 
 
 def _open(data: Any, video: Any, split: str, transform: Callable, *, training: bool):
@@ -123,12 +121,14 @@ def _open(data: Any, video: Any, split: str, transform: Callable, *, training: b
     videos, timelines, left_out = usable(videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
     if left_out:
         logger.warning("%s: %d videos left out, the first: %s", split, len(left_out), left_out[0])
-    clips = Clips(
+    return _clips(videos, timelines, transform, video, training=training, left_out=left_out), classes
+
+
+def _clips(videos, timelines, transform, video: Any, **kwargs) -> Clips:
+    return Clips(
         videos, timelines, transform, length=video.frames, stride=video.stride, sampling=video.sampling,
-        training=training, views=1 if training else video.views, template=video.template, skip=video.skip_broken,
-        left_out=left_out,
+        views=video.views, template=video.template, skip=video.skip_broken, **kwargs,
     )  # fmt: skip
-    return clips, classes
 
 
 def _listed(data: Any, video: Any, split: str) -> tuple[list[Video], tuple[str, ...] | None, Path]:
@@ -145,16 +145,49 @@ def _listed(data: Any, video: Any, split: str) -> tuple[list[Video], tuple[str, 
     return read_list(file, data.root, folders=bool(video.template)), classes, file.with_name(f"{file.name}.frames.json")
 
 
-def _fixed(transform: Callable, video: Any) -> dict:
-    return {"transform": transform, "training": False, "views": video.views}
+def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
+    """The video files, those inside folders included; with ``template``, the folders that hold frames.
+
+    Raises:
+        DataError: a path that does not exist, or a folder without videos.
+    """
+    found: list[str] = []
+    for path in map(Path, paths):
+        if template and path.is_dir():
+            inside = [p for p in (path, *sorted(path.rglob("*"))) if p.is_dir() and count_folder(p, template)]
+        elif path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+        elif path.exists():
+            inside = [path]
+        else:
+            raise DataError(f"{path} does not exist")
+        if not inside:
+            raise DataError(f"{path} holds no video ({template or ', '.join(VIDEO_ENDINGS)})")
+        found += map(str, inside)
+    return found
 
 
-def _cut(train: Clips, size: int, fixed: dict, seed: int) -> tuple[Clips, Clips]:
+def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
+    """Fixed views of video files (or folders of frames) without labels; a label of -1 stands for each.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    folders = video.template
+    videos = [Video(f, -1, count_folder(f, folders) if folders else None) for f in files]
+    timelines = [Timeline(v.frames) if folders else scan(v.path) for v in videos]
+    transform = fixed_crops(video, stats)
+    return _clips(videos, timelines, transform, video, training=False)
+
+
+def _cut(train: Clips, size: int, transform: Callable, seed: int) -> tuple[Clips, Clips]:
     """A random validation part of the training videos, judged like a test video."""
     if size >= len(train):
         raise DataError(f"data.val_size: {size} leaves nothing of {len(train)} training videos")
     order = np.random.default_rng(seed).permutation(len(train))
-    return train.subset(sorted(order[size:])), train.subset(sorted(order[:size]), **fixed)
+    return train.subset(sorted(order[size:])), train.subset(
+        sorted(order[:size]), transform=transform, training=False
+    )
 
 
 def _class_names(data: Any, classes: tuple[str, ...] | None, highest: int) -> tuple[str, ...]:

@@ -213,6 +213,14 @@ def first_number(folder: str | Path, template: str) -> int:
     return 0 if (Path(folder) / template.format(0)).is_file() else 1
 
 
+def count_folder(folder: str | Path, template: str) -> int:
+    """Frames in a folder, counted from the first as long as there is a next."""
+    first, count = first_number(folder, template), 0
+    while (Path(folder) / template.format(first + count)).is_file():
+        count += 1
+    return count
+
+
 def check_folder(folder: str | Path, template: str, count: int) -> None:
     """Refuse a folder that lacks its first or last frame.
 

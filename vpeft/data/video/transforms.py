@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-INTERPOLATIONS = {"nearest": "NEAREST", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "box": "BOX"}
 
 
 class SameForAll:
@@ -60,7 +59,8 @@ class Crops:
     ):
         self.size, self.short, self.crops = tuple(size), short, crops
         self.mean, self.std = list(mean), list(std)
-        self.interpolation = InterpolationMode[INTERPOLATIONS.get(interpolation, "BICUBIC")]
+        # Tensors know these three; the others of timm differ from bicubic by little.
+        self.interpolation = interpolation if interpolation in ("nearest", "bilinear") else "bicubic"
 
     def __call__(self, frames: np.ndarray) -> Tensor:
         """uint8 ``(T, H, W, 3)`` to float ``(crops, 3, T, h, w)``."""
@@ -77,6 +77,12 @@ class Crops:
             cuts.append(clip[..., top : top + height, left : left + width])
         return torch.stack(cuts).transpose(1, 2).contiguous()
 
+    def centre(self, frames: np.ndarray) -> Tensor:
+        """The one centre crop, ``(3, T, h, w)``."""
+        return Crops(
+            self.size, short=self.short, mean=self.mean, std=self.std, interpolation=self.interpolation
+        )(frames)[0]
+
     def _resized(self, clip: Tensor) -> Tensor:
         height, width = clip.shape[-2:]
         # The short side is enlarged where a square input would not fit (an input that is not square).
@@ -84,4 +90,4 @@ class Crops:
         target = [max(round(height * scale), self.size[0]), max(round(width * scale), self.size[1])]
         if target == [height, width]:
             return clip
-        return F.resize(clip, target, interpolation=self.interpolation, antialias=True)
+        return F.resize(clip, target, interpolation=InterpolationMode(self.interpolation), antialias=True)
