@@ -34,7 +34,7 @@ def open_index(
         places = [file, Path(cache) / file.name] if cache else [file]
         known = {k: v for p in reversed(places) for k, v in _read(p).items()}
         paths = list(dict.fromkeys(v.path for v in videos))
-        stale = [p for p in paths if known.get(p, {}).get("stamp") != _stamp(p) or known[p].get("stamp") is None]
+        stale = [p for p in paths if known.get(p, {}).get("stamp") is None or known[p]["stamp"] != _stamp(p)]
         known |= _scan_all(stale)
         if stale:
             _store({p: known[p] for p in paths}, places)
