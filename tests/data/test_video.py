@@ -227,7 +227,11 @@ def test_lists_as_the_field_writes_them(tmp_path):
     ]  # fmt: skip
     file.write_text("x y 30 4\nz,8,1\n")
     assert read_list(file, folders=True) == [Video(str(tmp_path / "x y"), 4, 30), Video(str(tmp_path / "z"), 1, 8)]
-    for text, message in (("a.mp4 1\nb.mp4\n", "line 2: expected 'path label'"), ("a.mp4 cat\n", "line 1"), ("\n", "no video")):
+    for text, message in (
+        ("a.mp4 1\nb.mp4\n", "line 2: expected 'path label'"),
+        ("a.mp4 cat\n", "line 1"),
+        ("\n", "no video"),
+    ):
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             read_list(file)
@@ -306,7 +310,13 @@ def test_one_random_transform_for_all_frames_of_a_clip():
     from timm.data import create_transform
 
     transform = create_transform(
-        24, is_training=True, hflip=0.5, color_jitter=0.4, auto_augment="rand-m7-n4-mstd0.5-inc1", re_prob=0.5, re_mode="const"
+        24,
+        is_training=True,
+        hflip=0.5,
+        color_jitter=0.4,
+        auto_augment="rand-m7-n4-mstd0.5-inc1",
+        re_prob=0.5,
+        re_mode="const",
     )
     same = SameForAll(transform)
     frame = frames_of(1, seed=3)[0]

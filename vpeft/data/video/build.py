@@ -185,9 +185,7 @@ def _cut(train: Clips, size: int, transform: Callable, seed: int) -> tuple[Clips
     if size >= len(train):
         raise DataError(f"data.val_size: {size} leaves nothing of {len(train)} training videos")
     order = np.random.default_rng(seed).permutation(len(train))
-    return train.subset(sorted(order[size:])), train.subset(
-        sorted(order[:size]), transform=transform, training=False
-    )
+    return train.subset(sorted(order[size:])), train.subset(sorted(order[:size]), transform=transform, training=False)
 
 
 def _class_names(data: Any, classes: tuple[str, ...] | None, highest: int) -> tuple[str, ...]:

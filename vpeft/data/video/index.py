@@ -127,5 +127,3 @@ def usable(
     if not kept:
         raise DataError(f"none of {len(videos)} videos can be used, the first is {reasons[0]}")
     return [v for v, _ in kept], [t for _, t in kept], reasons
-
-

@@ -11,7 +11,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 
-
 class SameForAll:
     """A random transform of images, drawn once and applied alike to every frame.
 
@@ -79,9 +78,7 @@ class Crops:
 
     def centre(self, frames: np.ndarray) -> Tensor:
         """The one centre crop, ``(3, T, h, w)``."""
-        return Crops(
-            self.size, short=self.short, mean=self.mean, std=self.std, interpolation=self.interpolation
-        )(frames)[0]
+        return Crops(self.size, short=self.short, mean=self.mean, std=self.std, interpolation=self.interpolation)(frames)[0]
 
     def _resized(self, clip: Tensor) -> Tensor:
         height, width = clip.shape[-2:]
