@@ -235,7 +235,7 @@ def test_lists_as_the_field_writes_them(tmp_path):
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             read_list(file)
-    with pytest.raises(DataError, match="none.txt"):
+    with pytest.raises(DataError, match=r"none\.txt"):
         read_list(tmp_path / "none.txt")
 
 
@@ -410,7 +410,7 @@ def test_flip_only_where_asked_for_and_never_for_directions(folder):
     assert mirrored({})[0]
     assert mirrored({"flip": True}) == (False, True)
     names = ["Pushing something from left to right", "Holding something"]
-    with pytest.raises(DataError, match="video.flip: 1 classes such as 'Pushing"):
+    with pytest.raises(DataError, match=r"video\.flip: 1 classes such as 'Pushing"):
         opened(folder, data={"classes": names}, augment={"enabled": True}, video={"flip": True})
     opened(folder, data={"classes": ["leftover", "bright"]}, augment={"enabled": True}, video={"flip": True})
 
@@ -540,3 +540,17 @@ def test_clips_keep_what_was_left_out():
     clips = Clips([], [], None, length=4, left_out=["a"])
     assert clips.left_out == ["a"]
     assert clips.skipped() == 0
+
+
+def test_damage_in_the_middle_is_named(tmp_path):
+    """A file whose table of frames is whole, but not what it points at: the frames around the hole can still be had."""
+    path = write(tmp_path / "hole.mp4", frames_of(40), bframes=0)
+    truth, content = sequential(path), bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 1500] = bytes(1500)
+    path.write_bytes(content)
+    timeline = scan(path)
+    assert timeline.count == 40
+    for i in (0, 39):
+        assert np.array_equal(read_frames(path, [i], timeline)[0], truth[i])
+    with pytest.raises(DataError, match=r"hole\.mp4: damaged video"):
+        read_frames(path, range(40), timeline)

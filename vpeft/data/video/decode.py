@@ -134,23 +134,18 @@ class _Converter:
 
 def _decode(path: str | Path, time: int | None) -> Iterator:
     """Decoded frames in presentation order, from the key frame before ``time``, or from the start."""
-    import av
-
     with _opened(path) as container:
         stream = container.streams.video[0]
         # Starting threads costs more than a small picture's decoding, and loader workers share the cores already.
         small = stream.width * stream.height < SMALL
         stream.thread_type = "NONE" if small or get_worker_info() is not None else "AUTO"
-        try:
-            if time is not None:
-                container.seek(time, stream=stream, backward=True)
-            yield from container.decode(stream)
-        except av.error.FFmpegError as error:
-            raise DataError(f"{path}: damaged video: {error.strerror or error}") from error
+        if time is not None:
+            container.seek(time, stream=stream, backward=True)
+        yield from container.decode(stream)
 
 
 class _opened:
-    """An open container with a picture stream, or a DataError with the path."""
+    """An open container with a picture stream; what goes wrong in it is a DataError with the path."""
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -176,7 +171,11 @@ class _opened:
         return self.container
 
     def __exit__(self, kind, error, trace) -> None:
+        import av
+
         self.container.close()
+        if isinstance(error, av.error.FFmpegError):
+            raise DataError(f"{self.path}: damaged video: {error.strerror or error}") from error
 
 
 def read_folder(folder: str | Path, template: str, indices: Sequence[int]) -> np.ndarray:
