@@ -107,6 +107,16 @@ def test_seeking_decodes_a_part_only(tmp_path, monkeypatch):
     assert len(seen) == 8, "from the key frame 40 to frame 47"
 
 
+def test_a_seek_that_lands_too_late_does_no_harm(tmp_path, monkeypatch):
+    from vpeft.data.video import decode
+
+    path = write(tmp_path / "a.mp4", frames_of(30))
+    truth, timeline, real = sequential(path), scan(path), decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda path, time: real(path, None if time is None else time + 6000))
+    for i in (3, 14, 29):
+        assert np.array_equal(read_frames(path, [i], timeline)[0], truth[i])
+
+
 def test_frame_counts_do_not_come_from_the_container(tmp_path):
     whole = write(tmp_path / "whole.mkv", frames_of(30), bframes=0)
     with av.open(str(whole)) as container:
@@ -183,7 +193,7 @@ def test_index_is_made_once_and_follows_the_files(tmp_path, monkeypatch):
         timelines, reasons = open_index(videos, file)
         assert len(reasons) == 1
         assert "none.mp4: no such" in reasons[0]
-        return [t and t.count for t in timelines], [os.path.basename(p) for p in scanned]
+        return [t and t.count for t in timelines], sorted(os.path.basename(p) for p in scanned)
 
     assert counts() == ([10, 11, 12, None], ["0.mp4", "1.mp4", "2.mp4", "none.mp4"])
     assert counts() == ([10, 11, 12, None], ["none.mp4"])

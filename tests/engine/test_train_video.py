@@ -69,6 +69,30 @@ def test_broken_videos_are_reported_at_the_end(make, tmp_path):
     assert "train: 1 videos left out when the lists were opened, 0 reads skipped later" in log
 
 
+def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypatch):
+    """A third of the reads fail; the loss of an untrained classifier over ten classes stays near ln 10."""
+    from vpeft.data.video import Clips
+
+    make_clips(make)
+    real = Clips.clip
+
+    def failing(self, index):
+        if self.training and index % 3 == 0:
+            raise vpeft.DataError(f"{index}: broke just now")
+        return real(self, index)
+
+    monkeypatch.setattr(Clips, "clip", failing)
+    train(make("train.epochs=1", "optim.lr=0", "schedule.name=none", "video.skip_broken=true"))
+    row = json.loads((tmp_path / "runs" / "run" / "log.jsonl").read_text().splitlines()[0])
+    monkeypatch.undo()
+    train(make("train.epochs=1", "optim.lr=0", "schedule.name=none", "name=whole"))
+    whole = json.loads((tmp_path / "runs" / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert row["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
+    assert "0 videos left out when the lists were opened, 7 reads skipped later" in (
+        tmp_path / "runs" / "run" / "console.log"
+    ).read_text()
+
+
 def make_clips(make) -> None:
     from vpeft.data.motion import make_motion
 

@@ -94,13 +94,13 @@ def read_frames(path: str | Path, indices: Sequence[int], timeline: Timeline | N
 
 
 def _seek(path: str | Path, wanted: list[int], timeline: Timeline) -> dict[int, np.ndarray] | None:
-    """The wanted frames by their times; None where the seek landed behind the first one or a time did not come up."""
+    """The wanted frames by their times; None where not all came up, as after a seek that landed too late."""
     times = timeline.times()[wanted]
     number = dict(zip(times.tolist(), wanted, strict=True))
     found: dict[int, np.ndarray] = {}
     to_rgb = _Converter()
     for frame in _decode(path, int(times[0])):
-        if frame.pts is None or (not found and frame.pts > times[0]):
+        if frame.pts is None:
             return None
         if frame.pts in number:
             found[number[frame.pts]] = to_rgb(frame)
