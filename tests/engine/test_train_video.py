@@ -82,10 +82,10 @@ def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypa
         return real(self, index)
 
     monkeypatch.setattr(Clips, "clip", failing)
-    train(make("train.epochs=1", "optim.lr=0", "schedule.name=none", "video.skip_broken=true"))
+    train(make("train.epochs=1", "optim.lr=0", "schedule.min_lr=0", "video.skip_broken=true"))
     row = json.loads((tmp_path / "runs" / "run" / "log.jsonl").read_text().splitlines()[0])
     monkeypatch.undo()
-    train(make("train.epochs=1", "optim.lr=0", "schedule.name=none", "name=whole"))
+    train(make("train.epochs=1", "optim.lr=0", "schedule.min_lr=0", "name=whole"))
     whole = json.loads((tmp_path / "runs" / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert row["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
     assert "0 videos left out when the lists were opened, 7 reads skipped later" in (
