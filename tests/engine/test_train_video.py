@@ -88,9 +88,10 @@ def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypa
     train(make("train.epochs=1", "optim.lr=0", "schedule.min_lr=0", "name=whole"))
     whole = json.loads((tmp_path / "runs" / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert row["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
-    assert "0 videos left out when the lists were opened, 7 reads skipped later" in (
-        tmp_path / "runs" / "run" / "console.log"
-    ).read_text()
+    assert (
+        "0 videos left out when the lists were opened, 7 reads skipped later"
+        in (tmp_path / "runs" / "run" / "console.log").read_text()
+    )
 
 
 def make_clips(make) -> None:

@@ -66,7 +66,10 @@ class ShardedBatches(Sampler):
             order = list(range(self.length))
         for i in range(len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in batch[self.rank :: self.world]]
+            share = [(self.epoch, index) for index in batch[self.rank :: self.world]]
+            # In evaluation, which has no step to take together, a process without a sample of the last batch is done.
+            if share or self.shuffle:
+                yield share
 
 
 def make_loader(

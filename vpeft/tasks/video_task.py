@@ -53,12 +53,19 @@ def view_mean(model: nn.Module, clips: Tensor, device: torch.device) -> Tensor:
 
 
 class FramewiseModel(nn.Module):
-    """placeholder"""
+    """An image model on every frame of a clip; the mean of its outputs over time.
 
-    def __init__(self, backbone, frames):
+    Args:
+        backbone: timm model ``(B T, 3, H, W)`` to ``(B T, classes)``, the frames of a clip side by side.
+        frames: T of the clips that it is made for.
+    """
+
+    def __init__(self, backbone: nn.Module, frames: int):
         super().__init__()
         self.backbone, self.frames = backbone, frames
 
-    def forward(self, x):
-        b, _, t = x.shape[:3]
-        return self.backbone(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, t)).mean(1)
+    def forward(self, clips: Tensor) -> Tensor:
+        """``(B, 3, T, H, W)`` to ``(B, classes)``."""
+        size, frames = clips.shape[0], clips.shape[2]
+        rows = self.backbone(clips.transpose(1, 2).flatten(0, 1))
+        return rows.unflatten(0, (size, frames)).mean(1)

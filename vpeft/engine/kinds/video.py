@@ -44,6 +44,8 @@ def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
 
 
 def build_backbone(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
+    if config.video.mode == "joint":
+        raise ConfigError("video.mode: 'joint' has no model yet; choose framewise")
     return build_model(config, num_classes, keep_head)
 
 
