@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +73,22 @@ def build_clips(
     check_video_source(data, video)
     if data.source == "motion":
         make_motion(data.root, video.motion)
+    wanted = {"train": data.train_split if "train" in splits or ("val" in splits and data.val_size) else None}
+    wanted |= {"val": data.val_split if "val" in splits else None, "test": data.test_split if "test" in splits else None}
+    lists = {split: _listed(data, video, name) for split, name in wanted.items() if name}
+    # Labels first: counting the frames of a large data set takes long.
+    classes = _class_names(data, lists.values())
+    _check_labels(lists.values(), classes)
+    if augment.enabled and video.flip:
+        _check_flip(classes)
     train_transform, test_transform = clip_transforms(augment, video, stats)
-    train = val = test = None
-    classes: tuple[str, ...] | None = None
-    if "train" in splits or ("val" in splits and data.val_size):
-        train, classes = _open(data, video, data.train_split, train_transform, training=True)
-        if data.val_size:
-            train, val = _cut(train, data.val_size, test_transform, seed)
-    if "val" in splits and data.val_split:
-        val, classes = _open(data, video, data.val_split, test_transform, training=False)
-    if "test" in splits and data.test_split:
-        test, classes = _open(data, video, data.test_split, test_transform, training=False)
-    opened = [d for d in (train, val, test) if d is not None]
-    classes = _class_names(data, classes, max(max(d.labels) for d in opened))
-    _check_labels(opened, classes)
-    if augment.enabled and video.flip and (named := [c for c in classes if DIRECTIONS.search(c.replace("_", " "))]):
-        raise DataError(
-            f"video.flip: {len(named)} classes such as '{named[0]}' name a direction, and a mirrored clip would carry the "
-            "wrong label; set video.flip=false"
-        )
-    return Datasets(train, val, test, classes)
+    found = {
+        split: _open(listed, video, train_transform if split == "train" else test_transform, training=split == "train")
+        for split, listed in lists.items()
+    }
+    if data.val_size and "train" in found:
+        found["train"], found["val"] = _cut(found["train"], data.val_size, test_transform, seed)
+    return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
 
 
 def clip_transforms(augment: Any, video: Any, stats: dict) -> tuple[Callable, Callable]:
@@ -113,15 +110,22 @@ def fixed_crops(video: Any, stats: dict) -> Crops:
     )
 
 
-def _open(data: Any, video: Any, split: str, transform: Callable, *, training: bool):
-    videos, classes, index = _listed(data, video, split)
-    if data.num_samples:
-        videos = videos[: data.num_samples]
-    timelines, reasons = open_index(videos, index, cache=video.cache, template=video.template)
-    videos, timelines, left_out = usable(videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
+@dataclass
+class _Listed:
+    """What the list of one split says: its videos, class names where the source has them, the place of the index."""
+
+    split: str
+    videos: list[Video]
+    classes: tuple[str, ...] | None
+    index: Path
+
+
+def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool) -> Clips:
+    timelines, reasons = open_index(listed.videos, listed.index, cache=video.cache, template=video.template)
+    videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
     if left_out:
-        logger.warning("%s: %d videos left out, the first: %s", split, len(left_out), left_out[0])
-    return _clips(videos, timelines, transform, video, training=training, left_out=left_out), classes
+        logger.warning("%s: %d videos left out, the first: %s", listed.split, len(left_out), left_out[0])
+    return _clips(videos, timelines, transform, video, training=training, left_out=left_out)
 
 
 def _clips(videos, timelines, transform, video: Any, **kwargs) -> Clips:
@@ -131,18 +135,23 @@ def _clips(videos, timelines, transform, video: Any, **kwargs) -> Clips:
     )  # fmt: skip
 
 
-def _listed(data: Any, video: Any, split: str) -> tuple[list[Video], tuple[str, ...] | None, Path]:
-    """Videos, class names where the source has them, and the place of the index."""
+def _listed(data: Any, video: Any, split: str) -> _Listed:
     folder = Path(video.lists or data.root)
     if data.source == "hmdb51":
         videos, classes = read_hmdb51(folder, data.root, split, video.fold)
-        return videos, classes, folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
-    file = list_file(data, video, split)
+        index = folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
+    else:
+        file = list_file(data, video, split)
+        videos = read_list(file, data.root, folders=bool(video.template))
+        index = file.with_name(f"{file.name}.frames.json")
+        classes = MOTIONS if data.source == "motion" else _named_beside(file)
+    return _Listed(split, videos[: data.num_samples], classes, index)
+
+
+def _named_beside(file: Path) -> tuple[str, ...] | None:
+    """Class names of a ``classes.txt`` beside a list, one a line."""
     names = file.with_name("classes.txt")
-    classes = MOTIONS if data.source == "motion" else None
-    if classes is None and names.is_file():
-        classes = tuple(line.strip() for line in names.read_text().splitlines() if line.strip())
-    return read_list(file, data.root, folders=bool(video.template)), classes, file.with_name(f"{file.name}.frames.json")
+    return tuple(line.strip() for line in names.read_text().splitlines() if line.strip()) if names.is_file() else None
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
@@ -188,19 +197,28 @@ def _cut(train: Clips, size: int, transform: Callable, seed: int) -> tuple[Clips
     return train.subset(sorted(order[size:])), train.subset(sorted(order[:size]), transform=transform, training=False)
 
 
-def _class_names(data: Any, classes: tuple[str, ...] | None, highest: int) -> tuple[str, ...]:
+def _class_names(data: Any, lists: Iterable[_Listed]) -> tuple[str, ...]:
     if data.classes:
         return tuple(data.classes)
-    if classes:
-        return classes
-    return tuple(str(i) for i in range(data.num_classes or highest + 1))
+    named = next((listed.classes for listed in lists if listed.classes), None)
+    highest = max(v.label for listed in lists for v in listed.videos)
+    return named or tuple(str(i) for i in range(data.num_classes or highest + 1))
 
 
-def _check_labels(opened: list[Clips], classes: tuple[str, ...]) -> None:
-    for clips in opened:
-        worst = int(np.argmax(clips.labels))
-        if clips.labels[worst] >= len(classes):
+def _check_labels(lists: Iterable[_Listed], classes: tuple[str, ...]) -> None:
+    for listed in lists:
+        worst = max(listed.videos, key=lambda v: v.label)
+        if worst.label >= len(classes):
             raise DataError(
-                f"data.num_classes: {clips.videos[worst].path} has the label {clips.labels[worst]}, "
-                f"but there are {len(classes)} classes (labels count from 0)"
+                f"data.num_classes: {worst.path} has the label {worst.label}, but there are {len(classes)} classes "
+                "(labels count from 0)"
             )
+
+
+def _check_flip(classes: tuple[str, ...]) -> None:
+    named = [c for c in classes if DIRECTIONS.search(c.replace("_", " "))]
+    if named:
+        raise DataError(
+            f"video.flip: {len(named)} classes such as '{named[0]}' name a direction, and a mirrored clip would carry the "
+            "wrong label; set video.flip=false"
+        )

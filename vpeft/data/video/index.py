@@ -37,7 +37,7 @@ def open_index(
         stale = [p for p in paths if known.get(p, {}).get("stamp") is None or known[p]["stamp"] != _stamp(p)]
         known |= _scan_all(stale)
         if stale:
-            _store({p: known[p] for p in paths}, places)
+            _store(known, places)
         found = [_timeline(known[v.path]) for v in videos]
     return [t if isinstance(t, Timeline) else None for t in found], [t for t in found if isinstance(t, str)]
 
