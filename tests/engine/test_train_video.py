@@ -122,3 +122,24 @@ def test_motion_clips_and_throughput_from_the_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "m" / "motion.json").read_text())["turn"] == 12.5
     main(["bench-decode", str(tmp_path / "m"), "--clips", "6", "--frames", "4", "--size", "28"])
     assert capsys.readouterr().out.count("clips per second") == 3
+
+
+@pytest.mark.parametrize("method", ["bitfit", "vpt_deep"])
+def test_joint_model_from_training_to_predictions(make, tmp_path, method):
+    config = make(
+        f"method.name={method}", "video.mode=joint", "video.tubelet=1", "model.img_size=20", "video.motion.size=20"
+    )
+    metrics = train(config)
+    best = tmp_path / "runs" / "run" / "best.safetensors"
+    assert evaluate(config, best)["loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+    found = predict(best, [tmp_path / "clips" / "test"], topk=1)
+    right = sum(f["classes"][0]["class"] == MOTIONS[i] for i, f in enumerate(found))
+    assert right * 10 == pytest.approx(metrics["test_top1"])
+
+
+def test_methods_along_time_learn_the_length_of_the_clips(make, tmp_path):
+    """AIM refuses clips of another length than its own, so it must have been told."""
+    common = ("method.name=aim", "train.epochs=1")
+    train(make(*common, "method.options.frames=2"))
+    with pytest.raises(vpeft.MethodError, match="clips of 2 frames"):
+        train(make(*common, "method.options.frames=4", "name=other"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vpeft.tasks import VideoClassification
-from vpeft.tasks.video_task import FramewiseModel, view_mean
+from vpeft.tasks.video_task import view_mean
 
 CPU = torch.device("cpu")
 
@@ -82,13 +82,3 @@ def test_consistency_runs_the_model_twice():
     plain = task.loss(Reader(), clips_with(logits), labels)
     both = task.loss(Reader(), clips_with(logits), labels, lambda a, b: (a - b).abs().sum() + 7)
     assert both == pytest.approx(float(plain) + 7)
-
-
-def test_framewise_is_the_mean_over_frames():
-    class PerImage(nn.Module):
-        def forward(self, images):
-            return images.flatten(1)[:, :4] ** 2
-
-    clips = torch.randn(2, 3, 5, 2, 2)
-    expected = torch.stack([clips[:, :, t].flatten(1)[:, :4] ** 2 for t in range(5)]).mean(0)
-    assert torch.allclose(FramewiseModel(PerImage(), 5)(clips), expected)

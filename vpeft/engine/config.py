@@ -165,7 +165,8 @@ class VideoConfig:
     """Clips of ``task: video``: how they are cut from videos, and how the backbone sees them.
 
     ``mode``: ``framewise`` (each frame through the image backbone, features averaged over time) or ``joint`` (tokens of
-    space and time together; each spans ``tubelet`` frames).
+    space and time together; each spans ``tubelet`` frames). Frame by frame, ``pool`` takes the mean over time ``after``
+    or ``before`` the final norm, with ``dropout`` in front of the classifier.
     ``sampling``: ``uniform`` (a frame from each of ``frames`` equal segments), ``dense`` or ``videomae`` (every
     ``stride``-th frame). A video is judged by the mean over ``views`` (in time) x ``crops`` (along the long side).
     ``lists`` is the folder of the list files where they are not in ``data.root``; ``fold`` is HMDB51's split;
@@ -178,6 +179,8 @@ class VideoConfig:
     stride: int = 1
     sampling: str = "uniform"
     tubelet: int = 2
+    pool: str = "after"
+    dropout: float = 0.0
     views: int = 1
     crops: int = 1
     short_side: int | None = None
@@ -225,6 +228,7 @@ CHOICES = {
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
     "video.mode": ("framewise", "joint"),
     "video.sampling": SAMPLINGS,
+    "video.pool": ("after", "before"),
     "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant", "none"),
 }
 # (lowest, highest) allowed value; None is open.
@@ -261,6 +265,7 @@ RANGES = {
     "video.frames": (1, None),
     "video.stride": (1, None),
     "video.tubelet": (1, None),
+    "video.dropout": (0, 0.99),
     "video.views": (1, None),
     "video.crops": (1, None),
     "video.short_side": (1, None),

@@ -50,22 +50,3 @@ def view_mean(model: nn.Module, clips: Tensor, device: torch.device) -> Tensor:
     views = clips.unsqueeze(1) if clips.ndim == 5 else clips
     # One view at a time: memory is that of a batch of single clips, however many views there are.
     return sum(model(view.to(device)).float().softmax(-1) for view in views.unbind(1)) / views.shape[1]
-
-
-class FramewiseModel(nn.Module):
-    """An image model on every frame of a clip; the mean of its outputs over time.
-
-    Args:
-        backbone: timm model ``(B T, 3, H, W)`` to ``(B T, classes)``, the frames of a clip side by side.
-        frames: T of the clips that it is made for.
-    """
-
-    def __init__(self, backbone: nn.Module, frames: int):
-        super().__init__()
-        self.backbone, self.frames = backbone, frames
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """``(B, 3, T, H, W)`` to ``(B, classes)``."""
-        size, frames = clips.shape[0], clips.shape[2]
-        rows = self.backbone(clips.transpose(1, 2).flatten(0, 1))
-        return rows.unflatten(0, (size, frames)).mean(1)

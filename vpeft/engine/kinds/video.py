@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ... import checkpoint
@@ -15,7 +16,8 @@ from ...data.video import Clips, build_clips, check_video_source, find_videos, o
 from ...errors import CheckpointError, ConfigError, DataError
 from ...sites import input_size
 from ...tasks import VideoClassification
-from ...tasks.video_task import FramewiseModel, view_mean
+from ...tasks.video import FramewiseModel, inflate, joint_vit, load_videomae
+from ...tasks.video_task import view_mean
 from ..build import build_model, data_stats, pretrained_cfg
 from . import Built
 
@@ -30,6 +32,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError("task: videos are read with PyAV; pip install av (or vpeft[video])") from None
     if video.mode == "joint" and video.frames % video.tubelet:
         raise ConfigError(f"video.frames: {video.frames} frames do not make whole tubelets of {video.tubelet}")
+    if video.mode == "joint" and (video.dropout or video.pool != "after"):
+        raise ConfigError("video.pool, video.dropout: they are for mode=framewise; the joint model has model.drop")
     check_video_source(config.data, video)
 
 
@@ -44,26 +48,46 @@ def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
 
 
 def build_backbone(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
-    if config.video.mode == "joint":
-        raise ConfigError("video.mode: 'joint' has no model yet; choose framewise")
-    return build_model(config, num_classes, keep_head)
+    """Frame by frame: the image model. Joint: a ViT of tubelets, from VideoMAE's file or inflated from the image model."""
+    m, video = config.model, config.video
+    if video.mode == "framewise":
+        return build_model(config, num_classes, keep_head)
+    if keep_head:
+        raise ConfigError(
+            f"method: {config.method.name} keeps the classifier of the weights, which the joint model has none of; "
+            "choose video.mode=framewise"
+        )
+    kwargs = OmegaConf.to_container(m.kwargs) | ({"img_size": m.img_size} if m.img_size else {})
+    timm.layers.set_fused_attn(config.train.fused_attention)
+    model = joint_vit(
+        m.name, frames=video.frames, tubelet=video.tubelet, num_classes=num_classes, drop_path_rate=m.drop_path,
+        drop_rate=m.drop, **kwargs,
+    )  # fmt: skip
+    if m.pretrained and m.checkpoint:
+        load_videomae(model, m.checkpoint)
+    elif m.pretrained:
+        inflate(model, timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs))
+    return model
 
 
 def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
     task = VideoClassification(num_classes, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
-    return Built(FramewiseModel(backbone, config.video.frames), backbone, task)
+    if config.video.mode == "joint":
+        return Built(backbone, backbone, task)
+    return Built(FramewiseModel(backbone, config.video.pool, config.video.dropout), backbone, task)
 
 
 @torch.no_grad()
 def check_attached(built: Built, num_classes: int) -> None:
-    """Refuse a model whose outputs are not one per class; the clip has as many frames as training's will."""
+    """Refuse a model whose outputs are not one per class."""
     model, like = built.model, next(built.model.parameters())
     training = model.training
-    clip = torch.zeros(1, 3, model.frames, *input_size(built.backbone)[1:], dtype=like.dtype, device=like.device)
-    width = model.eval()(clip).shape[-1]
+    channels, *frames, height, width = input_size(built.backbone)
+    clip = torch.zeros(1, channels, *(frames or [1]), height, width, dtype=like.dtype, device=like.device)
+    outputs = model.eval()(clip).shape[-1]
     model.train(training)
-    if width != num_classes:
-        raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
+    if outputs != num_classes:
+        raise ConfigError(f"method.options.classes: the model gives {outputs} outputs for {num_classes} classes of the data")
 
 
 def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
