@@ -12,9 +12,9 @@ the log and the measured accuracy are in ``model_zoo.md``.
 from pathlib import Path
 
 import timm
-from timm.models import generate_default_cfgs, register_model, swin_transformer, vision_transformer
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__: list[str] = []
 
@@ -60,8 +60,7 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer
         VisionTransformer,
         "vit_micro_patch4_28",
         pretrained,
-        # Resizes the position embedding where another img_size is asked for.
-        pretrained_filter_fn=vision_transformer.checkpoint_filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,  # resamples the positions for another img_size
         feature_cfg={"out_indices": (1, 3, 5), "feature_cls": "getter"},
         **dict(args, **kwargs),
     )
@@ -75,8 +74,6 @@ def swin_micro_patch2_window7_28(pretrained: bool = False, **kwargs) -> SwinTran
         SwinTransformer,
         "swin_micro_patch2_window7_28",
         pretrained,
-        # Resizes the relative position tables where another img_size is asked for.
-        pretrained_filter_fn=swin_transformer.checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
         **dict(args, **kwargs),
     )
