@@ -549,7 +549,7 @@ def test_it_learns_and_every_tensor_gets_a_gradient():
         optimizer.zero_grad()
         loss = san.loss(san(x), labels)
         loss.backward()
-        values.append(float(loss))
+        values.append(loss.item())
         for i, p in enumerate(handle.trainable_parameters()):
             seen[i] = seen.get(i, False) or bool(p.grad.any())
         optimizer.step()
@@ -558,6 +558,15 @@ def test_it_learns_and_every_tensor_gets_a_gradient():
     san.san.eval()
     right = (san.semantic(x).argmax(1) == labels)[labels != 255].double().mean()
     assert right > 0.6
+
+
+def test_weight_decay_leaves_embeddings_and_norms_alone():
+    san, handle = built()
+    decayed = {id(p) for g in handle.param_groups(1.0, 0.1) if g["weight_decay"] for p in g["params"]}
+    names = {n for n, p in san.san.named_parameters() if id(p) in decayed}
+    assert {n for n, p in san.san.named_parameters() if p.ndim > 1} - names == {
+        "pos_embed", "background", "classes", "side.pos_embed", "side.queries", "side.query_pos",
+    }  # fmt: skip
 
 
 def test_save_load_and_copies(tmp_path):
