@@ -21,7 +21,7 @@ from ...data.segmentation import (
     write_mask,
 )  # fmt: skip
 from ...errors import ConfigError, VpeftError
-from ...sites import input_size, map_count
+from ...sites import head_places, input_size, map_count
 from ...tasks import segmentation as heads
 from ...tasks.features import FeatureMaps
 from ...tasks.segmentation import Segmentation, SegmentationModel
@@ -54,8 +54,9 @@ def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
 
 
 def build_backbone(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
-    """The timm model without its classifier."""
-    return build_model(config, 0)
+    """The timm model without its classifier; for SAN with text the weights' own, which projects into the text's space."""
+    projects = config.seg.head == SAN and config.seg.options.get("text") is not None
+    return build_model(config, 0, keep_head=projects)
 
 
 def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
@@ -66,10 +67,8 @@ def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built
     options = OmegaConf.to_container(seg.options)
     try:
         if seg.head == SAN:
-            from ...tasks.san import make_san
-
-            model = make_san(backbone, num_classes, **options)
-            return Built(model, backbone, task, model.heads)
+            model = _san(backbone, num_classes, crop, options)
+            return Built(model, backbone, task, {"san": model.san})
         maps = FeatureMaps(
             backbone, _indices(config, backbone), seg.pyramid, seg.norm, class_token=heads.reads_class_token(seg.head)
         )
@@ -79,6 +78,23 @@ def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built
     except VpeftError as error:
         raise ConfigError(f"seg: {error}") from error
     return Built(model, backbone, task, model.heads)
+
+
+def _san(backbone: nn.Module, num_classes: int, crop: int, options: dict[str, Any]) -> nn.Module:
+    """SAN with the options of its side adapter; ``loss`` and ``recognition`` are the model's own."""
+    from ...tasks.mask_loss import SetLoss
+    from ...tasks.san import SAN as Model
+    from ...tasks.san import SideAdapter
+
+    try:
+        loss, recognition = SetLoss(**options.pop("loss", {})), options.pop("recognition", "auto")
+        classes = None if options.get("text") else num_classes
+        adapter = SideAdapter(backbone, classes, **{"image_size": (crop, crop), **options})
+    except TypeError as error:
+        raise ConfigError(f"seg.options: {error}") from error
+    if adapter.num_classes != num_classes:
+        raise ConfigError(f"seg.options.text: {adapter.num_classes} text embeddings for {num_classes} classes of the data")
+    return Model(backbone, adapter, loss, recognition)
 
 
 def _indices(config: DictConfig, backbone: nn.Module) -> list[int]:
@@ -93,6 +109,8 @@ def _indices(config: DictConfig, backbone: nn.Module) -> list[int]:
 @torch.no_grad()
 def check_attached(built: Built, num_classes: int) -> None:
     """One image through the whole model, so that what does not fit is said before the data is read."""
+    for head in head_places(built.backbone):  # a projection that is not trained, though it stands where classifiers do
+        head.module.requires_grad_(False)
     model, like = built.model, next(built.backbone.parameters())
     modes = {m: m.training for m in model.modules()}
     model.eval()
