@@ -5,6 +5,7 @@ import torch
 from models import CASES, calibrated, images, make, randomise
 
 import vpeft
+from vpeft.methods import on_images
 from vpeft.tasks.features import FeatureMaps
 
 INDICES = {"vit": (0, 1, 2), "vit_reg": (0, 1, 2), "swin": (0, 1)}
@@ -16,7 +17,7 @@ def test_every_method_is_in_the_maps_or_refused(method, kind):
     model = make(kind)
     x = images(model)
     bare = FeatureMaps(model, INDICES[kind])(x)
-    handle = vpeft.attach(model, method)
+    handle = vpeft.attach(model, method, **on_images(method))
     maps = FeatureMaps(make(kind), INDICES[kind])
     maps.backbone = model
     if method in REFUSED:

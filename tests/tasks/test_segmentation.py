@@ -9,7 +9,7 @@ from models import make, randomise
 from torch import nn
 
 import vpeft
-from vpeft.methods import METHODS
+from vpeft.methods import METHODS, on_images
 from vpeft.tasks.features import FeatureMaps
 from vpeft.tasks.segmentation import (
     HEADS,
@@ -79,9 +79,9 @@ def test_every_method_trains_and_infers(name, kind):
     backbone, model = model_of(kind, head)
     if (name, kind) in REFUSED:
         with pytest.raises(vpeft.VpeftError, match=REFUSED[name, kind]):
-            model.maps.check(vpeft.attach(backbone, name, heads=model.heads))
+            model.maps.check(vpeft.attach(backbone, name, heads=model.heads, **on_images(name)))
         return
-    handle = vpeft.attach(backbone, name, heads=model.heads)
+    handle = vpeft.attach(backbone, name, heads=model.heads, **on_images(name))
     model.maps.check(handle)
     images, masks = batch(backbone)
     task = Segmentation(4, images.shape[-1])
