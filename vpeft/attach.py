@@ -318,7 +318,8 @@ class Handle:
         """Parameter groups for a torch optimiser.
 
         Weight decay leaves alone what is a vector or a number (biases, norms, scales, gates), what the method exempts
-        (prompts) and what timm exempts (position embedding, class token).
+        (prompts), what a head exempts (``no_decay``, as a method's modules have it) and what timm exempts (position
+        embedding, class token).
 
         Args:
             lr: learning rate.
@@ -327,7 +328,8 @@ class Handle:
         """
         self._check_calibrated()
         exempt = set(getattr(self.model, "no_weight_decay", set)())
-        for path, module in self.root.named_modules():
+        heads = (pair for name, head in self.root.heads.items() for pair in head.named_modules(prefix=name))
+        for path, module in [*self.root.named_modules(), *heads]:
             exempt |= {f"{path}.{name}".lstrip(".") for name in getattr(module, "no_decay", ())}
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for part, named in (("method", self.named_parameters()), ("head", self.head_parameters())):

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, LayerNorm, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, LayerNorm, PatchEmbed, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, VpeftError, did_you_mean
@@ -662,20 +662,108 @@ def check_rows(block: BlockSite) -> None:
         )
 
 
-def rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows (B, T, D) through a block whose tokens have the keys and values k, v (B, heads, N, d); T need not be N.
 
-    The rows have no position: no rotation, and no relative-position bias towards any token.
+    The rows have no position: no rotation, and no relative-position bias towards any token. With a ``bias``
+    (B, heads, T, N), which is added to their scores, each row attends to itself too.
     """
     m, attn = block.module, block.module.attn
     h = m.norm1(rows) if block.pre_norm else rows
-    a = attention_output(attn, attend(attn, attention_inputs(attn, h)[0], k, v), h)
+    q, own_k, own_v = attention_inputs(attn, h)
+    y = attend(attn, q, k, v) if bias is None else _attend_and_self(attn, q, (k, v), (own_k, own_v), bias)
+    a = attention_output(attn, y, h)
     if block.pre_norm:
         one, two = (1 if (gain := block.gain(branch)) is None else gain for branch in (1, 2))
         rows = rows + m.drop_path1(one * a)
         return rows + m.drop_path2(two * m.mlp(m.norm2(rows)))
     rows = rows + m.drop_path1(m.norm1(a))
     return rows + m.drop_path2(m.norm2(m.mlp(rows)))
+
+
+def _attend_and_self(attn: nn.Module, q: Tensor, others: tuple[Tensor, Tensor], own: tuple, bias: Tensor) -> Tensor:
+    """Attention to others' keys and values under a bias, and to the row's own; no score between two rows is formed."""
+    scores = (q * attn.scale) @ others[0].transpose(-2, -1) + bias
+    self_score = (q * attn.scale * own[0]).sum(-1, keepdim=True)
+    shares = attn.attn_drop(torch.cat([scores, self_score], -1).softmax(-1)).type_as(own[1])
+    return shares[..., :-1] @ others[1] + shares[..., -1:] * own[1]
+
+
+def keys_and_values(block: BlockSite, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values (B, heads, N, d) that a block's attention makes of tokens (B, N, D) entering the block."""
+    h = block.module.norm1(tokens) if block.pre_norm else tokens
+    return attention_inputs(block.module.attn, h)[1:]
+
+
+def only_linears_hooked(block: BlockSite) -> bool:
+    """True where a block's parts may be called one by one: no hook or changed forward but on its linears."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+        for m in block.module.modules()
+        if not isinstance(m, nn.Linear)
+    )
+
+
+# ---- a plain ViT, for what runs its blocks itself ----
+
+
+def check_plain_vit(model: nn.Module) -> None:
+    """Raise where ``image_tokens``, the blocks in order and ``finished_rows`` do not restate this model.
+
+    Raises:
+        UnsupportedModelError: no plain ViT with class token and position embedding.
+    """
+    name = type(model).__name__
+    kept = all(
+        getattr(type(model), f, None) is getattr(VisionTransformer, f)
+        for f in ("forward_features", "_pos_embed", "forward_intermediates")
+    )
+    if not kept or not isinstance(model.patch_embed, PatchEmbed):
+        raise UnsupportedModelError(f"expected a plain ViT (timm's VisionTransformer), got {name}")
+    for i, block in enumerate(model.blocks):
+        if type(block).forward is not Block.forward or type(block.attn).forward is not Attention.forward:
+            raise UnsupportedModelError(f"{name}.blocks.{i}: a {type(block).__name__} takes no attention bias from outside")
+    if model.cls_token is None:
+        raise UnsupportedModelError(f"this {name} has no class token")
+    if model.pos_embed is None:
+        raise UnsupportedModelError(f"this {name} has no position embedding")
+
+
+def resized_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
+    """A position embedding (1, prefix + old grid, D) for another grid; bicubic, not antialiased, as CLIP users do."""
+    if tuple(old) == tuple(new):
+        return positions
+    grid = positions[:, prefix:].transpose(1, 2).unflatten(2, tuple(old))
+    grid = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
+
+
+def image_tokens(model: nn.Module, images: Tensor, positions: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """What enters block 0 of a plain ViT, (B, prefix + h w, D), and (h, w), for images of any whole number of patches.
+
+    Args:
+        model: see ``check_plain_vit``.
+        images: (B, C, H, W).
+        positions: in place of the model's position embedding, of its shape.
+    """
+    stem = model.patch_embed
+    strict, stem.strict_img_size = stem.strict_img_size, False  # The module itself is called, for the hooks on it.
+    try:
+        x = stem(images)
+    finally:
+        stem.strict_img_size = strict
+    x = x.flatten(1, 2) if x.ndim == 4 else x
+    grid = grid_of(stem, images.shape[-2:])
+    first = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
+    placed = 0 if model.no_embed_class else model.num_prefix_tokens
+    positions = resized_positions(model.pos_embed if positions is None else positions, stem.grid_size, grid, placed)
+    x = torch.cat([*first, x + positions], 1) if model.no_embed_class else torch.cat([*first, x], 1) + positions
+    return model.norm_pre(model.pos_drop(x)), grid
+
+
+def finished_rows(model: nn.Module, rows: Tensor) -> Tensor:
+    """Rows (B, T, D) that left a plain ViT's last block, through its final norm (in front of or after its pooling)."""
+    return model.fc_norm(model.norm(rows))
 
 
 # ---- Swin's block, for methods that send tokens of their own through it ----
