@@ -146,7 +146,7 @@ OPTIM = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 1e-2, "wei
 
 
 def test_only_trained_parameters_reach_the_optimiser():
-    model = Whole({"name": "vpt_deep", "num_tokens": 2})
+    model = Whole({"name": "vpt_deep", "tokens": 2})
     groups = TrainedOnly(OPTIM, {"head_lr_mult": 10})(model).optimizer.param_groups
     found = {id(p): g for g in groups for p in g["params"]}
     assert found.keys() == {id(p) for p in model.parameters() if p.requires_grad}
