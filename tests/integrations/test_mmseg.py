@@ -181,6 +181,51 @@ def test_penalty_and_what_follows_a_step_are_the_optimisers_business(monkeypatch
         assert torch.allclose(p, was - 0.1 * (3 + 2 * was), atol=1e-6)
 
 
+# ---- mmsegmentation's heads ----
+
+BN = {"type": "BN"}
+ALL = {"in_channels": [32] * 4, "in_index": [0, 1, 2, 3]}
+ONE = {"in_channels": 32, "in_index": 3}
+HEADS = {
+    "FCNHead": (None, ONE | {"channels": 8, "num_convs": 1}),
+    "PSPHead": (None, ONE | {"channels": 8, "pool_scales": (1, 2)}),
+    "UPerHead": ("beit", ALL | {"channels": 8, "pool_scales": (1, 2)}),
+    "SETRUPHead": (None, ONE | {"channels": 8, "num_convs": 4, "up_scale": 2, "kernel_size": 3}),
+    "SETRMLAHead": (None, ALL | {"channels": 16, "mla_channels": 4, "up_scale": 4}),
+    "SegmenterMaskTransformerHead": (
+        None,
+        ONE | {"channels": 32, "num_layers": 1, "num_heads": 2, "embed_dims": 32, "norm_cfg": {"type": "LN"}},
+    ),
+    "SegformerHead": ("feature2pyramid", ALL | {"channels": 8}),
+    "DPTHead": (
+        None,
+        ALL | {"input_transform": "multiple_select", "channels": 8, "embed_dims": 32, "post_process_channels": (4, 4, 8, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_trains_on_the_maps(kind):
+    from mmengine.structures import PixelData
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+
+    pyramid, options = HEADS[kind]
+    model = backbone(method={"name": "lora", "rank": 2}, pyramid=pyramid, class_token=kind == "DPTHead").train()
+    head = MODELS.build({"type": kind, "num_classes": 3, "norm_cfg": BN, "dropout_ratio": 0.0} | options).train()
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(gt_sem_seg=PixelData(data=torch.randint(3, (1, 32, 32))))
+        sample.set_metainfo({"img_shape": (32, 32)})
+        samples.append(sample)
+    found = head.loss(model(torch.randn(2, 3, 32, 32)), samples, {})
+    found["loss_ce"].backward()
+    assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
+    assert any(p.grad.any() for p in model.handle.parameters())
+    if pyramid:
+        assert all(p.grad is not None and p.grad.any() for p in model.maps.pyramid.upsample_2x.parameters())
+
+
 # ---- a whole run ----
 
 
