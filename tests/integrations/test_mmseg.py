@@ -1,5 +1,7 @@
 """mmsegmentation with an adapted timm backbone: the stand-in for compiled operators, training, interruption, resumption."""
 
+import importlib
+import itertools
 import math
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import vpeft
@@ -82,45 +85,145 @@ def test_backbone_is_frozen_but_for_its_method():
     model = backbone(method={"name": "adaptformer", "bottleneck": 4}, pyramid="feature2pyramid")
     maps = model.train()(torch.randn(2, 3, 32, 32))
     assert [tuple(m.shape) for m in maps] == [(2, 32, 16, 16), (2, 32, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)]
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all("vpeft.adaptformer" in n or "pyramid" in n for n in names)
-    assert not model.timm.training
-    assert model.handle.root.training
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("vpeft.adaptformer" in n or "pyramid" in n for n in trained)
+    training = {n for n, m in model.timm.named_modules() if m.training}
+    assert training == {n for n, _ in model.timm.named_modules() if n.startswith("vpeft.adaptformer")}
     assert model.maps.pyramid.training
+    assert not model.eval().handle.root.training
     saved = trained_tensors(model)
-    assert names <= {n.replace("maps.backbone.", "timm.") for n in saved}
-    assert {n for n in saved if "timm." in n} == {n for n in model.state_dict() if n.startswith("timm.vpeft.")}
-    assert backbone(drop_path=0.2).train().timm.training
+    assert {n for n in saved if n.startswith("method.")} == {f"method.{n}" for n in model.handle.state_dict()}
+    assert {n for n in saved if "pyramid" in n} == {n for n in model.state_dict() if "pyramid" in n}
+    assert len(saved) == len(model.handle.state_dict()) + len(model.maps.pyramid.state_dict())
+
+
+def test_pretrained_weights_outlive_the_initialisation_of_the_runner():
+    from mmengine.model import BaseModule
+
+    class Segmentor(BaseModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone(method={"name": "lora", "rank": 2}, pyramid="beit")
+
+    model = Segmentor()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.init_weights()
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
 def test_backbone_without_a_method_is_wholly_frozen():
     model = backbone()
     assert model.handle is None
     assert not any(p.requires_grad for p in model.parameters())
+    assert trained_tensors(model) == {}
 
 
-def test_a_method_without_use_for_maps_is_refused():
-    with pytest.raises(vpeft.VpeftError, match="classifier"):
-        backbone(method={"name": "side_tuning"})
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [({"name": "side_tuning"}, "classifier"), ({"name": "fish"}, "looks at data before training"), ({}, "must have a name")],
+)
+def test_methods_that_cannot_train_here_are_refused(method, message):
+    with pytest.raises(vpeft.MethodError, match=message):
+        backbone(method=method)
+
+
+def test_a_missing_mmsegmentation_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmseg", None)
+    monkeypatch.delitem(sys.modules, "vpeft.integrations.mmseg")
+    with pytest.raises(vpeft.VpeftError, match=r"vpeft\[seg\]"):
+        importlib.import_module("vpeft.integrations.mmseg")
+
+
+class Whole(nn.Module):
+    def __init__(self, method):
+        super().__init__()
+        self.backbone = backbone(method=method, pyramid="beit")
+        self.head = nn.Conv2d(32, 3, 1)
+
+
+OPTIM = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}}
 
 
 def test_only_trained_parameters_reach_the_optimiser():
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = backbone(method={"name": "lora", "rank": 2})
-            self.head = nn.Conv2d(32, 3, 1)
-
-    model = Whole()
-    cfg = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}}
-    groups = TrainedOnly(cfg, {"head_lr_mult": 10})(model).optimizer.param_groups
+    model = Whole({"name": "vpt_deep", "tokens": 2})
+    groups = TrainedOnly(OPTIM, {"head_lr_mult": 10})(model).optimizer.param_groups
     found = {id(p): g for g in groups for p in g["params"]}
     assert found.keys() == {id(p) for p in model.parameters() if p.requires_grad}
-    assert found[id(model.head.weight)]["lr"] == pytest.approx(0.1)
-    assert found[id(model.head.weight)]["weight_decay"] == 0.1
-    assert found[id(model.head.bias)]["weight_decay"] == 0.0
+    assert sum(len(g["params"]) for g in groups) == len(found)
+    wanted = {
+        model.head.weight: (0.1, 0.1),
+        model.head.bias: (0.1, 0.0),
+        model.backbone.maps.pyramid.upsample_2x[0].weight: (0.1, 0.1),
+        model.backbone.maps.pyramid.upsample_4x[1].weight: (0.1, 0.0),
+        next(p for p in model.backbone.handle.parameters()): (0.01, 0.0),  # prompts, although they are no vectors
+    }
+    for parameter, (lr, decay) in wanted.items():
+        assert found[id(parameter)]["lr"] == pytest.approx(lr)
+        assert found[id(parameter)]["weight_decay"] == decay
     with pytest.raises(vpeft.VpeftError, match="paramwise_cfg may have head_lr_mult"):
-        TrainedOnly(cfg, {"custom_keys": {}})
+        TrainedOnly(OPTIM, {"custom_keys": {}})
+    with pytest.raises(vpeft.VpeftError, match="lr="):
+        TrainedOnly({"optimizer": {"type": "AdamW"}})
+
+
+def test_penalty_and_what_follows_a_step_are_the_optimisers_business(monkeypatch):
+    model = Whole({"name": "lora", "rank": 2})
+    handle = model.backbone.handle
+    monkeypatch.setattr(type(handle.method), "penalty", lambda self, h: sum((p**2).sum() for p in h.parameters()))
+    steps = []
+    monkeypatch.setattr(type(handle.method), "after_step", lambda self, h: steps.append(h.name))
+    wrapper = TrainedOnly({"optimizer": {"type": "SGD", "lr": 0.1}})(model)
+    before = [p.detach().clone() for p in handle.parameters()]
+    wrapper.update_params(model.head.weight.sum() + sum(3 * p.sum() for p in handle.parameters()))
+    assert steps == ["lora"]
+    for p, was in zip(handle.parameters(), before, strict=True):
+        assert torch.allclose(p, was - 0.1 * (3 + 2 * was), atol=1e-6)
+
+
+# ---- mmsegmentation's heads ----
+
+BN = {"type": "BN"}
+ALL = {"in_channels": [32] * 4, "in_index": [0, 1, 2, 3]}
+ONE = {"in_channels": 32, "in_index": 3}
+HEADS = {
+    "FCNHead": (None, ONE | {"channels": 8, "num_convs": 1}),
+    "PSPHead": (None, ONE | {"channels": 8, "pool_scales": (1, 2)}),
+    "UPerHead": ("beit", ALL | {"channels": 8, "pool_scales": (1, 2)}),
+    "SETRUPHead": (None, ONE | {"channels": 8, "num_convs": 4, "up_scale": 2, "kernel_size": 3}),
+    "SETRMLAHead": (None, ALL | {"channels": 16, "mla_channels": 4, "up_scale": 4}),
+    "SegmenterMaskTransformerHead": (
+        None,
+        ONE | {"channels": 32, "num_layers": 1, "num_heads": 2, "embed_dims": 32, "norm_cfg": {"type": "LN"}},
+    ),
+    "SegformerHead": ("feature2pyramid", ALL | {"channels": 8}),
+    "DPTHead": (
+        None,
+        ALL | {"input_transform": "multiple_select", "channels": 8, "embed_dims": 32, "post_process_channels": (4, 4, 8, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_trains_on_the_maps(kind):
+    from mmengine.structures import PixelData
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+
+    pyramid, options = HEADS[kind]
+    model = backbone(method={"name": "lora", "rank": 2}, pyramid=pyramid, class_token=kind == "DPTHead").train()
+    head = MODELS.build({"type": kind, "num_classes": 3, "norm_cfg": BN, "dropout_ratio": 0.0} | options).train()
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(gt_sem_seg=PixelData(data=torch.randint(3, (1, 32, 32))))
+        sample.set_metainfo({"img_shape": (32, 32)})
+        samples.append(sample)
+    found = head.loss(model(torch.randn(2, 3, 32, 32)), samples, {})
+    found["loss_ce"].backward()
+    assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
+    assert any(p.grad.any() for p in model.handle.parameters())
+    if pyramid:
+        assert all(p.grad is not None and p.grad.any() for p in model.maps.pyramid.upsample_2x.parameters())
 
 
 # ---- a whole run ----
@@ -142,7 +245,10 @@ def scenes(folder):
     return str(folder)
 
 
-def config(root, work, iterations):
+NUMBER = itertools.count()
+
+
+def config(root, work, iterations=6, **more):
     from mmengine.config import Config
 
     norm, size = {"type": "BN", "requires_grad": True}, (32, 32)
@@ -184,14 +290,16 @@ def config(root, work, iterations):
         "param_scheduler": [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 6, "eta_min": 0, "by_epoch": False}],
         "default_hooks": {"checkpoint": {"type": "vpeft.SaveTrained", "interval": 2, "keep": 2},
                           "logger": {"type": "LoggerHook", "interval": 10}},
-        "randomness": {"seed": 1}, "log_level": "ERROR", "experiment_name": work.name,
+        "randomness": {"seed": 1}, "log_level": "ERROR", "experiment_name": f"{work.name}{next(NUMBER)}", **more,
     })  # fmt: skip
 
 
-def run(root, work, iterations=6, stop=None):
+def run(root, work, stop=None, change=lambda cfg: None, **more):
     from mmengine.runner import Runner
 
-    runner = Runner.from_cfg(config(root, work, iterations))
+    cfg = config(root, work, **more)
+    change(cfg)
+    runner = Runner.from_cfg(cfg)
     if stop is not None:
 
         class Killed(Exception):
@@ -217,29 +325,92 @@ def finished(tmp_path_factory):
     return root, work, run(root, work)
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(finished, tmp_path):
+def same(one, other):
+    a, b = trained_tensors(one.model), trained_tensors(other.model)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("stop", [3, 5])  # the second after a validation, which draws random numbers
+def test_a_resumed_run_ends_as_an_uninterrupted_one(finished, tmp_path, stop):
+    root, _, whole = finished
+    run(root, tmp_path, stop=stop)
+    assert f"iter_{stop - 1}.safetensors" in {p.name for p in tmp_path.glob("*.safetensors")}
+    assert (tmp_path / "state.safetensors").is_file()
+    resumed = run(root, tmp_path, resume=True)
+    assert resumed.iter == 6
+    assert same(whole, resumed)
+    ours, theirs = (r.optim_wrapper.state_dict() for r in (whole, resumed))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["base_param_settings"]["lr"] == theirs["base_param_settings"]["lr"]
+    for index, entry in ours["state"].items():
+        assert all(torch.equal(v, theirs["state"][index][k]) for k, v in entry.items())
+    assert [s.state_dict() for s in whole.param_schedulers] == [s.state_dict() for s in resumed.param_schedulers]
+    assert {p.name for p in tmp_path.glob("iter_*")} == {"iter_4.safetensors", "iter_6.safetensors"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def by_epoch(cfg):
+    cfg.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 3, "val_interval": 1}
+    cfg.train_dataloader.sampler = {"type": "DefaultSampler", "shuffle": True}
+    cfg.param_scheduler = [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 3, "eta_min": 0, "by_epoch": True}]
+    cfg.default_hooks.checkpoint.interval = 1
+
+
+def test_epochs_are_continued_too(finished, tmp_path):
+    root, _, _ = finished
+    whole = run(root, tmp_path / "a", change=by_epoch)
+    run(root, tmp_path / "b", stop=5, change=by_epoch)  # two batches an epoch: in the third
+    assert same(whole, run(root, tmp_path / "b", change=by_epoch, resume=True))
+
+
+def test_without_resume_a_run_starts_anew(finished, tmp_path):
     root, _, whole = finished
     run(root, tmp_path, stop=3)
-    assert {p.name for p in tmp_path.glob("*.safetensors")} == {"iter_2.safetensors", "state.safetensors"}
-    resumed = run(root, tmp_path)
-    assert resumed.iter == 6
-    for (name, a), b in zip(trained_tensors(whole.model).items(), trained_tensors(resumed.model).values(), strict=True):
-        assert torch.equal(a, b), name
-    assert {p.name for p in tmp_path.glob("iter_*")} == {"iter_4.safetensors", "iter_6.safetensors"}
+    again = run(root, tmp_path)
+    assert same(whole, again)
+    with pytest.raises(vpeft.CheckpointError, match="weights alone"):
+        run(root, tmp_path / "c", resume=True, load_from=str(tmp_path / "iter_4.safetensors"))
+    with pytest.raises(vpeft.CheckpointError, match="own files"):
+        run(root, tmp_path / "c", resume=True, load_from="somebodys.pth")
+
+
+def accumulate(cfg):
+    cfg.optim_wrapper.accumulative_counts = 4
+
+
+def test_no_half_accumulated_gradient_is_saved(finished, tmp_path):
+    with pytest.raises(vpeft.VpeftError, match="every 4 iterations"):
+        run(finished[0], tmp_path, change=accumulate)
+
+
+def test_trained_weights_are_what_the_runner_tests(finished, tmp_path):
+    from mmengine.runner import Runner
+
+    root, work, whole = finished
+    cfg = config(root, tmp_path, load_from=str(work / "iter_6.safetensors"))
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
+    tester = Runner.from_cfg(cfg)
+    measured = tester.test()
+    assert same(whole, tester)
+    assert measured["mIoU"] == whole.val()["mIoU"]
 
 
 def test_only_what_was_trained_is_written(finished):
     root, work, runner = finished
     assert not [p for p in work.rglob("*") if p.suffix in (".pth", ".pkl", ".pt")]
-    whole = sum(t.numel() * t.element_size() for t in runner.model.state_dict().values())
-    assert (work / "iter_6.safetensors").stat().st_size < 0.8 * whole
+    own = sum(t.numel() * t.element_size() for t in trained_tensors(runner.model).values())
+    assert (work / "iter_6.safetensors").stat().st_size < own + 20_000
+    names = set(load_file(work / "iter_6.safetensors"))
+    assert "model/decode_head.bottleneck.bn.running_mean" in names
+    assert not [n for n in names if "maps.backbone" in n]
     from mmseg.registry import MODELS
 
     torch.manual_seed(3)
-    fresh = MODELS.build(config(root, work, 6).model)
-    fresh.backbone.timm.load_state_dict(
-        {k: v for k, v in runner.model.backbone.timm.state_dict().items() if "vpeft" not in k}, strict=False
-    )
+    fresh = MODELS.build(config(root, work).model)
+    with pytest.raises(vpeft.CheckpointError, match="other frozen weights"):
+        load_trained(fresh, work / "iter_6.safetensors")
+    old = {k: v for k, v in runner.model.backbone.timm.state_dict().items() if not k.startswith("vpeft.")}
+    fresh.backbone.timm.load_state_dict(old, strict=False)
     load_trained(fresh, work / "iter_6.safetensors")
     x = torch.randn(1, 3, 32, 32)
     found, wanted = (m.eval()(x, mode="tensor") for m in (fresh, runner.model))
@@ -249,7 +420,7 @@ def test_only_what_was_trained_is_written(finished):
 def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
     root, work, _ = finished
     file = work / "iter_6.safetensors"
-    other = config(root, work, 6).model
+    other = config(root, work).model
     other.backbone.method = {"name": "bitfit"}
     from mmseg.registry import MODELS
 
@@ -262,8 +433,7 @@ def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
     cut.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(vpeft.CheckpointError, match="damaged"):
         load_trained(model, cut)
-    vpeft.attach(other_timm := backbone().timm, "lora").save(tmp_path / "own.safetensors")
-    assert other_timm is not None
+    vpeft.attach(backbone().timm, "lora").save(tmp_path / "own.safetensors")
     with pytest.raises(vpeft.CheckpointError, match=r"no file of vpeft\.SaveTrained"):
         load_trained(model, tmp_path / "own.safetensors")
 

@@ -135,7 +135,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
         share = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
     else:
         share = (along - along.min()) / np.ptp(along)
-    low, high = rng.uniform(0, 110, 3), rng.uniform(40, 170, 3)
+    low, high = rng.uniform(0, 50, 3), rng.uniform(20, 100, 3)
     image = low + (high - low) * share[..., None] + rng.normal(0, rng.uniform(2, 12), (size, size, 3))
     return image.clip(0, 255).astype(np.uint8)
 
