@@ -92,13 +92,14 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """timm's learning-rate schedule, stepped at every update; lengths in epochs."""
+    """timm's learning-rate schedule, stepped at every update; lengths in epochs. ``power`` is that of ``poly``."""
 
     name: str = "cosine"
     warmup_epochs: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     cooldown_epochs: int = 0
+    power: float = 1.0
 
 
 @dataclass
@@ -276,7 +277,7 @@ CHOICES = {
     "seg.mode": ("whole", "slide"),
     "seg.pyramid": ("beit", "feature2pyramid"),
     "seg.norm": ("final", "layer"),
-    "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant", "none"),
+    "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant"),
 }
 # (lowest, highest) allowed value; None is open.
 RANGES = {
@@ -302,6 +303,7 @@ RANGES = {
     "schedule.cooldown_epochs": (0, None),
     "schedule.min_lr": (0, None),
     "schedule.warmup_lr": (0, None),
+    "schedule.power": (0, None),
     "train.epochs": (1, None),
     "train.batch_size": (1, None),
     "train.accumulate": (1, None),

@@ -123,8 +123,11 @@ class Trainer:
             model = torch.compile(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.steps_per_epoch = self._count_steps()
+        # What timm calls the decay rate is poly's power there.
+        power = {"decay_rate": config.schedule.power} if config.schedule.name == "poly" else {}
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
+            **power,
             sched=config.schedule.name,
             num_epochs=config.train.epochs,
             warmup_epochs=config.schedule.warmup_epochs,
