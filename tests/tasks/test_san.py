@@ -448,6 +448,17 @@ def test_a_batch_without_any_target():
         san.loss(san(scenes()), torch.full((2, 64, 64), 3))
 
 
+def test_padding_is_ignored():
+    san, _ = built()
+    san.san.train()
+    x, labels = scenes(size=(50, 61)), truth(size=(50, 61))
+    values = []
+    for given in (labels, F.pad(labels, (0, 3, 0, 14), value=255)):
+        torch.manual_seed(0)
+        values.append(san.loss(san(x), given))
+    assert torch.equal(*values)
+
+
 def test_more_classes_than_queries():
     san, _ = built(num_classes=9, queries=2)
     san.san.train()
