@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import vpeft
 from vpeft.errors import ConfigError, DataError, UnsupportedModelError
+from vpeft.sites import finished_rows
 from vpeft.tasks.mask_loss import SetLoss, at_points, binary_masks
 from vpeft.tasks.san import SAN, SideAdapter, joint_bias
 from vpeft.tasks.text import TEMPLATES, clip_text, read_text, save_text
@@ -176,6 +177,35 @@ def test_the_tower_is_the_backbone():
     assert torch.equal(taps[0], start[:, 1:])
     assert all(torch.equal(a, b) for a, b in zip(taps[1:], layers[:3], strict=True))
     assert torch.equal(tokens[:, 1:], layers[2])
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"pre_norm": True},
+        {"reg_tokens": 2},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"no_embed_class": True},
+        {"dynamic_img_size": True},
+        {"fc_norm": True},
+    ],
+)
+def test_the_tower_of_every_plain_vit(kwargs):
+    model = backbone(**kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    san, _ = built(model=model, train_pos_embed=False)
+    x = scenes()
+    small = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    _, tokens, _ = san._lower(x)
+    values = model.forward_intermediates(
+        small, indices=[2], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+    )[0]  # fmt: skip
+    assert (tokens - torch.cat(values[::-1], 1)).abs().max() < 1e-12
+    rows = torch.randn(2, 5, 32, dtype=torch.float64)
+    norm = model.fc_norm if "fc_norm" in kwargs else model.norm
+    assert torch.equal(finished_rows(model, rows), F.layer_norm(rows, (32,), norm.weight, norm.bias, norm.eps))
 
 
 def test_positions_are_resized_for_other_sizes():
@@ -429,6 +459,8 @@ def test_targets_and_published_settings():
     labels, masks = binary_masks(torch.tensor([[0, 255], [2, 2]]), 3)
     assert labels.tolist() == [0, 2]
     assert masks.tolist() == [[[True, False], [False, False]], [[False, False], [True, True]]]
+    many = binary_masks(torch.tensor([[255, 300]]), 459)
+    assert many[0].tolist() == [300]
     loss = SetLoss()
     assert (loss.points, loss.oversample, loss.importance, loss.no_object) == (12544, 3, 0.75, 0.1)
     # Points: x first, corners at the edges of the outer pixels.
