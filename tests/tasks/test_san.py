@@ -208,15 +208,16 @@ def test_the_tower_of_every_plain_vit(kwargs):
     assert torch.equal(finished_rows(model, rows), F.layer_norm(rows, (32,), norm.weight, norm.bias, norm.eps))
 
 
-def test_positions_are_resized_for_other_sizes():
-    san, _ = built()
+@pytest.mark.parametrize("apart", [False, True])
+def test_positions_are_resized_for_other_sizes(apart):
+    san, _ = built(model=backbone(no_embed_class=apart))
     model, x = san.backbone, scenes(size=(96, 80))
     with torch.no_grad():
         san.san.pos_embed.add_(1)
     first = san._lower(x)[0][0]
     small = F.interpolate(x, size=(48, 40), mode="bilinear")
     patches = F.conv2d(small, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8)
-    places = (model.pos_embed + 1)[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    places = (model.pos_embed + 1)[:, 0 if apart else 1 :].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     places = F.interpolate(places, size=(6, 5), mode="bicubic", align_corners=False)
     assert (first - (patches + places).flatten(2).transpose(1, 2)).abs().max() < 1e-12
     assert model.patch_embed.strict_img_size
