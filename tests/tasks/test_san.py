@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import vpeft
-from vpeft.errors import ConfigError, DataError, UnsupportedModelError
+from vpeft.errors import ConfigError, DataError, UnsupportedModelError, VpeftError
 from vpeft.sites import finished_rows
 from vpeft.tasks.mask_loss import SetLoss, at_points, binary_masks
 from vpeft.tasks.san import SAN, SideAdapter, joint_bias
@@ -371,6 +371,9 @@ def test_text_is_averaged_over_templates(monkeypatch):
     mean = (rows / rows.norm(dim=-1, keepdim=True)).mean(0)
     assert (found - mean / mean.norm(dim=-1, keepdim=True)).abs().max() < 1e-6
     assert len(set(TEMPLATES)) == 14
+    assert {t for t in TEMPLATES if "photo" in t and not t.endswith(".")} == {
+        "This is a photo of a {}", "a photo of a {} in the scene",
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="no class names"):
         clip_text([])
     monkeypatch.setitem(sys.modules, "open_clip", None)
@@ -695,3 +698,19 @@ def test_other_mistakes():
         san.san.set_text(torch.zeros(2, 32))
     with pytest.raises(ConfigError, match="none of auto"):
         SAN(san.backbone, san.san, recognition="fast")
+
+
+def test_a_projection_that_would_train():
+    model = backbone(num_classes=20)
+    adapter = SideAdapter(model, text=torch.randn(3, 20), **SMALL).double()
+    san = SAN(model, adapter, SetLoss(points=40))
+    vpeft.attach(model, "linear", heads={"san": adapter})
+    san.eval()
+    san(scenes())  # to predict with it is harmless
+    san.san.train()
+    with pytest.raises(VpeftError, match="attach the method before SAN"):
+        san(scenes())
+    san = SAN(model, adapter, SetLoss(points=40))
+    san.san.train()
+    san.loss(san(scenes()), truth()).backward()
+    assert model.head.weight.grad is None

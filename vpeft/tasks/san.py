@@ -380,7 +380,14 @@ class SAN(nn.Module):
         rows = finished_rows(self.backbone, rows)
         if rows.shape[:2] != sos.shape[:2]:
             raise VpeftError("the attached method replaces the backbone's final features, which SAN reads proposals from")
-        return self.backbone.head(rows) if self.san.project else rows
+        if not self.san.project:
+            return rows
+        if self.san.training and any(p.requires_grad for p in self.backbone.head.parameters()):
+            raise VpeftError(
+                "the backbone's head, SAN's fixed projection, would train: attach the method before SAN is made, or call "
+                "backbone.head.requires_grad_(False) after it"
+            )
+        return self.backbone.head(rows)
 
     def _cross(self, tokens: Tensor, sos: Tensor, bias: Tensor) -> Tensor:
         prefix = self.backbone.num_prefix_tokens

@@ -15,10 +15,11 @@ from ..errors import ConfigError, DataError
 TENSOR, NAMES = "text", "class_names"
 
 # The sentences of ViLD (Gu et al., ICLR 2022, arXiv 2104.13921), over which CLIP's embeddings are averaged.
+# Full stops as in SAN's released list: they change the embeddings.
 _SIZES = ("small", "medium", "large")
 TEMPLATES = (
     *(f"{start}{{}}{end}" for start, end in (
-        ("This is a photo of a ", "."), ("There is a ", " in the scene"), ("There is the ", " in the scene"),
+        ("This is a photo of a ", ""), ("There is a ", " in the scene"), ("There is the ", " in the scene"),
         ("a photo of a ", " in the scene"), ("a photo of a ", "."),
     )),
     *(f"a photo of a {size} {{}}." for size in _SIZES),
