@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import vpeft
 from vpeft.errors import ConfigError, DataError, UnsupportedModelError, VpeftError
+from vpeft.sites import finished_rows
 from vpeft.tasks.mask_loss import SetLoss, at_points, binary_masks
 from vpeft.tasks.san import SAN, SideAdapter, joint_bias
 from vpeft.tasks.text import TEMPLATES, clip_text, read_text, save_text
@@ -178,15 +179,45 @@ def test_the_tower_is_the_backbone():
     assert torch.equal(tokens[:, 1:], layers[2])
 
 
-def test_positions_are_resized_for_other_sizes():
-    san, _ = built()
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"pre_norm": True},
+        {"reg_tokens": 2},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"no_embed_class": True},
+        {"dynamic_img_size": True},
+        {"fc_norm": True},
+    ],
+)
+def test_the_tower_of_every_plain_vit(kwargs):
+    model = backbone(**kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    san, _ = built(model=model, train_pos_embed=False)
+    x = scenes()
+    small = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    _, tokens, _ = san._lower(x)
+    values = model.forward_intermediates(
+        small, indices=[2], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+    )[0]  # fmt: skip
+    assert (tokens - torch.cat(values[::-1], 1)).abs().max() < 1e-12
+    rows = torch.randn(2, 5, 32, dtype=torch.float64)
+    norm = model.fc_norm if "fc_norm" in kwargs else model.norm
+    assert torch.equal(finished_rows(model, rows), F.layer_norm(rows, (32,), norm.weight, norm.bias, norm.eps))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_positions_are_resized_for_other_sizes(apart):
+    san, _ = built(model=backbone(no_embed_class=apart))
     model, x = san.backbone, scenes(size=(96, 80))
     with torch.no_grad():
         san.san.pos_embed.add_(1)
     first = san._lower(x)[0][0]
     small = F.interpolate(x, size=(48, 40), mode="bilinear")
     patches = F.conv2d(small, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8)
-    places = (model.pos_embed + 1)[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    places = (model.pos_embed + 1)[:, 0 if apart else 1 :].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     places = F.interpolate(places, size=(6, 5), mode="bicubic", align_corners=False)
     assert (first - (patches + places).flatten(2).transpose(1, 2)).abs().max() < 1e-12
     assert model.patch_embed.strict_img_size
@@ -432,6 +463,8 @@ def test_targets_and_published_settings():
     labels, masks = binary_masks(torch.tensor([[0, 255], [2, 2]]), 3)
     assert labels.tolist() == [0, 2]
     assert masks.tolist() == [[[True, False], [False, False]], [[False, False], [True, True]]]
+    many = binary_masks(torch.tensor([[255, 300]]), 459)
+    assert many[0].tolist() == [300]
     loss = SetLoss()
     assert (loss.points, loss.oversample, loss.importance, loss.no_object) == (12544, 3, 0.75, 0.1)
     # Points: x first, corners at the edges of the outer pixels.
@@ -449,6 +482,17 @@ def test_a_batch_without_any_target():
     assert all(p.grad is not None for p in handle.trainable_parameters())
     with pytest.raises(DataError, match="class ids 3 to 3; there are 3 classes"):
         san.loss(san(scenes()), torch.full((2, 64, 64), 3))
+
+
+def test_padding_is_ignored():
+    san, _ = built()
+    san.san.train()
+    x, labels = scenes(size=(50, 61)), truth(size=(50, 61))
+    values = []
+    for given in (labels, F.pad(labels, (0, 3, 0, 14), value=255)):
+        torch.manual_seed(0)
+        values.append(san.loss(san(x), given))
+    assert torch.equal(*values)
 
 
 def test_more_classes_than_queries():
