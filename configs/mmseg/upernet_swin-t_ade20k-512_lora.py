@@ -1,5 +1,9 @@
 # mmsegmentation's own UPerNet on ADE20K, with another backbone and another checkpoint hook. Not run at this length.
-_base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+# ("mmseg::…" names the same file where setuptools, older than 81, still has pkg_resources.)
+_base_ = (
+    __import__("mmseg").__path__[0]
+    + "/.mim/configs/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+)
 custom_imports = dict(imports=["vpeft.integrations.mmseg"])
 model = dict(
     backbone=dict(

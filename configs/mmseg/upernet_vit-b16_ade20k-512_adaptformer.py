@@ -1,7 +1,8 @@
 # mmsegmentation's own UPerNet on a plain ViT, with AdaptFormer. The pyramid stands in the place of the neck; the optimiser
 # takes what is trained alone, at a learning rate for adapters; images are normalised as this timm model wants them (the
 # mean and std of its pretrained_cfg, times 255). Not run here.
-_base_ = "mmseg::vit/vit_vit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py"
+# ("mmseg::…" names the same file where setuptools, older than 81, still has pkg_resources.)
+_base_ = __import__("mmseg").__path__[0] + "/.mim/configs/vit/vit_vit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py"
 custom_imports = dict(imports=["vpeft.integrations.mmseg"])
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
