@@ -4,6 +4,7 @@ import importlib
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import vpeft
 from vpeft.integrations import mmcv_ops
 from vpeft.integrations.mmseg import TimmBackbone, TrainedOnly, load_trained, trained_tensors
 
+EXAMPLES = Path(__file__).parents[2] / "configs" / "mmseg"
 TINY = {"model": "vit_tiny_patch16_224", "pretrained": False, "img_size": 32}
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -455,3 +457,32 @@ def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
 
         ours = Segmentation(3, crop=32, stride=20).scores(Ours(), x)
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+# ---- the examples in configs/ ----
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda f: f.stem)
+def test_examples_are_complete(file):
+    """Each builds a segmentor (of random weights, small images), whose maps the heads take, and an optimiser."""
+    from mmengine.config import Config
+    from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
+    from mmseg.registry import MODELS
+
+    cfg = Config.fromfile(file)
+    if "vpeft" not in cfg.model.backbone.model:  # ours is embedded
+        cfg.model.backbone.update(pretrained=False, img_size=224)
+    for head in ("decode_head", "auxiliary_head"):
+        if head in cfg.model:
+            cfg.model[head].norm_cfg = {"type": "BN"}  # SyncBN is for GPUs
+    model = MODELS.build({**cfg.model, "_scope_": "mmseg"}).eval()
+    side = cfg.model.backbone.img_size
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, side, side), mode="tensor").shape[1] == cfg.model.decode_head.num_classes
+    assert type(HOOKS.build(cfg.default_hooks.checkpoint)).__name__ == "SaveTrained"
+    wrapper = dict(cfg.optim_wrapper)
+    kind = wrapper.pop("constructor", "DefaultOptimWrapperConstructor")
+    build = {"type": kind, "optim_wrapper_cfg": wrapper, "paramwise_cfg": wrapper.pop("paramwise_cfg", None)}
+    groups = OPTIM_WRAPPER_CONSTRUCTORS.build(build)(model).optimizer.param_groups
+    found = {id(p) for g in groups for p in g["params"]}
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= found
