@@ -793,7 +793,7 @@ def load(
         current = handle.head_state_dict()
         found, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
         if wanted and found != wanted:
-            raise CheckpointError(f"{path}: its heads do not fit the model's: {_head_differences(wanted, found)}")
+            raise CheckpointError(f"{path}: its head does not fit the model's: {_head_differences(wanted, found)}")
         with torch.no_grad():
             for n, t in head_tensors.items():
                 current[n].copy_(t)
