@@ -17,7 +17,7 @@ from .config import load_bench_config
 from .report import write_report
 from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
 
-PASSES = ("step", "forward", "merged")
+PASSES = ("step", "cached", "forward", "merged")
 
 
 @dataclass
@@ -28,18 +28,20 @@ class Result:
         label: its name.
         parameters: trained numbers, the head's left out.
         step: forward, backward and update.
+        cached: the same from stored features, where something frozen lies below what is trained.
         forward: of the adapted model in inference.
         merged: of the model with the method folded in.
         saved: bytes that autograd keeps from the forward for the backward; parameters, buffers and the images, which
             are there anyway, are not counted.
         peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
-        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``forward`` and ``merged`` to the
-            frozen forward, as ``{"step/limit": …}``.
+        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
+            ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
     """
 
     label: str
     parameters: int
     step: float | None
+    cached: float | None
     forward: float
     merged: float | None
     saved: int | None
@@ -84,6 +86,9 @@ def _round(rows: list[Row], batch: Batch) -> Times:
         if row.trains:
             row.training()
             found[row.label, "step"] = batch.time(row.step)
+            cached = row.cached()
+            if cached is not None:
+                found[row.label, "cached"] = batch.time(cached)
     for row in rows:
         row.inference()
         found[row.label, "forward"] = batch.time(row.forward)
@@ -138,13 +143,14 @@ def _result(row: Row, times: list[Times], memory: dict[str, tuple[int | None, in
     middle = {p: _median(t.get((row.label, p)) for t in times) for p in PASSES}
     saved, peak = memory[row.label]
     ratios = {f"step/{base}": _ratio(times, (row.label, "step"), (base, "step")) for base in (FULL, LIMIT)}
-    ratios |= {f"{p}/{FROZEN}": _ratio(times, (row.label, p), (FROZEN, "forward")) for p in PASSES}
+    ratios["cached/step"] = _ratio(times, (row.label, "cached"), (row.label, "step"))
+    ratios |= {f"{p}/{FROZEN}": _ratio(times, (row.label, p), (FROZEN, "forward")) for p in PASSES if p != "cached"}
     if saved is not None:
         ratios |= {f"saved/{base}": saved / memory[base][0] for base in (FULL, LIMIT)}
     if peak is not None:
         ratios |= {f"peak/{base}": peak / memory[base][1] for base in (FULL, LIMIT)}
     found = {key: value for key, value in ratios.items() if value is not None}
-    return Result(row.label, row.parameters, middle["step"], middle["forward"], middle["merged"], saved, peak, found)
+    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found)
 
 
 def _median(values) -> float | None:

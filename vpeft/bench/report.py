@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .measure import Result
 
 RATIOS = (
-    f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", f"forward/{FROZEN}", f"merged/{FROZEN}",
+    f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", "cached/step", f"forward/{FROZEN}", f"merged/{FROZEN}",
     f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}",
 )  # fmt: skip
 
@@ -36,9 +36,21 @@ def as_csv(results: "list[Result]") -> str:
     """Plain numbers, one line per row."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["row", "parameters", "step_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS])
+    writer.writerow(
+        ["row", "parameters", "step_s", "cached_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS]
+    )
     for r in results:
-        values = [r.label, r.parameters, r.step, r.forward, r.merged, r.saved, r.peak, *(r.ratios.get(k) for k in RATIOS)]
+        values = [
+            r.label,
+            r.parameters,
+            r.step,
+            r.cached,
+            r.forward,
+            r.merged,
+            r.saved,
+            r.peak,
+            *(r.ratios.get(k) for k in RATIOS),
+        ]
         writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
     return stream.getvalue()
 
@@ -48,11 +60,20 @@ def markdown(config: DictConfig, results: "list[Result]") -> str:
     gpu = any(r.peak is not None for r in results)
     shown = [k for k in RATIOS if gpu or not k.startswith("peak")]
     memory = "peak, MiB" if gpu else "saved, MiB"
-    head = ["row", "parameters", "step, ms", "forward, ms", "merged, ms", memory, *(k.replace("/", " / ") for k in shown)]
+    head = [
+        "row",
+        "parameters",
+        "step, ms",
+        "cached, ms",
+        "forward, ms",
+        "merged, ms",
+        memory,
+        *(k.replace("/", " / ") for k in shown),
+    ]
     lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results:
         amount = r.peak if gpu else r.saved
-        cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.forward, r.merged))]
+        cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.cached, r.forward, r.merged))]
         cells.append("–" if amount is None else f"{amount / 2**20:.1f}")
         cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
         lines.append(f"| {' | '.join(cells)} |")

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ..attach import Handle, attach
+from ..data import make_loader
 from ..errors import ConfigError, MethodError, VpeftError
+from ..integrations.cache import CachedLoader, FeatureCache, why_not
 from ..methods import Method, create
 from ..sites import Sites, input_size
 from .config import PEFT
@@ -92,7 +95,14 @@ class Row:
             return F.cross_entropy(self.model(self.batch.images), self.batch.labels)
 
     def step(self) -> None:
-        self.loss().backward()
+        self.update(self.loss())
+
+    def cached(self) -> Callable[[], None] | None:
+        """A step from stored features; None where a row has none."""
+        return None
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.after_step()
@@ -138,6 +148,7 @@ class MethodRow(Row):
         self.handle.calibrate([(batch.images, batch.labels)], progress=False)
         super().__init__(label, model, batch, self.handle.param_groups(lr=0.0), update)
         self.consistency = self.handle.consistency_loss if method.consistency_weight else None
+        self._stored: CachedLoader | None = None
 
     def training(self) -> None:
         self.handle.train()
@@ -150,6 +161,21 @@ class MethodRow(Row):
 
     def after_step(self) -> None:
         self.handle.after_step()
+
+    def cached(self) -> Callable[[], None] | None:
+        """A step from stored features of the batch, or None where nothing frozen lies below what is trained."""
+        if why_not(self.handle) is not None or self.batch.dtype is not None:
+            return None
+        if self._stored is None:
+            batch = TensorDataset(self.batch.images.cpu(), self.batch.labels.cpu())
+            loader = make_loader(batch, len(batch), train=False)
+            self._stored = FeatureCache(self.handle, mode="memory").fill(loader, progress=False).loader(loader)
+
+        def run() -> None:
+            for images, labels in self._stored:
+                self.update(F.cross_entropy(self.model(images), labels.to(self.batch.device)) + self.handle.penalty())
+
+        return run
 
 
 class PeftRow(Row):

@@ -350,13 +350,20 @@ class _Player:
             if stem:
                 self.rows = x[:, 0, 0, 0].long()
             if block in self.features:
-                return self.features[block][self.rows]
+                return self._chosen(block)
             return torch.zeros((), dtype=dtype, device=x.device).expand(len(x), *shape)
 
         return forward
 
+    def _chosen(self, key: Any) -> Tensor:
+        """The stored rows that the batch has; a whole batch in order needs no copy of them."""
+        stored = self.features[key]
+        if len(self.rows) == len(stored) and not self.rows.is_cuda and torch.equal(self.rows, torch.arange(len(stored))):
+            return stored
+        return stored[self.rows]
+
     def _feed(self, key: Any) -> Callable:
         def hook(module: nn.Module, args: tuple) -> tuple:
-            return (self.features[key][self.rows], *args[1:])
+            return (self._chosen(key), *args[1:])
 
         return hook
