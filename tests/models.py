@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vpeft
-from vpeft.methods import METHODS
+from vpeft.methods import METHODS, on_images
 
 torch.set_num_threads(1)
 
@@ -44,6 +44,9 @@ TIMM_MODULES = (
 
 # What a method cannot do on a model, which attach must say; everything else must work.
 REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
+# Tensors that cannot get a gradient, by the method's own form: patches changed after the last attention, where the class
+# token is pooled.
+UNREACHED = {("st_adapter", kind): "blocks.2.st_adapter_mlp." for kind in ("vit", "vit_reg")}
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
 
 
@@ -104,4 +107,4 @@ def calibrated(handle: vpeft.Handle) -> vpeft.Handle:
 
 def attached(model: nn.Module, method: str, **options) -> vpeft.Handle:
     """``vpeft.attach``, ready for training."""
-    return calibrated(vpeft.attach(model, method, **options))
+    return calibrated(vpeft.attach(model, method, **(on_images(method) | options)))

@@ -11,6 +11,7 @@ from .errors import (
     UnsupportedModelError,
     VpeftError,
 )
+from .interventions import clips
 from .methods import METHODS, Method, list_methods
 
 __version__ = "0.1.0"
@@ -20,6 +21,6 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "attach", "describe", "get_handle", "list_methods", "load",
+    "VpeftError", "attach", "clips", "describe", "get_handle", "list_methods", "load",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from .interventions import IMAGE, ExistingTensors, Folded, Intervention, set_tensor
+from .interventions import IMAGE, ExistingTensors, Folded, Intervention, clips, set_tensor
 from .methods.base import Method, create
 from .sites import Place, Sites, head_places, needs_separate_bias_call, prove_alive
 
@@ -616,7 +616,7 @@ def attach(model: nn.Module, method: str | Method | type[Method], *, name: str |
                     container.told.append(place)
         root.train(model.training)
         places = [p for i in root.interventions for p in i.places()]
-        with _named(method, model):
+        with _named(method, model), clips(model, 1):  # one image is a clip of one frame
             prove_alive(model, places, sites.input_size)
     except BaseException:
         if getattr(model, CONTAINER, None) is not None and name in getattr(model, CONTAINER)._modules:

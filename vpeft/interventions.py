@@ -8,6 +8,7 @@ modules through ``Place`` objects, which nn.Module does not register, so that no
 class                  hooks                                       mergeable   routable
 =====================  ==========================================  ==========  =======
 ``AddToBranch``        pre-hook where it reads, hook on drop path  no          yes
+``EditStream``         pre-hook on norm2, hook on drop path        no          yes
 ``MapOutput``          forward hook (or pre-hook) on one module    if affine   yes
 ``AddToLinear``        forward hook on a linear                    if linear   yes
 ``InsertTokens``       block pre-hook and hook                     no          yes
@@ -27,6 +28,7 @@ An image is changed by a ``MapOutput`` with ``on_input`` at ``sites.stem``.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +64,9 @@ from .sites import (
 )
 
 __all__ = [
-    "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "ExistingTensors", "ExtraKeys", "ExtraQueries", "FeedBack",
+    "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "Clip", "EditStream", "ExistingTensors", "ExtraKeys", "ExtraQueries", "FeedBack",
     "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput",
-    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "set_tensor",
+    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "clips", "set_tensor",
 ]  # fmt: skip
 
 
@@ -205,6 +207,39 @@ class AddToBranch(Intervention):
             return None
         u, self._read = self._read, None
         return output + self(u + output if self.after else u)
+
+
+class EditStream(Intervention):
+    """Adds ``forward(u)`` to the residual stream u between a block's two branches.
+
+    No module stands there: the change enters the second branch at its first module and the final sum at its end.
+    """
+
+    held = frozenset({"_change"})
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block.index)
+        self.enter, self.leave = block.mlp_input, block.branch2
+        self._change: Tensor | None = None
+
+    def places(self) -> list[Place]:
+        return [self.enter, self.leave]
+
+    def install(self) -> None:
+        self.enter.module.register_forward_pre_hook(self._edit)
+        self.leave.module.register_forward_hook(self._add)
+
+    def _edit(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.enabled:
+            return None
+        self._change = self(args[0])
+        return args[0] + self._change, *args[1:]
+
+    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not self.enabled:
+            return None
+        change, self._change = self._change, None
+        return output + change
 
 
 class MapOutput(Intervention):
@@ -1025,6 +1060,81 @@ class Grid(Intervention):
 
     def fold(self) -> list[Folded]:
         return []
+
+
+class Clip(Intervention):
+    """Frames per clip in the present forward (``length``), for methods that act along time.
+
+    Rows are frames, those of one clip side by side: row b T + t. ``clips`` tells T for the forwards under it; else it is
+    ``default``.
+
+    Args:
+        sites: of the model.
+        default: T where nothing tells it.
+        fixed: a clip has ``default`` frames, or is a single image; anything else told is an error.
+    """
+
+    mergeable = True
+
+    def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):
+        super().__init__(LAST)
+        self.place, self.default, self.fixed = sites.stem, default, fixed
+        self.told: int | None = None
+        self.length = default
+
+    @property
+    def passive(self) -> bool:
+        return True
+
+    def places(self) -> list[Place]:
+        return [self.place]
+
+    def install(self) -> None:
+        self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.enabled:
+            return
+        rows = (args[0] if args else kwargs["x"]).shape[0]
+        length = self.default if self.told is None else self.told
+        if self.fixed and length not in (1, self.default):
+            raise MethodError(f"clips of {length} frames, but the method was made for {self.default}: give it frames={length}")
+        if rows % length:
+            raise MethodError(
+                f"{rows} rows are no whole number of clips of {length} frames; give the rows (clips * frames, C, H, W) and "
+                f"say how many frames a clip has: the method's option frames, or with vpeft.clips(model, frames=…)"
+            )
+        # It stays until the next forward: activation checkpointing runs blocks again in backward, not the stem.
+        self.length = length
+
+    def fold(self) -> list[Folded]:
+        return []
+
+
+@contextmanager
+def clips(model: nn.Module, frames: int) -> Iterator[nn.Module]:
+    """``with clips(model, frames=8): model(rows)`` lets rows (B * 8, C, H, W) be the frames of B clips, clip by clip.
+
+    Methods that act along time read it; to all others it makes no difference.
+
+    Args:
+        model: a timm model with methods attached, or a module that holds one.
+        frames: T of each clip.
+
+    Raises:
+        MethodError: ``frames`` is no positive number.
+    """
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise MethodError(f"clips: frames={frames!r} is no number of frames")
+    found = [m for m in model.modules() if isinstance(m, Clip)]
+    before = [m.told for m in found]
+    for clip in found:
+        clip.told = frames
+    try:
+        yield model
+    finally:
+        for clip, told in zip(found, before, strict=True):
+            clip.told = told
 
 
 class ReplaceTensor(Intervention):

@@ -255,6 +255,12 @@ class Sites:
         return Place("patch_embed", embed)
 
     @property
+    def entrance(self) -> Place:
+        """The module whose input is the tokens with their positions: the norm before all blocks, or the first block."""
+        norm = getattr(self.model, "norm_pre", None)
+        return Place("norm_pre", norm) if is_norm(norm) else self.blocks[0]
+
+    @property
     def features_end(self) -> Place:
         """The final norm, whose output is what ``forward_features`` gives; an Identity where pooling comes first.
 

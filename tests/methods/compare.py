@@ -29,6 +29,7 @@ def compare(
     formula: type[Reference],
     atol: float = 1e-10,
     model_options: dict | None = None,
+    rows: int = 3,
     **options,
 ) -> None:
     """Outputs and gradients of an attached method against ``formula``, at random values of all its tensors."""
@@ -37,8 +38,8 @@ def compare(
     randomise(handle)
     handle.eval()
     named = {n: p for n, p in [*handle.named_parameters(), *handle.head_parameters()] if p.requires_grad}
-    x = images(model)
-    weights = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x = images(model, rows)
+    weights = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
     ours = model(x)
     gradients = torch.autograd.grad((ours * weights).sum(), list(named.values()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attach import Handle, attach, load
 from ..errors import MethodError, UnsupportedModelError
-from ..methods import METHODS, list_methods
+from ..methods import METHODS, list_methods, on_images
 from ..sites import input_size
 
 _TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -84,7 +84,7 @@ def try_cell(method: str, architecture: str, build: Callable[[str], nn.Module] =
     with torch.no_grad():
         bare = model(images)
     try:
-        handle = attach(model, method)
+        handle = attach(model, method, **on_images(method))
         handle.calibrate([(images, torch.arange(4))], progress=False)
     except UnsupportedModelError as error:
         reason = str(error).partition(": ")[2] or str(error)

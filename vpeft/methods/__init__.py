@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from .base import METHODS, Method, create, list_methods
+from .base import METHODS, Method, create, list_methods, on_images
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHODS", "Method", "create", "list_methods"]
+__all__ = ["METHODS", "Method", "create", "list_methods", "on_images"]

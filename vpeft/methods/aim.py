@@ -1,0 +1,196 @@
+"""AIM: the frozen attention run a second time along time, with adapters (Yang et al., ICLR 2023, arXiv 2302.03024)."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..errors import MethodError, UnsupportedModelError
+from ..interventions import FIRST, AddToBranch, Clip, Intervention, MapOutput
+from ..sites import BlockSite, Place, Sites, attend, attention_inputs, attention_output, check_attention
+from .base import Blocks, Method, Paper, register
+
+
+class _Adapter:
+    """Gives an intervention the parts of A(z) = gelu(z Wd^T + bd) Wu^T + bu, which starts at 0."""
+
+    def add_parts(self, width: int, size: int) -> None:
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        nn.init.trunc_normal_(self.down.weight, std=0.02)
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def change(self, z: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down(z)))
+
+
+class AdapterBeforeTemporal(_Adapter, Intervention):
+    """z + A(z) on what enters the temporal attention; ``Temporal`` calls it."""
+
+    def __init__(self, block: BlockSite, size: int):
+        super().__init__(block.index)
+        self.place = block
+        self.add_parts(block.width, size)
+
+    def places(self) -> list[Place]:
+        return [self.place]
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.change(z)
+
+
+class Temporal(_Adapter, MapOutput):
+    """x + drop_path(A(attention(norm1(x) along time))), on the stream that enters the block."""
+
+    no_decay = frozenset({"bias_table"})
+
+    def __init__(self, method: "AIM", block: BlockSite, clip: Clip, before: AdapterBeforeTemporal | None):
+        super().__init__(block, block.index, on_input=True)
+        check_attention(block)
+        object.__setattr__(self, "clip", clip)
+        object.__setattr__(self, "before", before)
+        self.norm1, self.attn = block.norm1, block.attn
+        self.add_parts(block.width, block.width // method.reduction)
+        self.drop_path = _drop_path(block.branch1)
+        self.frames, self.bias_table = method.frames, None
+        if block.maps:
+            self.bias_table = nn.Parameter(torch.empty(2 * method.frames - 1, block.heads))
+            nn.init.trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.clip.length
+        tokens = x.flatten(1, -2)  # (B T, N, D)
+        z = rearrange(tokens, "(b t) n d -> (b n) t d", t=frames)
+        # The modules' own forwards: hooks of other methods on them belong to the spatial pass.
+        z = type(self.norm1.module).forward(self.norm1.module, z)
+        if self.before is not None:
+            z = self.before(z)
+        z = self.change(self.attention(z))
+        z = rearrange(z, "(b n) t d -> (b t) n d", n=tokens.shape[1])
+        return x + self.drop_path(z.view(x.shape))
+
+    def attention(self, z: Tensor) -> Tensor:
+        """The block's attention among the T frames (B N, T, D) of each position, without rotation and spatial bias."""
+        attn, bias = self.attn.module, None
+        if self.bias_table is not None:
+            time = torch.arange(z.shape[1], device=z.device)
+            bias = self.bias_table[time[:, None] - time + self.frames - 1].permute(2, 0, 1)
+        return attention_output(attn, attend(attn, *attention_inputs(attn, z), bias), z)
+
+
+class Spatial(_Adapter, MapOutput):
+    """y + A(y) on the output y of the attention module."""
+
+    def __init__(self, block: BlockSite, size: int):
+        super().__init__(block.attn, block.index)
+        self.add_parts(block.width, size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.change(y)
+
+
+class Joint(_Adapter, AddToBranch):
+    """drop_path(s A(n)) beside the MLP, n its normed input."""
+
+    def __init__(self, method: "AIM", block: BlockSite, size: int):
+        super().__init__(block, block.norm2, block.branch2, output=True)
+        self.add_parts(block.width, size)
+        self.scale, self.drop_path = method.scale, _drop_path(block.branch2)
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.drop_path(self.scale * self.change(n))
+
+
+class TemporalEmbedding(MapOutput):
+    """``temporal_embed`` (T, D): row t is added to every token of frame t."""
+
+    no_decay = frozenset({"temporal_embed"})
+
+    def __init__(self, sites: Sites, clip: Clip, frames: int):
+        entrance = sites.entrance
+        first = sites.blocks[0]
+        super().__init__(entrance, first.index if entrance is first else FIRST, on_input=True)
+        object.__setattr__(self, "clip", clip)
+        self.temporal_embed = nn.Parameter(torch.zeros(frames, first.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.clip.length
+        return x + self.temporal_embed[:frames].repeat(len(x) // frames, 1)[:, None]
+
+
+def _drop_path(branch: Place) -> DropPath:
+    """Its own draw per frame, at the rate of the branch it stands beside."""
+    return DropPath(getattr(branch.module, "drop_prob", 0.0) or 0.0)
+
+
+@register(
+    "aim",
+    Paper("AIM: Adapting Image Models for Efficient Video Action Recognition", "ICLR 2023", "2302.03024", "additive"),
+    where="the block's attention along time, after attention and beside the MLP",
+)
+class AIM(Method):
+    """A block's frozen attention first runs along time, among the frames at each position, then in space as always.
+
+    With A(z) = up(gelu(down(z))): x + A_temporal(attn(norm1 x along time)), then y + A_spatial(y) on the attention's
+    output, and scale A_joint(norm2 x) beside the MLP. The temporal and the joint adapter have a drop path, at the rate of
+    the block's own. ``temporal_embed`` is added to the tokens of each frame. Rows are frames, (B T, C, H, W), those of a
+    clip side by side; a single image is a clip of one frame.
+
+    The temporal pass knows no place in the image: rotary embedding and relative-position bias are left out of it (ours;
+    the paper has neither). On Swin, as in the official code, every second block of a stage (those without a shift) has a
+    temporal pass, with a bias of its own per distance in time (``bias_table``, trained) in place of ``temporal_embed``.
+    Another method's change of the linears inside attention (LoRA) acts in both passes; what acts at norm1 or at the
+    attention as a whole (prefixes) acts in the spatial pass alone.
+
+    Args:
+        frames: T of a clip.
+        reduction: width over the adapters' hidden width.
+        scale: s of the joint adapter.
+        num_t_adapters: 1, or 2 with one, z + A(z), before the temporal attention too (Something-Something).
+        blocks: which blocks; None for all.
+    """
+
+    frames: int = 8
+    reduction: int = 4
+    scale: float = 0.5
+    num_t_adapters: int = 1
+    blocks: Blocks = None
+
+    presets = {"kinetics": {}, "ssv2": {"frames": 32, "num_t_adapters": 2}}
+
+    def check(self) -> None:
+        super().check()
+        for name in ("frames", "reduction"):
+            if getattr(self, name) < 1:
+                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} must be at least 1")
+        if self.num_t_adapters not in (1, 2):
+            raise MethodError(f"{self.name}.num_t_adapters: {self.num_t_adapters} is neither 1 nor 2")
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        clip = Clip(sites, self.frames, fixed=True)
+        yield "clip", clip
+        if not sites.blocks[0].maps:
+            yield "aim", TemporalEmbedding(sites, clip, self.frames)
+        first = {}
+        for block in sites.blocks:
+            first.setdefault(block.stage, block.index)
+        for block in sites.choose(self.blocks):
+            if not block.pre_norm:
+                raise UnsupportedModelError(f"{block.path} is norm-after-branch: its norm1 makes no input for the attention")
+            size = block.width // self.reduction
+            if not size:
+                raise MethodError(f"{self.name}.reduction: {self.reduction} leaves nothing of {block.width} channels")
+            path = f"{block.path}.aim"
+            if not block.maps or (block.index - first[block.stage]) % 2 == 0:
+                before = AdapterBeforeTemporal(block, size) if self.num_t_adapters == 2 else None
+                yield f"{path}.temporal", Temporal(self, block, clip, before)
+                if before is not None:
+                    yield f"{path}.temporal_in", before
+            yield f"{path}.spatial", Spatial(block, size)
+            yield f"{path}.joint", Joint(self, block, size)

@@ -1,0 +1,113 @@
+"""ST-Adapter: bottlenecks with a depth-wise convolution over time and space (Pan et al., NeurIPS 2022, arXiv 2206.13559)."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import MethodError
+from ..interventions import Clip, EditStream, Grid, Intervention, MapOutput
+from ..sites import BlockSite, Sites
+from .base import Blocks, Method, Paper, PerBlock, grids, register
+
+
+class _STAdapter:
+    """The parts of conv(x Wd^T + bd) Wu^T + bu on the patches of whole clips; prefix tokens get 0."""
+
+    def add_parts(self, method: "STAdapter", block: BlockSite, size: int, grid: Grid, clip: Clip) -> None:
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "clip", clip)
+        self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
+        padding = [k // 2 for k in method.kernel]
+        self.conv = nn.Conv3d(size, size, method.kernel, padding=padding, groups=size)
+        for tensor in (self.down.bias, self.up.bias, self.conv.weight, self.conv.bias):
+            nn.init.zeros_(tensor)
+
+    def change(self, x: Tensor) -> Tensor:
+        height, width = self.grid.size
+        tokens = x.flatten(1, -2)  # (B T, P + HW, D)
+        prefix = tokens.shape[1] - height * width
+        z = self.down(tokens[:, prefix:])
+        z = rearrange(z, "(b t) (h w) r -> b r t h w", t=self.clip.length, h=height, w=width)
+        z = self.up(rearrange(self.conv(z), "b r t h w -> (b t) (h w) r"))
+        return F.pad(z, (0, 0, prefix, 0)).view(x.shape)
+
+
+class STAdapterBeforeAttention(_STAdapter, MapOutput):
+    """On the stream that enters the block."""
+
+    def __init__(self, method: "STAdapter", block: BlockSite, size: int, grid: Grid, clip: Clip):
+        super().__init__(block, block.index, on_input=True)
+        self.add_parts(method, block, size, grid, clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.change(x)
+
+
+class STAdapterBeforeMLP(_STAdapter, EditStream):
+    """On the stream between attention and MLP."""
+
+    def __init__(self, method: "STAdapter", block: BlockSite, size: int, grid: Grid, clip: Clip):
+        super().__init__(block)
+        self.add_parts(method, block, size, grid, clip)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.change(u)
+
+
+PLACES = {"attn": STAdapterBeforeAttention, "mlp": STAdapterBeforeMLP}
+
+
+@register(
+    "st_adapter",
+    Paper(
+        "ST-Adapter: Parameter-Efficient Image-to-Video Transfer Learning",
+        "NeurIPS 2022",
+        "2206.13559",
+        "additive",
+    ),
+    where="the residual stream before attention and before the MLP, along time",
+)
+class STAdapter(Method):
+    """An image model on single frames learns motion from bottlenecks whose depth-wise 3-D convolution sees whole clips.
+
+    x + up(conv(down(x))) on the patch tokens, with no activation, before the block's norm; class and register tokens are
+    left alone. Rows are frames, (B T, C, H, W), those of a clip side by side; the video task tells T, or
+    ``vpeft.clips``. The convolution starts at zero, so only it has a gradient in the first step. Where the class token is
+    pooled, the last block's adapter before the MLP reaches nothing and stays as it starts (so it does in the official
+    code, whose count includes it). Published for ViTs; on
+    Swin, our extension, the kernel moves over the map of each block.
+
+    Args:
+        bottleneck: r, one for all blocks or one per block (0: none there).
+        kernel: of the convolution over (time, height, width); odd numbers.
+        places: ``attn`` (before attention), ``mlp`` (before the MLP), or both.
+        frames: T where nothing tells it; None for rows that are single frames.
+        blocks: which blocks; None for all.
+    """
+
+    bottleneck: PerBlock = 384
+    kernel: list[int] = (3, 1, 1)  # type: ignore[assignment]
+    places: list[Literal["attn", "mlp"]] = ("attn", "mlp")  # type: ignore[assignment]
+    frames: int | None = None
+    blocks: Blocks = None
+
+    presets = {"ssv2": {"places": ["attn", "mlp"]}, "kinetics": {"places": ["mlp"]}}
+
+    def check(self) -> None:
+        super().check()
+        if len(self.kernel) != 3 or any(k < 1 or k % 2 == 0 for k in self.kernel):
+            raise MethodError(f"{self.name}.kernel: {self.kernel} is not three odd sizes (time, height, width)")
+        if self.frames is not None and self.frames < 1:
+            raise MethodError(f"{self.name}.frames: {self.frames} is no number of frames")
+
+    def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        clip = Clip(sites, self.frames or 1)
+        yield "clip", clip
+        grid_of_block = yield from grids(sites)
+        for block, size in self.sized_blocks(sites, "bottleneck", self.blocks):
+            for place in dict.fromkeys(self.places):
+                adapter = PLACES[place](self, block, size, grid_of_block(block), clip)
+                yield f"{block.path}.st_adapter_{place}", adapter
