@@ -1,6 +1,7 @@
 """The handle: what users call, and what they are told when it cannot be."""
 
 import pytest
+import timm
 import torch
 from models import images, make, randomise
 
@@ -179,3 +180,90 @@ def test_moving_the_model_moves_the_method():
     model.double()
     assert {p.dtype for p in handle.parameters()} == {torch.float64}
     assert model(images(model)).dtype == torch.float64
+
+
+# ---- heads outside the model ----
+
+
+class Outer(torch.nn.Module):
+    """A dense head around a backbone."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images):
+        return self.head(self.backbone.forward_features(images)[:, 1:].mean(1))
+
+
+def outside(seed):
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=0)
+    torch.manual_seed(seed)
+    return backbone, torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.BatchNorm1d(4))
+
+
+def test_a_head_outside_the_model_trains_saves_and_loads(tmp_path):
+    backbone, head = outside(1)
+    handle = vpeft.attach(backbone, "lora", rank=2, heads={"decode": head})
+    names = {f"decode.{n}" for n, _ in head.named_parameters()}
+    assert {n for n, _ in handle.head_parameters()} == names
+    grouped = {id(p): g for g in handle.param_groups(1.0, 0.1, head_lr=2.0) for p in g["params"]}
+    assert all(grouped[id(p)]["lr"] == 2.0 for p in head.parameters())
+    handle.train()
+    assert [m.training for m in (head, head[1], backbone)] == [True, True, False]
+    Outer(backbone, head)(torch.randn(3, 3, 32, 32))  # moves the running statistics
+    file = handle.eval().save(tmp_path / "a.safetensors")
+    assert not head.training
+    other, fresh = outside(2)
+    vpeft.load(other, file, heads={"decode": fresh})
+    for (name, value), found in zip(head.state_dict().items(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(value, found), name
+    with pytest.raises(vpeft.CheckpointError, match=r"decode\.0\.bias.*heads="):
+        vpeft.load(outside(2)[0], file)
+    assert vpeft.load(outside(2)[0], file, head=False).head_state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        (lambda m: {"decode": 3}, "no module but int"),
+        (lambda m: {"decode": m.norm}, "part of the model"),
+        (lambda m: {"blocks": torch.nn.Linear(1, 1)}, "no name in the model"),
+    ],
+)
+def test_impossible_heads_are_refused(heads, words):
+    backbone, _ = outside(1)
+    with pytest.raises(vpeft.MethodError, match=words):
+        vpeft.attach(backbone, "lora", heads=heads(backbone))
+    assert not hasattr(backbone, "vpeft")
+
+
+def test_calibration_measures_by_the_tasks_own_loss():
+    backbone, head = outside(1)
+    handle = vpeft.attach(backbone, "child_tuning_d", p=0.1, heads={"decode": head})
+    outer = Outer(backbone, head)
+    images, targets = torch.randn(4, 3, 32, 32), torch.randn(4, 4)
+
+    def loss(model, inputs, wanted):
+        return ((model(inputs) - wanted) ** 2).mean()
+
+    handle.calibrate([(images, targets)], outer=outer, criterion=loss, progress=False)
+    chosen = {n.removesuffix(".index"): t for n, t in handle.state_dict().items() if n.endswith(".index")}
+    with handle.disable():
+        backbone.requires_grad_(True)
+        outer.train()
+        names = [n for n, _ in backbone.named_parameters() if n in chosen]
+        tensors = dict(backbone.named_parameters())
+        gradients = torch.autograd.grad(loss(outer, images, targets), [tensors[n] for n in names])
+    for name, gradient in zip(names, gradients, strict=True):
+        clipped = (gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1)).square().flatten()
+        taken = torch.zeros_like(clipped, dtype=torch.bool)
+        taken[chosen[name].long()] = True
+        assert not taken.any() or taken.all() or clipped[taken].min() >= clipped[~taken].max(), name
+    assert sum(len(t) for t in chosen.values()) > 0
+    with pytest.raises(vpeft.MethodError, match="does not hold the model"):
+        handle.calibrate([(images, targets)], outer=head, progress=False)
+    detached = vpeft.attach(outside(1)[0], "fish", variant="expect", ratio=0.9)
+    with pytest.raises(vpeft.MethodError, match="one class label for each image"):
+        detached.calibrate([(images, targets)], criterion=loss, progress=False)

@@ -1,7 +1,7 @@
 """``attach`` a method to a timm model, and the handle that everything else is done with."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import checkpoint
 from .errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
@@ -17,6 +18,7 @@ from .methods.base import Method, create
 from .sites import Place, Sites, head_places, needs_separate_bias_call, prove_alive
 
 CONTAINER = "vpeft"
+Criterion = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Root(nn.Module):
         self.name, self.method, self.sites = name, method, sites
         self.enabled = True
         self.calibrated = False
+        # Modules outside the model that train with it. A plain dict: they are no part of the model's tree.
+        self.heads: dict[str, nn.Module] = {}
+        # What calibration measures the method by; only while it lasts.
+        self.objective: Objective | None = None
         # While merged: what each folded module held before, as (place, tensor's name, value or None).
         self.unmerged: list[tuple[Place, str, Tensor | None]] | None = None
 
@@ -81,6 +87,53 @@ class Container(nn.Module):
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         # Attentions that were told to call their own qkv module.
         self.told: list[Place] = []
+
+
+class Objective:
+    """The task's loss as calibration sees it: of the model, or of what the model is a part of, on one batch.
+
+    Args:
+        model: the timm model.
+        outer: the module that the task calls; ``model`` or one that holds it.
+        criterion: ``(outer, images, labels) -> mean loss``; cross-entropy of its logits where None.
+    """
+
+    def __init__(self, model: nn.Module, outer: nn.Module | None = None, criterion: Criterion | None = None):
+        self.outer, self.criterion = model if outer is None else outer, criterion
+        paths = [path for path, module in self.outer.named_modules() if module is model]
+        if not paths:
+            raise MethodError("calibrate: the module that the task calls does not hold the model")
+        self.prefix = f"{paths[0]}." if paths[0] else ""
+
+    def loss(self, images: Tensor, labels: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
+        """Mean loss of a batch, with ``tensors`` in place of the model's own of these names."""
+        call = _Loss(self.outer, self.criterion)
+        values = {f"outer.{self.prefix}{name}": value for name, value in (tensors or {}).items()}
+        return functional_call(call, values, (images, labels))
+
+    def forward(self, images: Tensor) -> Any:
+        """What the task's module gives for a batch."""
+        return self.outer(images)
+
+    def need_classifier(self, what: str) -> None:
+        """Refuse another task than that of classifying the model's own images.
+
+        Raises:
+            MethodError: names what needs it.
+        """
+        if self.criterion is not None or self.prefix:
+            raise MethodError(f"{what} looks at one class label for each image; this task has none")
+
+
+class _Loss(nn.Module):
+    def __init__(self, outer: nn.Module, criterion: Criterion | None):
+        super().__init__()
+        self.outer, self.criterion = outer, criterion
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.criterion is None:
+            return F.cross_entropy(self.outer(images).float(), labels)
+        return self.criterion(self.outer, images, labels)
 
 
 class _Batches:
@@ -218,11 +271,16 @@ class Handle:
             elif name in known:
                 known[name].copy_(value)
 
+    @property
+    def heads(self) -> list[Place]:
+        """What trains beside the method: the model's classifier(s), and modules outside it given to ``attach``."""
+        return [*head_places(self.model), *(Place(name, module) for name, module in self.root.heads.items())]
+
     def head_state_dict(self) -> dict[str, Tensor]:
-        """The classifier's tensors, under the model's names."""
+        """The heads' tensors: a classifier's under the model's names, others' under the names given to ``attach``."""
         return {
             f"{head.path}.{name}": value
-            for head in head_places(self.model)
+            for head in self.heads
             for name, value in head.module.state_dict(keep_vars=False).items()
         }
 
@@ -240,8 +298,8 @@ class Handle:
         return (p for _, p in self.named_parameters())
 
     def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The classifier's parameters, under the model's names."""
-        for head in head_places(self.model):
+        """The heads' parameters, named as in ``head_state_dict``."""
+        for head in self.heads:
             for name, parameter in head.module.named_parameters():
                 yield f"{head.path}.{name}", parameter
 
@@ -265,7 +323,7 @@ class Handle:
         Args:
             lr: learning rate.
             weight_decay: of the other tensors.
-            head_lr: learning rate of the classifier; ``lr`` where None.
+            head_lr: learning rate of the heads; ``lr`` where None.
         """
         self._check_calibrated()
         exempt = set(getattr(self.model, "no_weight_decay", set)())
@@ -296,7 +354,7 @@ class Handle:
         """
         self.model.train(mode and backbone)
         self.root.train(mode)
-        for head in head_places(self.model):
+        for head in self.heads:
             head.module.train(mode)
         return self
 
@@ -458,7 +516,14 @@ class Handle:
         """The interventions that train or change something, or read features."""
         return [i for i in self.root.interventions if i.taps() or not i.passive]
 
-    def calibrate(self, loader: Iterable, *, progress: bool = True) -> "Handle":
+    def calibrate(
+        self,
+        loader: Iterable,
+        *,
+        outer: nn.Module | None = None,
+        criterion: Criterion | None = None,
+        progress: bool = True,
+    ) -> "Handle":
         """Let the method look at data before training, where it needs to (masks, clusters, label maps, pruned starts).
 
         What it finds is part of ``state_dict`` and of the file. Make the optimiser afterwards: a method may choose here
@@ -466,6 +531,8 @@ class Handle:
 
         Args:
             loader: yields (images, labels) of the training split, as the model takes them.
+            outer: the module that the task calls, where that is not the model itself but one around it.
+            criterion: ``(outer, images, labels) -> mean loss`` of the task; cross-entropy of the logits where None.
             progress: show a bar.
 
         Raises:
@@ -476,17 +543,24 @@ class Handle:
         if self.merged or not self.enabled:
             raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
         device = next(self.model.parameters()).device
-        training = {m: m.training for m in self.model.modules()}
+        training = {m: m.training for m in (self.model if outer is None else outer).modules()}
         try:
             self.root.calibrated = False
+            self.root.objective = Objective(self.model, outer, criterion)
             self.method.calibrate(self, _Batches(loader, device, self.name if progress else None))
             self.root.calibrated = True
         finally:
+            self.root.objective = None
             for module, mode in training.items():
                 module.training = mode
-            for parameter in self.model.parameters():
+            for parameter in (*self.model.parameters(), *(p for _, p in self.head_parameters())):
                 parameter.grad = None
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """The task's loss, for a method's own ``calibrate``."""
+        return self.root.objective or Objective(self.model)
 
     def penalty(self) -> Tensor:
         """What the method adds to the task's loss (a number; 0 for most), from its present parameters."""
@@ -563,7 +637,14 @@ class Handle:
             return checkpoint.save(self, Path(path), class_names, metrics, data, config, training)
 
 
-def attach(model: nn.Module, method: str | Method | type[Method], *, name: str | None = None, **options: Any) -> Handle:
+def attach(
+    model: nn.Module,
+    method: str | Method | type[Method],
+    *,
+    name: str | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
+    **options: Any,
+) -> Handle:
     """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
 
     The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen.
@@ -572,6 +653,8 @@ def attach(model: nn.Module, method: str | Method | type[Method], *, name: str |
         model: a timm ViT, Swin or relative (see ``sites.py``).
         method: a registered name (``vpeft.list_methods()``), or a method object.
         name: for the handle and its file; the method's name where None.
+        heads: modules outside the model that train with the method, by name (a decode head): the handle trains, saves
+            and loads them as it does the classifier.
         **options: the method's hyper-parameters; ``preset="…"`` starts from a published set.
 
     Returns:
@@ -586,6 +669,7 @@ def attach(model: nn.Module, method: str | Method | type[Method], *, name: str |
     name = name or method.name
     if not name.isidentifier():
         raise MethodError(f"name: '{name}' must be letters, digits and underscores")
+    _check_heads(model, heads or {})
     earlier = getattr(model, CONTAINER, None)
     if earlier is not None and name in earlier._modules:
         raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
@@ -614,6 +698,7 @@ def attach(model: nn.Module, method: str | Method | type[Method], *, name: str |
                 if needs_separate_bias_call(place.module):
                     place.module.qkv_bias_separate = True
                     container.told.append(place)
+        root.heads = dict(heads or {})
         root.train(model.training)
         places = [p for i in root.interventions for p in i.places()]
         with _named(method, model), clips(model, 1):  # one image is a clip of one frame
@@ -650,7 +735,13 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, head: bool = True, check_backbone: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    head: bool = True,
+    heads: Mapping[str, nn.Module] | None = None,
+    check_backbone: bool = True,
 ) -> Handle:
     """Attach the method that a file holds and put its values in.
 
@@ -660,7 +751,8 @@ def load(
         model: a fresh model with the backbone weights that the file was trained on.
         path: a file that ``Handle.save`` wrote.
         name: for the handle; the one it was saved under where None.
-        head: also load the classifier.
+        head: also load the classifier and ``heads``.
+        heads: the modules outside the model that trained with the method, as given to ``attach``.
         check_backbone: compare the frozen weights with those it was trained on.
 
     Raises:
@@ -674,16 +766,17 @@ def load(
         method = create(file.about["method"]["name"], **file.about["method"]["options"])
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
-    # First the head: a method may hook it.
-    undo = _fit_classifier(model, head_tensors)
+    outside = tuple(f"{n}." for n in heads or {})
+    # First the classifier: a method may hook it.
+    undo = _fit_classifier(model, {n: t for n, t in head_tensors.items() if not n.startswith(outside)})
     handle = None
     try:
-        handle = attach(model, method, name=name or file.about["name"])
+        handle = attach(model, method, name=name or file.about["name"], heads=heads)
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         current = handle.head_state_dict()
         found, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
         if wanted and found != wanted:
-            raise CheckpointError(f"{path}: its head {wanted} does not fit this model's {found}")
+            raise CheckpointError(f"{path}: its heads do not fit the model's: {_head_differences(wanted, found)}")
         with torch.no_grad():
             for n, t in head_tensors.items():
                 current[n].copy_(t)
@@ -724,6 +817,29 @@ class _named:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, UnsupportedModelError):
             raise UnsupportedModelError(f"{self.text}: {error}") from error
+
+
+def _check_heads(model: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    inside = {id(module) for module in model.modules()}
+    for name, module in heads.items():
+        if not isinstance(module, nn.Module):
+            raise MethodError(f"heads: '{name}' is no module but {type(module).__name__}")
+        if id(module) in inside:
+            raise MethodError(f"heads: '{name}' is part of the model; the model's own classifier trains without being named")
+        if not name.isidentifier() or hasattr(model, name):
+            raise MethodError(f"heads: '{name}' must be letters, digits and underscores, and no name in the model")
+
+
+def _head_differences(wanted: dict[str, tuple], found: dict[str, tuple]) -> str:
+    """What a file's heads have that the model's have not, or in another shape."""
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    both = sorted(wanted.keys() & found.keys())
+    parts = [f"{n} is {wanted[n]} in the file, {found[n]} here" for n in both if wanted[n] != found[n]]
+    if missing:
+        parts.append(f"{_some(missing)} only in the file (give load the modules that were trained: heads=…)")
+    if unknown:
+        parts.append(f"{_some(unknown)} not in the file")
+    return "; ".join(parts)
 
 
 def _check_wrapper(model: nn.Module) -> None:

@@ -55,5 +55,65 @@ class ScaleShift(torch.autograd.Function):
         return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
 
 
+class FrozenLinearPlus(torch.autograd.Function):
+    """x W^T + b + scale * drop(x U^T S^T) V^T for a frozen W, slice by slice where U and V are narrower than W.
+
+    As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
+    linear's output, and its input's gradient, once more each.
+
+    Args (of ``apply``):
+        x: (…, in).
+        weight, bias: frozen; bias may be None.
+        u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r).
+        mask: dropout's factors (rows of x, slices out * r), or None.
+        scale: a number.
+
+    Returns the output, and (not differentiable) the two inner products, which the backward needs.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, core: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(len(rows), -1)
+        inner = low @ core.t()
+        if mask is not None:
+            inner *= mask
+        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
+        return y.view(*x.shape[:-1], -1), low, inner
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        x, weight, _, u, core, v, mask, ctx.scale = inputs
+        _, low, inner = output
+        ctx.mark_non_differentiable(low, inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, u, core, v, mask, low, inner)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *_: None) -> tuple:
+        if grad is None:
+            return (None,) * 8
+        x, weight, u, core, v, mask, low, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative goes through the two products as well
+            low = (x.reshape(-1, u.shape[1]) @ u.t()).view(low.shape)
+            inner = low @ core.t() if mask is None else (low @ core.t()) * mask
+        sliced = grad.reshape(-1, len(v))
+        to_inner = (sliced @ v).mul_(ctx.scale).view(len(inner), -1)
+        to_v = (sliced.t() @ inner.view(-1, len(u))).mul_(ctx.scale)
+        if mask is not None:
+            to_inner = to_inner * mask
+        to_core, to_low = to_inner.t() @ low, (to_inner @ core).view(-1, len(u))
+        to_u = to_low.t() @ x.reshape(-1, u.shape[1])
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad.reshape(len(inner), -1) @ weight
+            to_x.view(-1, u.shape[1]).addmm_(to_low, u)
+            to_x = to_x.view(x.shape)
+        return to_x, None, None, to_u, to_core, to_v, None, None
+
+
 def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
     return vector if axis % like.ndim == like.ndim - 1 else vector.view(-1, *(1,) * (like.ndim - 1 - axis % like.ndim))

@@ -300,6 +300,39 @@ class AddToLinear(Intervention):
         return [Folded(self.site, {"weight": weight.detach().to(wide) + self.delta().to(wide)})]
 
 
+class FusedAddToLinear(AddToLinear):
+    """An ``AddToLinear`` that can do the frozen product and its own addition as one operation (``fused``).
+
+    The linear's forward is replaced, unless another method has done so, or needs what the operation cannot give (a
+    gradient of the weight, autocast): then it is ``forward`` that adds.
+    """
+
+    def install(self) -> None:
+        if "forward" in vars(self.site.module):
+            super().install()
+        else:
+            self.site.module.forward = self._run
+
+    def _run(self, x: Tensor) -> Tensor:
+        module = self.site.module
+        if self.enabled and self.fusable(x):
+            return self.fused(x)
+        y = type(module).forward(module, x)
+        return self(x, y) if self.enabled else y
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether ``fused`` gives all that is asked for here."""
+        module, device = self.site.module, x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return False
+        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        return frozen and type(module).forward is nn.Linear.forward
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The linear's new output from its input."""
+        raise NotImplementedError
+
+
 class ScalesNearZero:
     """Which of a method's scales have an entry near zero, through which nothing can be recovered.
 

@@ -6,7 +6,8 @@ import pytest
 
 import vpeft
 from vpeft.engine.config import from_container, load_config
-from vpeft.engine.train import check, open_data, train
+from vpeft.engine.kinds.classification import open_data
+from vpeft.engine.train import check, train
 
 CONFIG = vpeft.ConfigError
 

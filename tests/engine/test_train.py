@@ -92,7 +92,7 @@ def test_test_and_predict_agree_with_the_run(tiny, tmp_path, capsys):
     for i in range(40):
         Image.fromarray(held.images[i]).save(folder / f"{i:02d}.png")
     capsys.readouterr()
-    found = predict(best, [folder], topk=3, weights=str(weights), out=tmp_path / "out.json")
+    found = predict(best, [folder], topk=3, weights=str(weights), json_file=tmp_path / "out.json")
     assert len(found) == 40
     assert json.loads((tmp_path / "out.json").read_text()) == found
     right = sum(f["classes"][0]["class"] == str(held.labels[i]) for i, f in enumerate(found))

@@ -12,6 +12,8 @@ from reference import Reference
 from torch.nn import functional as F
 
 import vpeft
+from vpeft.autograd import FrozenLinearPlus
+from vpeft.interventions import FusedAddToLinear
 from vpeft.methods import METHODS, create
 
 SLOTS = {"qkv": ["q", "k", "v"], "proj": ["proj"], "fc1": ["fc1"], "fc2": ["fc2"]}
@@ -169,6 +171,7 @@ def test_dropout_acts_on_the_cores_outputs():
     for path, module in handle.root.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda m, a, out, path=path: widths.update({path: out.shape[-1]}))
+    handle.train()
     model(images(model))
     ends = {path.split(".")[-3]: width for path, width in widths.items()}
     assert ends == {"qkv": 9, "proj": 3, "fc1": 12, "fc2": 3}
@@ -276,3 +279,70 @@ def test_large_scales_in_half_precision():
     near = half(x.bfloat16(), y.bfloat16())
     assert near.dtype == torch.bfloat16
     assert F.mse_loss(near.float(), full) < 1e-3 * full.square().mean()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_one_operation_has_right_derivatives(masked, bias):
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64}
+    x = torch.randn(2, 3, 8, **double, requires_grad=True)
+    weight, b = torch.randn(12, 8, **double), torch.randn(12, **double) if bias else None
+    u, core, v = (torch.randn(*s, **double, requires_grad=True) for s in ((2, 4), (6, 4), (4, 2)))
+    mask = torch.randint(0, 2, (6, 6), **double) * 1.5 if masked else None
+
+    def run(x, u, core, v):
+        return FrozenLinearPlus.apply(x, weight, b, u, core, v, mask, 0.7)[0]
+
+    h = torch.cat([part @ u.T for part in x.chunk(2, -1)], -1) @ core.T
+    h = h if mask is None else h * mask.view(2, 3, 6)
+    plain = x @ weight.T + (0 if b is None else b)
+    assert torch.allclose(run(x, u, core, v), plain + 0.7 * torch.cat([part @ v.T for part in h.chunk(3, -1)], -1))
+    assert torch.autograd.gradcheck(run, (x, u, core, v))
+    assert torch.autograd.gradgradcheck(run, (x, u, core, v))
+
+
+@pytest.mark.parametrize("name", ["fact_tt", "fact_tk"])
+def test_both_paths_are_the_same_function(name, monkeypatch):
+    model = make("vit").double()
+    handle = attached(model, name, rank=3)
+    randomise(handle)
+    handle.train()
+    found = []
+    for fusable in (True, False):
+        monkeypatch.setattr(FusedAddToLinear, "fusable", lambda self, x, fusable=fusable: fusable)
+        torch.manual_seed(0)
+        x = images(model).double().requires_grad_()
+        out = model(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *handle.parameters()])])
+    # Dropout draws one number for each entry of the cores' outputs in both.
+    for fused, plain in zip(*found, strict=True):
+        assert torch.allclose(fused, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_the_separate_path_serves_autocast_trained_weights_and_second_methods():
+    model = make("vit")
+    handle = attached(model, "fact_tt", rank=3)
+    part = next(i for i in handle.root.interventions if isinstance(i, FusedAddToLinear))
+    x = torch.randn(2, part.site.module.in_features)
+    assert part.fusable(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not part.fusable(x)
+    part.site.module.bias.requires_grad_(True)
+    assert not part.fusable(x)
+    part.site.module.bias.requires_grad_(False)
+    other = vpeft.attach(model, "fact_tk", name="other", rank=2)
+    randomise(other)
+    x = images(model)
+    with torch.no_grad():
+        alone = model.eval()(x)
+        with handle.enable():
+            randomise(handle)
+            both = model(x)
+            with other.disable():
+                first = model(x)
+    assert len({t.sum().item() for t in (alone, both, first)}) == 3
+    handle.detach()
+    assert torch.equal(model(x), alone)
+    assert all("forward" not in vars(m) for m in model.modules())
+    other.detach()

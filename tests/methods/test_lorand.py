@@ -13,9 +13,7 @@ class LoRand(Reference):
 
         def matrix(side):
             kernel = s.get(f"{prefix}.K", s.get(f"{prefix}.{side}.K"))
-            return sum(
-                p @ k @ q for p, k, q in zip(s[f"{prefix}.{side}.P"], kernel, s[f"{prefix}.{side}.Q"], strict=True)
-            )
+            return sum(p @ k @ q for p, k, q in zip(s[f"{prefix}.{side}.P"], kernel, s[f"{prefix}.{side}.Q"], strict=True))
 
         h = F.gelu(v @ matrix("down") + s[f"{prefix}.down.bias"])
         return v + h @ matrix("up") + s[f"{prefix}.up.bias"]

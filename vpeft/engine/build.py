@@ -3,14 +3,12 @@
 from typing import Any
 
 import timm
-import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 from torch import nn
 
 from ..errors import ConfigError, VpeftError, did_you_mean
 from ..methods import Method, create
-from ..sites import input_size
 
 
 def make_method(config: DictConfig) -> Method:
@@ -69,17 +67,6 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
         model.reset_classifier(num_classes)
         return model
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
-
-
-@torch.no_grad()
-def check_outputs(model: nn.Module, classes: int) -> None:
-    """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps)."""
-    like = next(model.parameters())
-    training = model.training
-    width = model.eval()(torch.zeros(1, *input_size(model), dtype=like.dtype, device=like.device)).shape[-1]
-    model.train(training)
-    if width != classes:
-        raise ConfigError(f"method.options.classes: the model gives {width} outputs for {classes} classes of the data")
 
 
 def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:

@@ -51,16 +51,20 @@ def _test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 
 def _predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
-    parser.add_argument("--topk", type=int, default=5, help="classes to report per image")
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="image or video files, or folders of them")
+    parser.add_argument("--topk", type=int, default=5, help="classes to report per file")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--checkpoint", metavar="FILE", help="backbone weights, where timm cannot find or download them")
     parser.add_argument("--json", metavar="FILE", help="also write the predictions here")
+    parser.add_argument("--out", metavar="DIR", help="of masks and overlays, where the task has them")
 
     def run(args: argparse.Namespace) -> None:
         from .predict import predict
 
-        predict(args.ckpt, args.images, topk=args.topk, batch_size=args.batch_size, weights=args.checkpoint, out=args.json)
+        predict(
+            args.ckpt, args.paths, topk=args.topk, batch_size=args.batch_size, weights=args.checkpoint,
+            json_file=args.json, out=args.out,
+        )  # fmt: skip
 
     return run
 
@@ -122,7 +126,7 @@ def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
 COMMANDS = {
     "train": (_train, "train a method on a data set"),
     "test": (_test, "evaluate a checkpoint on a data set"),
-    "predict": (_predict, "classify image files with a checkpoint"),
+    "predict": (_predict, "apply a checkpoint to image or video files"),
     "table": (_table, "train configurations under several seeds and compare them"),
     "methods": (_methods, "list the methods, or describe one"),
     "bench": (_bench, "measure time and memory of methods on a backbone"),

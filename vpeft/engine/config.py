@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, did_you_mean
+from .kinds import KINDS
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Config:
 
     name: str = "run"
     output: str = "runs"
+    task: str = "classification"
     seed: int = 0
     resume: str = "auto"
     overwrite: bool = False
@@ -163,6 +165,7 @@ class Config:
 
 
 CHOICES = {
+    "task": KINDS,
     "resume": ("auto", "never"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.select": ("best", "last"),
@@ -333,6 +336,8 @@ def check(config: DictConfig) -> None:
 
 def why_no_cache(config: DictConfig) -> str | None:
     """Why features cannot be the same in every epoch of this experiment, and what to set instead; or None."""
+    if config.task != "classification":
+        return "features are stored for task=classification alone; choose that"
     if config.model.drop_path or config.model.drop:
         return (
             "drop path and dropout in frozen blocks draw anew at every step, which stored features cannot; "

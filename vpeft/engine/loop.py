@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..data import Datasets, make_loader
 from ..errors import VpeftError
 from ..integrations.cache import GB, CachedLoader, CacheError, FeatureCache
-from ..tasks import Classification
+from ..tasks import Task
 from .config import why_no_cache
 from .run import RunFolder
 
@@ -32,6 +32,7 @@ class Tuned(Protocol):
     """What the loop needs of whatever is being trained; ``vpeft.attach``'s handle is one."""
 
     method: Any
+    model: nn.Module
 
     def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict]: ...
     def penalty(self) -> Tensor: ...
@@ -86,7 +87,7 @@ class Trainer:
         model: nn.Module,
         tuned: Tuned,
         data: Datasets,
-        task: Classification,
+        task: Task,
         run: RunFolder,
         accelerator: Accelerator,
         about: dict | None = None,
@@ -117,7 +118,7 @@ class Trainer:
             momentum=config.optim.momentum,
             **config.optim.kwargs,
         )
-        model.to(accelerator.device)
+        self.whole = model.to(accelerator.device)
         if config.train.compile:
             model = torch.compile(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -225,13 +226,14 @@ class Trainer:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
             self._save(is_best, values)
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["step"])
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in ("lr", "train_loss", "val_loss", "val_top1"))
+        keys = ("lr", "train_loss", "val_loss", f"val_{self.task.monitor}")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
         self.run.logger.info("epoch %d/%d  %s  %.1fs", self.epoch, self.epochs, shown, trained)
 
     def _train_epoch(self) -> float:
         """One pass over the training split; the mean loss per sample, over all processes."""
-        config, accelerator = self.config, self.accelerator
-        self.tuned.train(True, backbone=bool(config.model.drop_path or config.model.drop))
+        accelerator = self.accelerator
+        self._mode(True)
         batches = self.train_loader
         streamed = not hasattr(batches.batch_sampler, "global_size")
         if streamed:
@@ -256,6 +258,12 @@ class Trainer:
                 f"The last good state is in {self.run.path}"
             )
         return mean
+
+    def _mode(self, training: bool) -> None:
+        drops = self.config.model.drop_path or self.config.model.drop
+        self.tuned.train(training, backbone=bool(drops))
+        if self.whole is not self.tuned.model:
+            self.whole.training = training  # its own flag only: the handle knows what stays frozen
 
     def _step(self, images: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """One optimiser step; the sum of the local samples' losses.
@@ -299,7 +307,7 @@ class Trainer:
         loader = self.eval_loaders.get(split)
         if loader is None:
             return {}
-        self.tuned.train(False)
+        self._mode(False)
         if self.average:
             self.average.swap()
         try:
@@ -327,7 +335,7 @@ class Trainer:
         if self.run.main:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
                 self.tuned.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.about)
-            self.run.finish(metrics)
+            self.run.finish(metrics, self.task.monitor, self.task.title)
             self.run.file("state.safetensors").unlink(missing_ok=True)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
         return metrics

@@ -1,20 +1,24 @@
-"""Classify image files with a checkpoint alone: its metadata rebuilds backbone, method, head and preprocessing."""
+"""Apply a checkpoint to files with nothing else: its metadata rebuilds backbone, method, head and preprocessing."""
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from omegaconf import DictConfig
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .. import checkpoint
 from ..attach import load
 from ..errors import CheckpointError, DataError
+from .config import from_container
+from .kinds import Built, kind_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -69,73 +73,102 @@ def rebuild(file: checkpoint.File, weights: str | None = None) -> nn.Module:
     about = file.about["model"]
     if not about["name"] or not timm.is_model(about["name"]):
         raise CheckpointError(f"{file.path}: timm has no model '{about['name']}'; load it in code with vpeft.load")
-    config = file.about["config"] or {}
-    kwargs = dict(config.get("model", {}).get("kwargs", {}))
-    if config.get("model", {}).get("img_size"):
-        kwargs["img_size"] = config["model"]["img_size"]
-    weights = weights or config.get("model", {}).get("checkpoint")
+    config = config_of(file)
     if weights:
-        kwargs["pretrained_cfg_overlay"] = {"file": weights}
+        config.model.checkpoint = weights
+    config.model.name = about["name"]
+    kind = kind_of(config)
     # Nothing of the backbone's own is needed where the checkpoint holds all of it.
-    names = set(timm.create_model(about["name"], num_classes=0, **kwargs).state_dict())
-    pretrained = bool(names - file.tensors.keys())
+    config.model.pretrained = False
+    names = set(kind.build_backbone(config, 0).state_dict())
+    config.model.pretrained = bool(names - file.tensors.keys())
     try:
-        return timm.create_model(about["name"], pretrained=pretrained, num_classes=0, **kwargs).eval()
+        return kind.build_backbone(config, 0).eval()
     except Exception as error:  # hub, cache and file errors have no common class
         raise CheckpointError(
             f"{file.path}: no weights for its backbone {about['name']}: {error}; give a weight file (--checkpoint)"
         ) from error
 
 
-@torch.inference_mode()
+def rebuilt(file: checkpoint.File, weights: str | None = None) -> tuple[Built, torch.device]:
+    """A checkpoint's model in evaluation mode, on the GPU where there is one.
+
+    Raises:
+        CheckpointError: see ``rebuild`` and ``vpeft.load``.
+    """
+    config = config_of(file)
+    kind = kind_of(config)
+    classes = file.about["class_names"] or range(file.about["num_classes"] or 0)
+    built = kind.assemble(config, rebuild(file, weights), len(classes))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    handle = load(built.backbone, file.path, heads=built.heads)
+    built.model.to(device).eval()
+    handle.eval()
+    return built, device
+
+
+def config_of(file: checkpoint.File) -> DictConfig:
+    """The experiment behind a checkpoint; the defaults where it was saved from a user's own loop."""
+    return from_container(file.about["config"] or {})
+
+
+def transform_of(file: checkpoint.File) -> Callable:
+    """timm's evaluation transform, as the checkpoint's model was trained with."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(**{k: file.about["data"][k] for k in keys if k in file.about["data"]})
+
+
+def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[torch.Tensor], topk: int) -> list[dict]:
+    """The best classes of each file, printed as they come.
+
+    Args:
+        file: the checkpoint, for the classes' names.
+        names: of the files.
+        scores: probabilities (C,), one row for each file.
+        topk: classes to report.
+    """
+    found = []
+    for name, row in zip(names, scores, strict=True):
+        classes = file.about["class_names"] or [str(i) for i in range(len(row))]
+        best, index = row.topk(min(topk, len(classes)))
+        pairs = [{"class": classes[c], "probability": round(p, 6)} for p, c in zip(best.tolist(), index, strict=True)]
+        found.append({"file": str(name), "classes": pairs})
+        print(name, "  ".join(f"{r['class']} {r['probability']:.3f}" for r in pairs), sep="\t")
+    return found
+
+
 def predict(
     ckpt: str | Path,
-    images: Iterable[str | Path],
+    paths: Iterable[str | Path],
     *,
     topk: int = 5,
     batch_size: int = 64,
     weights: str | None = None,
+    json_file: str | Path | None = None,
     out: str | Path | None = None,
 ) -> list[dict]:
-    """Classify image files.
+    """Apply a checkpoint to files.
 
     Args:
         ckpt: a file that ``vpeft train`` or ``Handle.save`` wrote.
-        images: files, or folders that are searched.
-        topk: classes to report per image.
-        batch_size: images at once.
+        paths: files, or folders that are searched.
+        topk: classes to report per file.
+        batch_size: files at once.
         weights: see ``rebuild``.
-        out: JSON file to write.
+        json_file: JSON file to write.
+        out: folder for what is a picture (masks, overlays).
 
     Returns:
-        One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per image, best class first.
+        One dict per file, as the task gives it.
 
     Raises:
-        VpeftError: a checkpoint or an image that cannot be read.
+        VpeftError: a checkpoint or a file that cannot be read.
     """
     file = checkpoint.read(Path(ckpt))
-    files = find_images(images)
-    if not file.head_names:
-        raise CheckpointError(f"{ckpt} holds no classifier")
-    model = rebuild(file, weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    handle = load(model, ckpt)
-    model.to(device)
-    handle.eval()
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    transform = create_transform(**{k: file.about["data"][k] for k in keys if k in file.about["data"]})
-    loader = DataLoader(ImageFiles(files, transform), batch_size)
-    found: list[dict] = []
-    for batch in loader:
-        scores = model(batch.to(device)).float().softmax(-1)
-        classes = file.about["class_names"] or [str(i) for i in range(scores.shape[-1])]
-        best, index = scores.topk(min(topk, len(classes)))
-        for p, i in zip(best.tolist(), index.tolist(), strict=True):
-            ranked = [{"class": classes[c], "probability": round(v, 6)} for v, c in zip(p, i, strict=True)]
-            found.append({"file": str(files[len(found)]), "classes": ranked})
-            print(found[-1]["file"], "  ".join(f"{r['class']} {r['probability']:.3f}" for r in ranked), sep="\t")
-    if out:
-        temporary = Path(f"{out}.tmp")
+    options = {"topk": topk, "batch_size": batch_size, "weights": weights, "out": out}
+    found = kind_of(config_of(file)).predict(file, [str(p) for p in paths], options)
+    if json_file:
+        temporary = Path(f"{json_file}.tmp")
         temporary.write_text(json.dumps(found, indent=1))
-        os.replace(temporary, out)
+        os.replace(temporary, json_file)
     return found

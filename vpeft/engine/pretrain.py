@@ -10,13 +10,12 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from ..attach import attach
-from ..data import check_source
 from ..errors import ConfigError
-from ..tasks import Classification
-from .build import build_model, check_model_name
+from .build import check_model_name
+from .kinds import kind_of
 from .loop import Trainer, make_accelerator
 from .run import RunFolder
-from .train import open_data, start_tracking
+from .train import start_tracking
 
 
 def pretrain(config: DictConfig) -> dict[str, Any]:
@@ -28,17 +27,17 @@ def pretrain(config: DictConfig) -> dict[str, Any]:
     if config.model.pretrained:
         raise ConfigError("model.pretrained: pretraining starts from random weights; set it to false")
     check_model_name(config)
-    check_source(config.data)
+    kind = kind_of(config)
+    kind.check(config)
     accelerator = make_accelerator(config)
-    data, stats = open_data(config)
+    data, stats = kind.open_data(config)
     run = RunFolder(config, main=accelerator.is_main_process)
     set_seed(config.seed)
-    model = build_model(config, len(data.classes))
-    handle = attach(model, config.method.name)
-    task = Classification(len(data.classes), config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+    built = kind.assemble(config, kind.build_backbone(config, len(data.classes)), len(data.classes))
+    handle = attach(built.backbone, config.method.name, heads=built.heads)
     start_tracking(config, accelerator)
     about = {"class_names": data.classes, "data": stats}
-    metrics = Trainer(config, model, handle, data, task, run, accelerator, about).fit()
+    metrics = Trainer(config, built.model, handle, data, built.task, run, accelerator, about).fit()
     if run.main:
         plain = handle.merge().detach(keep_merged=True)
         digest = write_weights(plain.state_dict(), run.file("weights.safetensors"))

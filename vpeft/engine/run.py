@@ -124,13 +124,13 @@ class RunFolder:
         with self.file("log.jsonl").open("a") as f:
             f.write(json.dumps(row) + "\n")
 
-    def finish(self, metrics: dict) -> None:
-        """Write metrics.json (which marks the run as finished) and the curves."""
-        self.plot()
+    def finish(self, metrics: dict, monitor: str, title: str) -> None:
+        """Write metrics.json (which marks the run as finished) and the curves; see ``plot``."""
+        self.plot(monitor, title)
         write_atomically(self.file("metrics.json"), json.dumps(metrics, indent=1))
 
-    def plot(self) -> None:
-        """curves.png: losses, accuracy and learning rate over epochs."""
+    def plot(self, monitor: str, title: str) -> None:
+        """curves.png: losses, the validation metric ``monitor`` (with ``title`` on its axis), and learning rate."""
         rows = self.rows()
         if not rows:
             return
@@ -145,10 +145,10 @@ class RunFolder:
         val = [r for r in rows if "val_loss" in r]
         if val:
             axes[0].plot([r["epoch"] + 1 for r in val], [r["val_loss"] for r in val], label="val")
-            axes[1].plot([r["epoch"] + 1 for r in val], [r["val_top1"] for r in val], label="val", color="C1")
+            axes[1].plot([r["epoch"] + 1 for r in val], [r[f"val_{monitor}"] for r in val], label="val", color="C1")
         axes[0].set(xlabel="epoch", ylabel="loss")
         axes[0].legend()
-        axes[1].set(xlabel="epoch", ylabel="top-1 accuracy, %")
+        axes[1].set(xlabel="epoch", ylabel=title)
         if not val:
             axes[1].text(0.5, 0.5, "no validation split", ha="center", transform=axes[1].transAxes)
         axes[2].plot(epochs, [r["lr"] for r in rows])

@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from ..attach import load
 from ..data import make_loader
 from ..errors import ConfigError
-from .build import build_model, make_method
+from .build import make_method
 from .config import load_config
+from .kinds import kind_of
 from .run import write_atomically
-from .train import check, open_data, train
+from .train import check, train
 
 
 def table(
@@ -73,7 +74,8 @@ def _metrics(config: DictConfig) -> Path:
 
 def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     found = [json.loads(_metrics(c).read_text()) for c in configs]
-    scores = [m["test_top1"] for m in found]
+    task = kind_of(configs[0]).TASK
+    scores = [m[f"test_{task.monitor}"] for m in found]
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
     own, error = merge_error(configs[0], best)
     return {
@@ -82,6 +84,7 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
         "method": configs[0].method.name,
         "parameters": own,
         "with_head": found[0]["trainable"],
+        "metric": task.title,
         "mean": mean(scores),
         "std": stdev(scores) if len(scores) > 1 else math.nan,
         "scores": scores,
@@ -98,10 +101,13 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     does not merge.
     """
     fused = timm.layers.use_fused_attn()
-    data, _ = open_data(config)
+    kind = kind_of(config)
+    data, _ = kind.open_data(config)
     set_seed(config.seed)  # a backbone that was not pretrained was drawn under it
-    model = build_model(config, len(data.classes), keep_head=not make_method(config).trains_head)
-    handle = load(model, ckpt)
+    backbone = kind.build_backbone(config, len(data.classes), keep_head=not make_method(config).trains_head)
+    built = kind.assemble(config, backbone, len(data.classes))
+    handle = load(backbone, ckpt, heads=built.heads)
+    model = built.model.eval()
     handle.eval()
     own = sum(p.numel() for p in handle.parameters())
     error = None
@@ -117,7 +123,7 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| experiment | parameters | with head | test top-1, % | seeds | s/epoch | merge error |",
+        f"| experiment | parameters | with head | {_metric(rows)} | seeds | s/epoch | merge error |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
@@ -128,6 +134,10 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
             f"| {r['seconds_per_epoch']:.2f} | {merged} |"
         )
     return "\n".join(lines)
+
+
+def _metric(rows: Iterable[dict[str, Any]]) -> str:
+    return "test " + " / ".join(dict.fromkeys(r["metric"] for r in rows))
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -150,7 +160,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.errorbar(r["with_head"], r["mean"], yerr=spread, fmt="o", markersize=4, capsize=2)
         axis.annotate(r["experiment"].rpartition("/")[2], (r["with_head"], r["mean"]), fontsize=7, xytext=(3, 3),
                       textcoords="offset points")  # fmt: skip
-    axis.set(xscale="log", xlabel="trained parameters, head included", ylabel="test top-1, %")
+    axis.set(xscale="log", xlabel="trained parameters, head included", ylabel=_metric(rows))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,12 +7,11 @@ from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..attach import load
-from ..data import check_source, make_loader
+from ..data import make_loader
 from ..errors import ConfigError
-from ..tasks import Classification
-from .build import build_model, check_model_name
+from .build import check_model_name
+from .kinds import kind_of
 from .loop import make_accelerator
-from .train import open_data
 
 
 def test(config: DictConfig, ckpt: str | Path, *, split: str = "test", merge: bool = False) -> dict[str, float]:
@@ -28,28 +27,29 @@ def test(config: DictConfig, ckpt: str | Path, *, split: str = "test", merge: bo
         VpeftError: a split that the configuration does not have, or classes that differ from the checkpoint's.
     """
     check_model_name(config)
-    check_source(config.data)
+    kind = kind_of(config)
+    kind.check(config)
     file = checkpoint.read(Path(ckpt))
     accelerator = make_accelerator(config)
-    data, _ = open_data(config)
+    data, _ = kind.open_data(config)
     dataset = getattr(data, split)
     if dataset is None:
         raise ConfigError(f"data.{split}_split: the configuration has no {split} split")
     names = file.about["class_names"]
     if names is not None and list(data.classes) != names:
         raise ConfigError(f"data: {len(data.classes)} classes {data.classes[:3]}… but {ckpt} was trained on {names[:3]}…")
-    model = build_model(config, len(data.classes))
-    handle = load(model, ckpt)
+    built = kind.assemble(config, kind.build_backbone(config, len(data.classes)), len(data.classes))
+    handle = load(built.backbone, ckpt, heads=built.heads)
     if merge:
         handle.merge()
-    model.to(accelerator.device)
+    built.model.to(accelerator.device).eval()
     handle.eval()
     loader = make_loader(
         dataset, config.data.batch_size, train=False, workers=config.data.workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
     with accelerator.autocast():
-        values = Classification(len(data.classes)).evaluate(model, loader, accelerator.device)
+        values = built.task.evaluate(built.model, loader, accelerator.device)
     if accelerator.is_main_process:
         print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()}, indent=1))
     return values

@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from ..attach import Handle, attach
-from ..data import Datasets, build_datasets, check_source
-from ..errors import ConfigError, DataError
-from ..tasks import Classification
-from .build import build_model, check_model_name, check_outputs, data_stats, make_method, pretrained_cfg
+from ..data import Datasets, make_loader
+from ..errors import ConfigError
+from ..tasks import Task
+from .build import check_model_name, make_method
+from .kinds import Built, kind_of
 from .loop import Trainer, make_accelerator, method_state
 from .run import RunFolder
 
@@ -28,18 +29,7 @@ def check(config: DictConfig) -> None:
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
     make_method(config)
-    check_source(config.data)
-
-
-def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
-    """The configuration's data sets and the preprocessing of its model; the class count is checked."""
-    stats = data_stats(config, pretrained_cfg(config.model.name))
-    data = build_datasets(config.data, config.augment, stats, seed=config.seed, **kwargs)
-    if config.data.num_classes not in (None, len(data.classes)):
-        raise DataError(
-            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(data.classes)}"
-        )
-    return data, stats
+    kind_of(config).check(config)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -50,42 +40,49 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     check(config)
     accelerator = make_accelerator(config)
-    data, stats = open_data(config)
+    kind = kind_of(config)
+    data, stats = kind.open_data(config)
     run = RunFolder(config, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     set_seed(config.seed)
     method = make_method(config)
-    model = build_model(config, len(data.classes), keep_head=not method.trains_head)
-    handle = attach(model, method)
-    check_outputs(model, len(data.classes))
+    backbone = kind.build_backbone(config, len(data.classes), keep_head=not method.trains_head)
+    built = kind.assemble(config, backbone, len(data.classes))
+    handle = attach(backbone, method, heads=built.heads)
+    kind.check_attached(built, len(data.classes))
     if config.train.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        backbone.set_grad_checkpointing(True)
     if run.main:
         run.logger.info("%s", handle.summary())
-    batches = _calibration_batches(config, data)
+    calibrate = partial(handle.calibrate, _calibration_batches(config, data), **_objective(built))
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
         handle.load_state_dict(method_state(load_file(run.file("state.safetensors"))))
     elif method.needs_calibration:
-        handle.calibrate(batches, progress=run.main)
-    again = partial(handle.calibrate, batches, progress=False) if method.calibrates_each_epoch else None
-    task = Classification(len(data.classes), config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+        calibrate(progress=run.main)
+    again = partial(calibrate, progress=False) if method.calibrates_each_epoch else None
     start_tracking(config, accelerator)
     about = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
-    trainer = Trainer(config, model, handle, data, task, run, accelerator, about, again)
+    trainer = Trainer(config, built.model, handle, data, built.task, run, accelerator, about, again)
     metrics = trainer.fit()
     accelerator.end_training()
     if run.main:
-        show(run, handle, metrics)
+        kind.finish(config, built, data, run.path)
+        show(run, handle, built.task, metrics)
     return metrics
 
 
 def _calibration_batches(config: DictConfig, data: Datasets):
-    from ..data import make_loader
-
     return make_loader(data.train, config.train.batch_size, train=True, seed=config.seed, workers=config.data.workers)
+
+
+def _objective(built: Built) -> dict[str, Any]:
+    """What calibration measures by: the handle's own cross-entropy where the loop calls the timm model itself."""
+    if built.model is built.backbone:
+        return {}
+    return {"outer": built.model, "criterion": built.task.loss}
 
 
 def start_tracking(config: DictConfig, accelerator) -> None:
@@ -102,14 +99,14 @@ def start_tracking(config: DictConfig, accelerator) -> None:
     )
 
 
-def show(run: RunFolder, handle: Handle, metrics: dict[str, Any]) -> None:
+def show(run: RunFolder, handle: Handle, task: Task, metrics: dict[str, Any]) -> None:
     """The final table."""
     from rich.console import Console
     from rich.table import Table
 
     own = sum(p.numel() for p in handle.parameters())
     table = Table(title=f"{handle.method.name} on {run.path.name}")
-    for column in ("method", "parameters", "with head", "epoch", "s/epoch", "val top-1 %", "test top-1 %"):
+    for column in ("method", "parameters", "with head", "epoch", "s/epoch", f"val {task.title}", f"test {task.title}"):
         table.add_column(column, justify="left" if column == "method" else "right")
 
     def number(key: str) -> str:
@@ -117,7 +114,7 @@ def show(run: RunFolder, handle: Handle, metrics: dict[str, Any]) -> None:
 
     table.add_row(
         handle.method.name, f"{own:,}", f"{metrics['trainable']:,}", str(metrics["epoch"]),
-        number("seconds_per_epoch"), number("val_top1"), number("test_top1"),
+        number("seconds_per_epoch"), number(f"val_{task.monitor}"), number(f"test_{task.monitor}"),
     )  # fmt: skip
     Console().print(table)
     run.logger.info("best.safetensors, last.safetensors, metrics.json, curves.png are in %s", run.path)

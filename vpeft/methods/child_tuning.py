@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MethodError
@@ -72,7 +71,7 @@ class ChildTuningD(Masked):
     def squares(self, gradients: Gradients, batches) -> Iterator[dict[str, Tensor]]:
         """Squared clipped gradients of each batch. Dividing all by the number of batches would choose the same."""
         for images, labels in batches:
-            found = gradients.of(F.cross_entropy(gradients.logits(images), labels))
+            found = gradients.of(gradients.loss(images, labels))
             yield {n: (g * (self.clip / (g.norm() + 1e-6)).clamp(max=1)).square() for n, g in found.items()}
 
     def above(self, scores: Tensor) -> Tensor:

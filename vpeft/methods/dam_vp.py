@@ -133,6 +133,7 @@ class DAMVP(PixelMethod):
         yield "dam_vp", ClusterFrames(sites, chosen, frame_width(self, sites), neurons=self.head == "active")
 
     def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        handle.objective.need_classifier(self.name)
         handle.model.eval()
         prompt = handle.root.get_submodule("dam_vp")
         found: list[Tensor] = []

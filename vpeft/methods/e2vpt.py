@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -19,7 +18,7 @@ from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..attach import Handle
+    from ..attach import Handle, Objective
 
 
 class Masks(nn.Module):
@@ -198,7 +197,7 @@ class E2VPT(VPTDeep):
         masks.token_mask.fill_(1)
         masks.segment_mask.fill_(1)
         handle.eval()
-        tokens, segments = importance(handle.model, masks, batches)
+        tokens, segments = importance(handle.objective, masks, batches)
         masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
         masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
         self._rewind(handle, int(masks.seed))
@@ -238,7 +237,7 @@ def _first_training(path: "str | Path", handle: "Handle") -> dict[str, Tensor]:
     return file.tensors
 
 
-def importance(model: nn.Module, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def importance(objective: "Objective", masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Sum over the batches of the absolute gradients of the mean loss with respect to both masks."""
     both = [masks.token_mask, masks.segment_mask]
     tokens, segments = (torch.zeros_like(mask, dtype=torch.float32) for mask in both)
@@ -246,7 +245,7 @@ def importance(model: nn.Module, masks: Masks, batches: Iterable[tuple[Tensor, T
         for mask in both:
             mask.requires_grad_(True)
         for images, labels in batches:
-            gradients = torch.autograd.grad(F.cross_entropy(model(images).float(), labels), both)
+            gradients = torch.autograd.grad(objective.loss(images, labels), both)
             tokens += gradients[0].abs()
             segments += gradients[1].abs()
     finally:

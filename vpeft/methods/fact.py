@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import FrozenLinearPlus
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import AddToLinear
+from ..interventions import FusedAddToLinear
 from ..sites import BlockSite, LinearSite, Sites
 from .base import Blocks, Method, Paper, linears_by_path, register
 
@@ -75,7 +76,7 @@ class Cores(nn.Module):
             setattr(self, slot, linear_init(m * rank if slot == "fc1" else rank, m * rank if slot == "fc2" else rank))
 
 
-class FactLinear(AddToLinear):
+class FactLinear(FusedAddToLinear):
     """y + s drop(x U^T S^T) V^T, slice by slice where the linear is several slices high or wide.
 
     Subclasses give the core S (slices out * r, slices in * r).
@@ -99,6 +100,13 @@ class FactLinear(AddToLinear):
         h = self.drop(F.linear(h, self.core()))
         # s, up to 100, multiplies the product with V and not its half-precision operands.
         return torch.addmm(y.reshape(-1, len(v)), h.reshape(-1, len(u)), v.t(), alpha=self.scale).view(y.shape)
+
+    def fused(self, x: Tensor) -> Tensor:
+        core, mask = self.core(), None
+        if self.training and self.drop.p:
+            mask = self.drop(x.new_ones(math.prod(x.shape[:-1]), len(core)))
+        weights = self.site.module.weight, self.site.module.bias
+        return FrozenLinearPlus.apply(x, *weights, self.factors.u, core, self.factors.v, mask, self.scale)[0]
 
     def delta(self) -> Tensor:
         tensors = (self.factors.v, self.core(), self.factors.u)

@@ -10,7 +10,6 @@ stream are not matched with each other across a branch. LayerScale, which a side
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
@@ -28,7 +27,7 @@ class _Fisher(Gradients):
     """Gradients of the tensors of these names."""
 
     def __init__(self, handle: "Handle", names: set[str]):
-        self.model = handle.model
+        self.model, self.objective, self.name = handle.model, handle.objective, handle.method.name
         live = dict(handle.model.named_parameters())
         self.leaves = {name: live[name].detach().requires_grad_() for name in sorted(names)}
 
@@ -36,7 +35,7 @@ class _Fisher(Gradients):
         """One term of the Fisher information after the other, at the true labels."""
         for images, labels in batches:
             for image, label in zip(images[:samples], labels[:samples], strict=True):
-                loss = F.cross_entropy(self.logits(image[None]), label[None])
+                loss = self.loss(image[None], label[None])
                 yield {n: g.square() for n, g in self.of(loss).items()}
             samples -= len(images)
             if samples <= 0:

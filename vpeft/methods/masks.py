@@ -99,15 +99,22 @@ class Gradients:
     """Gradients of the bare model's tensors, which stay as they are: no flag, value or ``grad`` of theirs changes."""
 
     def __init__(self, handle: "Handle"):
-        self.model = handle.model
+        self.model, self.objective, self.name = handle.model, handle.objective, handle.method.name
         live = dict(handle.model.named_parameters())
         self.leaves = {name: live[name].detach().requires_grad_() for name in masked_parts(handle)}
 
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The task's mean loss of a batch."""
+        return self.objective.loss(images, labels, self.leaves)
+
     def logits(self, images: Tensor) -> Tensor:
+        """The classifier's logits (B, C)."""
+        self.objective.need_classifier(self.name)
         return functional_call(self.model, self.leaves, (images,))
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, D), as the classifier takes them."""
+        self.objective.need_classifier(self.name)
         return functional_call(_Pooled(self.model), {f"model.{n}": t for n, t in self.leaves.items()}, (images,))
 
     def of(self, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
@@ -253,7 +260,7 @@ class GPS(Masked):
         """The loss of one batch."""
         given = images.unbind(1) if images.ndim == 5 else (images, images)
         if self.loss == "task":
-            return F.cross_entropy(gradients.logits(given[0]), labels)
+            return gradients.loss(given[0], labels)
         if images.ndim == 4 and self.views == "augment":
             given = tuple(augment(gradients.model, images) for _ in range(2))
         return contrast(gradients.features(torch.cat(given)), labels.repeat(2), self.temperature)
@@ -312,10 +319,10 @@ class FISH(Masked):
         left = self.samples
         for images, labels in batches:
             for image, label in zip(images[:left], labels[:left], strict=True):
-                log_p = gradients.logits(image[None])[0].log_softmax(-1)
                 if self.variant == "label":
-                    yield {n: g.square() for n, g in gradients.of(-log_p[label]).items()}
+                    yield {n: g.square() for n, g in gradients.of(gradients.loss(image[None], label[None])).items()}
                     continue
+                log_p = gradients.logits(image[None])[0].log_softmax(-1)
                 for share, term in zip(log_p.detach().exp(), log_p, strict=True):
                     yield {n: share * g.square() for n, g in gradients.of(-term, retain=True).items()}
             left -= len(images)

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from ..errors import MethodError
 from .base import Paper, register
@@ -55,7 +53,7 @@ def dense_phase(
         for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = lr * (1 - epoch / epochs)
         for images, labels in batches:
-            loss = F.cross_entropy(functional_call(handle.model, weights(), (images,)), labels)
+            loss = handle.objective.loss(images, labels, weights())
             if penalty is not None:
                 loss = loss + penalty()
             optimizer.zero_grad()

@@ -131,6 +131,7 @@ class RawMethod(PixelMethod):
     @torch.no_grad()
     def count(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> Tensor:
         """(C_source, C): how many training images of each class are taken for each pretrained class."""
+        handle.objective.need_classifier(self.name)
         handle.model.eval()
         prompt = handle.root.get_submodule(self.name)
         table = torch.zeros(handle.model.num_classes, len(prompt.map), dtype=torch.long)

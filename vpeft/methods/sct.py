@@ -156,7 +156,7 @@ class SCT(Method):
                 for images, labels in batches:
                     for norm in norms:
                         norm.labels = labels
-                    handle.model(images)
+                    handle.objective.forward(images)
         finally:
             for norm in norms:
                 norm.hook.remove()

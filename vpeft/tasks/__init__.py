@@ -1,5 +1,6 @@
-"""What one task needs beside a model: its loss and its metrics."""
+"""Tasks: loss and metrics."""
 
+from .base import Task
 from .classification import Classification
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "Task"]

@@ -21,6 +21,7 @@ class Classification:
     """
 
     monitor = "top1"
+    title = "top-1 accuracy, %"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing

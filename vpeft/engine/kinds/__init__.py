@@ -1,0 +1,64 @@
+"""What the engine does differently for each kind of task; one module per kind, imported when asked for."""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig
+from torch import nn
+
+from ... import checkpoint
+from ...data import Datasets
+from ...tasks import Task
+
+KINDS = ("classification",)
+
+
+@dataclass
+class Built:
+    """A model ready for the loop.
+
+    Attributes:
+        model: the module that the loop calls.
+        backbone: the timm model in it, to which the method is attached.
+        task: loss and metrics.
+        heads: modules outside the backbone that train with the method.
+    """
+
+    model: nn.Module
+    backbone: nn.Module
+    task: Task
+    heads: dict[str, nn.Module] = field(default_factory=dict)
+
+
+class Kind(Protocol):
+    """The functions of a module in this folder."""
+
+    TASK: type[Task]
+
+    def check(self, config: DictConfig) -> None:
+        """Refuse, before any model is built, what cannot work: sections of the configuration, paths, packages."""
+
+    def open_data(self, config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
+        """Data sets, and the preprocessing that goes with the model (timm's data config)."""
+
+    def build_backbone(self, config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
+        """The timm model; with ``keep_head`` it keeps the head of its weights."""
+
+    def assemble(self, config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
+        """The task's model around a backbone."""
+
+    def check_attached(self, built: Built, num_classes: int) -> None:
+        """Refuse, after the method was attached, a model that does not serve the task."""
+
+    def finish(self, config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
+        """Pictures and the like, written into the folder of a run at its end."""
+
+    def predict(self, file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
+        """Apply a checkpoint to files; see ``vpeft.engine.predict``."""
+
+
+def kind_of(config: DictConfig) -> Kind:
+    """The module that stands for the configuration's kind of task."""
+    return import_module(f".{config.task}", __name__)

@@ -1,0 +1,71 @@
+"""Image classification: the timm model with a classifier of the data's classes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ... import checkpoint
+from ...data import Datasets, build_datasets, check_source
+from ...errors import CheckpointError, ConfigError, DataError
+from ...sites import input_size
+from ...tasks import Classification
+from ..build import build_model, data_stats, pretrained_cfg
+from . import Built
+
+TASK = Classification
+
+
+def check(config: DictConfig) -> None:
+    check_source(config.data)
+
+
+def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
+    stats = data_stats(config, pretrained_cfg(config.model.name))
+    data = build_datasets(config.data, config.augment, stats, seed=config.seed, **kwargs)
+    if config.data.num_classes not in (None, len(data.classes)):
+        raise DataError(
+            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(data.classes)}"
+        )
+    return data, stats
+
+
+build_backbone = build_model
+
+
+def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
+    task = Classification(num_classes, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+    return Built(backbone, backbone, task)
+
+
+@torch.no_grad()
+def check_attached(built: Built, num_classes: int) -> None:
+    """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps)."""
+    model = built.model
+    like = next(model.parameters())
+    training = model.training
+    width = model.eval()(torch.zeros(1, *input_size(model), dtype=like.dtype, device=like.device)).shape[-1]
+    model.train(training)
+    if width != num_classes:
+        raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
+
+
+def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
+    pass
+
+
+@torch.inference_mode()
+def predict(file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
+    """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per image, best class first."""
+    from ..predict import ImageFiles, find_images, ranked, rebuilt, transform_of
+
+    files = find_images(paths)
+    if not file.head_names:
+        raise CheckpointError(f"{file.path} holds no classifier")
+    built, device = rebuilt(file, options["weights"])
+    loader = DataLoader(ImageFiles(files, transform_of(file)), options["batch_size"])
+    scores = (row for batch in loader for row in built.model(batch.to(device)).float().softmax(-1).cpu())
+    return ranked(file, files, scores, options["topk"])
