@@ -44,9 +44,10 @@ TIMM_MODULES = (
 
 # What a method cannot do on a model, which attach must say; everything else must work.
 REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
-# Tensors that cannot get a gradient, by the method's own form: patches changed after the last attention, where the class
-# token is pooled.
+# Parts of names whose tensors cannot get a gradient, by the method's own form: patches changed after the last attention,
+# where the class token is pooled; a bias between frames, where a clip has one.
 UNREACHED = {("st_adapter", kind): "blocks.2.st_adapter_mlp." for kind in ("vit", "vit_reg")}
+UNREACHED["aim", "swin"] = "temporal.bias_table"
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
 
 

@@ -74,7 +74,7 @@ def test_only_the_method_and_the_head_train(method, kind):
     assert len(names) == len(largest)
     for name, gradient in zip(names, largest, strict=True):
         assert torch.isfinite(gradient), name
-        assert (gradient > 0) != name.startswith(UNREACHED.get((method, kind), "-")), name
+        assert (gradient > 0) != (UNREACHED.get((method, kind), "-") in name), name
     live = dict(model.named_parameters())
     assert all(torch.equal(live[n], value) for n, value in frozen.items())
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())

@@ -64,9 +64,9 @@ from .sites import (
 )
 
 __all__ = [
-    "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "Clip", "EditStream", "ExistingTensors", "ExtraKeys", "ExtraQueries", "FeedBack",
-    "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows", "MadeKeys", "MapOutput",
-    "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "clips", "set_tensor",
+    "FIRST", "IMAGE", "LAST", "AddToBranch", "AddToLinear", "Clip", "EditStream", "ExistingTensors", "ExtraKeys",
+    "ExtraQueries", "FeedBack", "FeedFeatures", "Folded", "Grid", "InsertTokens", "Intervention", "JoinWindows",
+    "MadeKeys", "MapOutput", "ReplaceTensor", "ScaleAndShift", "ScalesNearZero", "Tap", "WideHead", "clips", "set_tensor",
 ]  # fmt: skip
 
 
@@ -446,7 +446,7 @@ class ScaleAndShift(MapOutput):
         if not hasattr(module, "bias"):
             return f"{self.place.path} ({type(module).__name__}) has no bias to fold the shift into"
         # torch's own layers accept a bias made later; a norm without one may not.
-        if module.bias is None and not isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+        if module.bias is None and not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
             return f"{self.place.path} ({type(module).__name__}) takes no bias to fold the shift into"
         return None
 
@@ -1075,7 +1075,7 @@ class Grid(Intervention):
         self.place = block if self.maps else sites.stem
         self.size = (0, 0)
         if not self.maps:
-            grid_of(self.place.module, sites.input_size[1:])  # refuses a stem that cannot tell
+            grid_of(self.place.module, sites.input_size[-2:])  # refuses a stem that cannot tell
 
     @property
     def passive(self) -> bool:
@@ -1111,6 +1111,10 @@ class Clip(Intervention):
 
     def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):
         super().__init__(LAST)
+        if len(sites.input_size) != 3:
+            raise UnsupportedModelError(
+                "the model's tokens span the clip already; this method is for models of single frames"
+            )
         self.place, self.default, self.fixed = sites.stem, default, fixed
         self.told: int | None = None
         self.length = default
@@ -1131,7 +1135,9 @@ class Clip(Intervention):
         rows = (args[0] if args else kwargs["x"]).shape[0]
         length = self.default if self.told is None else self.told
         if self.fixed and length not in (1, self.default):
-            raise MethodError(f"clips of {length} frames, but the method was made for {self.default}: give it frames={length}")
+            raise MethodError(
+                f"clips of {length} frames, but the method is made for {self.default}: give it frames={length}"
+            )
         if rows % length:
             raise MethodError(
                 f"{rows} rows are no whole number of clips of {length} frames; give the rows (clips * frames, C, H, W) and "

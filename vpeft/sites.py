@@ -162,7 +162,7 @@ class Sites:
         patch_norm: the norm after it, or None where there is none.
         final_norms: the norms between the last block and the classifier that are real (``norm``, ``fc_norm``).
         heads: the classifiers (two in a distilled DeiT; none with ``num_classes=0``).
-        input_size: (channels, height, width) of the dry forward.
+        input_size: (channels, height, width) of the dry forward; (channels, frames, height, width) of a clip's.
     """
 
     def __init__(self, model: nn.Module):
@@ -173,7 +173,7 @@ class Sites:
         self.prefix_tokens = 0 if self.blocks[0].maps else int(getattr(model, "num_prefix_tokens", 0))
         embed = getattr(model, "patch_embed", None)
         self.patch_embed = self.patch_norm = None
-        if isinstance(getattr(embed, "proj", None), nn.Conv2d | nn.Linear):
+        if isinstance(getattr(embed, "proj", None), nn.Conv2d | nn.Conv3d | nn.Linear):
             self.patch_embed = Place("patch_embed.proj", embed.proj)
         if embed is not None and is_norm(getattr(embed, "norm", None)):
             self.patch_norm = Place("patch_embed.norm", embed.norm)
@@ -181,6 +181,17 @@ class Sites:
             Place(name, getattr(model, name)) for name in ("norm", "fc_norm") if is_norm(getattr(model, name, None))
         ]
         self.heads = head_places(model)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the image, for methods that change or read pixels.
+
+        Raises:
+            UnsupportedModelError: the model takes clips.
+        """
+        if len(self.input_size) != 3:
+            raise UnsupportedModelError("the model takes whole clips, and this method acts on the pixels of one image")
+        return self.input_size
 
     def choose(self, blocks: Any) -> list[BlockSite]:
         """The blocks that ``"8-11"``, ``"0,4,8-11"``, ``[0, 4]``, ``[-1]``, a number or None (all) names.
@@ -319,16 +330,18 @@ def head_paths(model: nn.Module) -> list[str]:
     return [h.path for h in head_places(model)]
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that the model is built for."""
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """(channels, height, width) that the model is built for; (channels, frames, height, width) where it takes clips."""
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     channels, height, width = cfg.get("input_size", (3, 224, 224))
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
-    weights = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (weights.in_channels if weights is not None else channels), int(height), int(width)
+    weights = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    frames = getattr(embed, "frames", None)
+    clip = () if frames is None else (int(frames),)
+    return (weights.in_channels if weights is not None else channels), *clip, int(height), int(width)
 
 
 def block_indices(blocks: Any, depth: int) -> list[int]:
@@ -478,7 +491,7 @@ def _evaluating(model: nn.Module):
             module.training = mode
 
 
-def dry_forward(model: nn.Module, size: tuple[int, int, int]) -> None:
+def dry_forward(model: nn.Module, size: tuple[int, ...]) -> None:
     """One forward of one blank image, without gradients, in eval mode, on the model's own device and dtype.
 
     Raises:
@@ -497,7 +510,7 @@ def dry_forward(model: nn.Module, size: tuple[int, int, int]) -> None:
             ) from error
 
 
-def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, int, int]) -> None:
+def prove_alive(model: nn.Module, places: Iterable[Place], size: tuple[int, ...]) -> None:
     """One dry forward in which every given module must be called.
 
     Raises:
@@ -763,6 +776,6 @@ def grid_of(stem: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_fan(sites: Sites) -> int:
-    """Values of one patch per channel group of three: 3 * patch height * patch width (VPT's initial bound)."""
+    """Values of one patch of three channels: 3 * patch height * patch width, times its frames (VPT's initial bound)."""
     weight = sites.patch_embed.module.weight
-    return 3 * math.prod(weight.shape[-2:]) if weight.ndim == 4 else weight.shape[1]
+    return 3 * math.prod(weight.shape[2:]) if weight.ndim > 2 else weight.shape[1]

@@ -5,9 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from compare import VIT_B, VIT_L, compare, count, kinds, state
-from einops import rearrange
 from models import UNREACHED, images, make, randomise, train_steps
 from reference import Reference
 
@@ -32,7 +30,8 @@ class AIM(Reference):
         heads, bias = self.model.get_submodule(path).attn.num_heads, None
         if x.ndim == 4:
             table = self.s[f"{path}.aim.temporal.bias_table"]
-            bias = torch.stack([torch.stack([table[i - j + frames - 1] for j in range(frames)], 1) for i in range(frames)], 1)
+            index = torch.tensor([[i - j + frames - 1 for j in range(frames)] for i in range(frames)])
+            bias = table[index].permute(2, 0, 1)
         out = []
         for z in clips:
             if method.num_t_adapters == 2:
@@ -158,7 +157,7 @@ def test_wrong_numbers_of_frames():
     handle = vpeft.attach(model, "aim", frames=4)
     with pytest.raises(vpeft.MethodError, match=r"6 rows are no whole number of clips of 4 frames.*vpeft\.clips"):
         model(images(model, 6))
-    with pytest.raises(vpeft.MethodError, match=r"clips of 3 frames, but the method was made for 4.*frames=3"), vpeft.clips(model, 3):
+    with pytest.raises(vpeft.MethodError, match=r"clips of 3 frames, but .* made for 4.*frames=3"), vpeft.clips(model, 3):
         model(images(model, 6))
     with pytest.raises(vpeft.MethodError, match="no number of frames"), vpeft.clips(model, 0):
         pass
@@ -224,7 +223,7 @@ class TestClips:
         largest = train_steps(model, handle)
         names = [n for n, p in [*handle.named_parameters(), *handle.head_parameters()] if p.requires_grad]
         still = {n for n, g in zip(names, largest, strict=True) if not g > 0}
-        assert still == {n for n in names if n.startswith(UNREACHED.get((method, "vit"), "-"))}
+        assert still == {n for n in names if UNREACHED.get((method, "vit"), "-") in n}
 
 
 def nn_holder(model):

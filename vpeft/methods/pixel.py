@@ -26,7 +26,7 @@ class PixelPrompt(MapOutput):
 
     def __init__(self, sites: Sites, chosen: Tensor | None):
         super().__init__(sites.stem, FIRST, on_input=True)
-        self.size = sites.input_size[1:]
+        self.size = sites.image_size[1:]
         self.heads = sites.heads if chosen is not None else []
         self.picks = True
         self.register_buffer("map", chosen)
@@ -94,14 +94,14 @@ def frame(up: Tensor, down: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def frame_parts(sites: Sites, pad: int) -> dict[str, nn.Parameter]:
     """Random sides of a frame."""
-    channels, height, width = sites.input_size
+    channels, height, width = sites.image_size
     shapes = dict.fromkeys(("up", "down"), (pad, width)) | dict.fromkeys(("left", "right"), (height - 2 * pad, pad))
     return {side: nn.Parameter(torch.randn(channels, *shape)) for side, shape in shapes.items()}
 
 
 def frame_width(method: PixelMethod, sites: Sites, sides: int = 2) -> int:
     """``method.pad``, or its default for this image, where something of the image is left between so many sides."""
-    height, width = sites.input_size[1:]
+    height, width = sites.image_size[1:]
     pad = method.pad or max(1, round(30 / 224 * min(height, width)))
     if sides * pad >= min(height, width):
         raise MethodError(f"{method.name}.pad: {pad} pixels leave nothing of an image of {height}x{width}")
@@ -131,7 +131,7 @@ class Patch(PixelPrompt):
     def __init__(self, sites: Sites, chosen: Tensor | None, pad: int, moves: bool, draw_in_eval: bool):
         super().__init__(sites, chosen)
         self.moves, self.draw_in_eval = moves, draw_in_eval
-        self.patch = nn.Parameter(torch.randn(sites.input_size[0], pad, pad))
+        self.patch = nn.Parameter(torch.randn(sites.image_size[0], pad, pad))
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_size(x)

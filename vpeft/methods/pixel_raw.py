@@ -40,7 +40,7 @@ class Surround(PixelPrompt):
         # As the original of ILM-VP: the odd row is above, the odd column on the left.
         top, left = (height - h + 1) // 2, (width - w + 1) // 2
         self.margins = (left, width - w - left, top, height - h - top)
-        self.prompt = nn.Parameter(torch.zeros(sites.input_size))
+        self.prompt = nn.Parameter(torch.zeros(sites.image_size))
         mean, std = method.statistics(sites)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -109,7 +109,7 @@ class RawMethod(PixelMethod):
 
     def inner_size(self, sites: Sites) -> tuple[int, int]:
         """Height and width of the shrunk image, whose shorter side is ``inner``."""
-        size = sites.input_size[1:]
+        size = sites.image_size[1:]
         short = min(size)
         inner = self.inner or max(1, round(self.usual / 224 * short))
         if inner >= short:
@@ -122,7 +122,7 @@ class RawMethod(PixelMethod):
         found = []
         for option in ("mean", "std"):
             values = getattr(self, option) or config.get(option)
-            channels = sites.input_size[0]
+            channels = sites.image_size[0]
             if values is None or len(values) != channels:
                 raise MethodError(f"{self.name}.{option}: the model tells none for its {channels} channels; give {channels}")
             found.append(torch.tensor(values, dtype=torch.float64))

@@ -55,7 +55,7 @@ class Blend(FeedBack):
     def __init__(self, sites: Sites, image: Tap, method: "SideTuning"):
         super().__init__(sites, sites.pooled, LAST, image, on_input=True)
         self.alpha = nn.Parameter(torch.full((1,), method.alpha_init))
-        self.side = side_model(method.side, sites.input_size, pooled_width(sites))
+        self.side = side_model(method.side, sites.image_size, pooled_width(sites))
         exempt = getattr(self.side, "no_weight_decay", set)()
         self.no_decay = frozenset({"alpha", *(f"side.{name}" for name in exempt)})
 

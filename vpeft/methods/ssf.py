@@ -56,7 +56,7 @@ class SSF(Method):
         if self.blocks is None:
             embed = sites.patch_embed
             if embed is not None:
-                conv = isinstance(embed.module, nn.Conv2d)
+                conv = isinstance(embed.module, nn.Conv2d | nn.Conv3d)
                 width = embed.module.out_channels if conv else embed.module.out_features
                 yield f"{embed.path}.ssf", ScaleShift(embed, FIRST, width, near, channel_first=conv)
             if sites.patch_norm is not None:
