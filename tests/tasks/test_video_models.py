@@ -50,7 +50,13 @@ def exercise(model, handle, x):
 def test_every_method_runs_on_frames(method, kind):
     backbone = make(kind)
     x = clip_of(backbone)
-    exercise(FramewiseModel(backbone), ready(backbone, method, x), x)
+    handle = ready(backbone, method, x)
+    exercise(FramewiseModel(backbone), handle, x)
+    randomise(handle)
+    handle.eval()
+    with torch.no_grad(), vpeft.clips(backbone, 3):
+        frames = backbone(x.transpose(1, 2).flatten(0, 1))
+        assert torch.allclose(FramewiseModel(backbone)(x), frames.unflatten(0, (2, 3)).mean(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -69,6 +75,7 @@ def test_pixel_prompts_lie_on_every_frame_of_a_joint_model(method):
     seen = []
 
     def input_of(model, x):
+        torch.manual_seed(2)
         handle = vpeft.attach(model, method)
         randomise(handle)
         hook = model.patch_embed.register_forward_hook(lambda m, args, output: seen.append(args[0]))
@@ -126,11 +133,24 @@ def test_pooling_before_the_norm(kind):
         assert torch.allclose(FramewiseModel(backbone, "before")(x), expected, atol=1e-12)
 
 
-def test_pooling_before_the_norm_and_methods_behind_it():
-    backbone = make("vit")
-    vpeft.attach(backbone, "vqt")
+# Methods that act on the features of every frame behind the last block.
+BEHIND = {("ladder_adapter", "vit"), ("ladder_adapter", "swin"), ("lst", "vit"), ("vqt", "vit"), ("side_tuning", "vit")}
+BEHIND |= {("side_tuning", "swin"), ("vpt_shallow", "swin"), ("vpt_deep", "swin"), ("e2vpt", "swin")}
+
+
+@pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c[1] != "vit_reg"])
+def test_every_method_pooled_before_the_norm_or_refused(method, kind):
+    backbone = make(kind)
+    x = clip_of(backbone)
+    handle = ready(backbone, method, x)
+    model = FramewiseModel(backbone, "before")
+    if (method, kind) not in BEHIND:
+        exercise(model, handle, x)
+        return
     with pytest.raises(vpeft.UnsupportedModelError, match="use pool='after'"):
-        FramewiseModel(backbone, "before")(clip_of(backbone))
+        model(x)
+    handle.disable()
+    assert model(x).shape == (2, 5)
 
 
 @pytest.mark.parametrize("method", ["aim", "st_adapter"])
@@ -303,22 +323,17 @@ def test_inflated_patches_of_a_still_clip(kernel):
 
 
 def test_embedded_image_backbone_starts_a_joint_model():
-    """With tokens that see only their own frame, a still clip has the image's mean of patches for features."""
+    """One tubelet of equal frames is the image: its blocks on its patches alone, their mean, and its norm."""
     name = "vit_micro_patch4_28.vpeft_fashion"
-    image = timm.create_model(name, pretrained=True, num_classes=0, global_pool="avg", fc_norm=False).eval()
-    model = inflate(joint_vit(name, frames=2, tubelet=2, num_classes=0).eval(), image)
+    image = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    model = inflate(joint_vit(name, frames=2, tubelet=2, num_classes=3).eval(), image)
     x = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
-    taken = {}
-    model.patch_embed.register_forward_hook(lambda m, a, y: taken.update(tokens=y))
-    image.pos_embed.data[:, 0] = 0
-    clip = x[:, :, None].expand(-1, -1, 2, -1, -1)
     with torch.no_grad():
-        model(clip)
-        assert torch.allclose(taken["tokens"], image.patch_embed(x), atol=1e-5)
-        model.pos_embed = image.pos_embed[:, 1:]  # one tubelet: its time of 0 sets the cosines apart, taken out here
-        tokens = image.patch_embed(x) + image.pos_embed[:, 1:]
-        expected = F.layer_norm(image.blocks(tokens).mean(1), (tokens.shape[-1],), image.norm.weight, image.norm.bias, 1e-6)
-        assert torch.allclose(model(clip), expected, atol=1e-5)
+        tokens = image.patch_embed(x) + model.pos_embed
+        norm = image.norm
+        expected = F.layer_norm(image.blocks(tokens).mean(1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        features = model.forward_features(x[:, :, None].repeat(1, 1, 2, 1, 1))
+        assert torch.allclose(model.forward_head(features, pre_logits=True), expected, atol=1e-5)
 
 
 def test_joint_models_parts():

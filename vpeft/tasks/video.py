@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError, VpeftError
-from ..interventions import FeedFeatures, WideHead, clips
+from ..interventions import Intervention, clips
 
 
 class FramewiseModel(nn.Module):
@@ -77,7 +77,7 @@ class FramewiseModel(nn.Module):
     def _before(self, clip: Tensor) -> Tensor:
         backbone = self.backbone
         for part in backbone.modules():
-            if isinstance(part, FeedFeatures | WideHead) and part.enabled:
+            if isinstance(part, Intervention) and part.whole and part.enabled:
                 raise UnsupportedModelError(
                     f"pool='before': an attached method ({type(part).__name__}) needs the features of every frame behind "
                     "the final norm; use pool='after'"
