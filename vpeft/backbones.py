@@ -14,7 +14,7 @@ from pathlib import Path
 import timm
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__: list[str] = []
 
@@ -60,6 +60,7 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer
         VisionTransformer,
         "vit_micro_patch4_28",
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # resamples the positions for another img_size
         feature_cfg={"out_indices": (1, 3, 5), "feature_cls": "getter"},
         **dict(args, **kwargs),
     )

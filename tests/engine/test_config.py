@@ -99,4 +99,8 @@ def test_shipped_configurations_are_valid(tmp_path):
         config = load_config(file)
         if config.data.source == "fashion_mnist":
             config.data.root = str(tmp_path)
+        if "published" in file.parts:  # sound up to the videos, which nobody has here
+            with pytest.raises(vpeft.DataError, match=r"data\.root: folder '.*' does not exist"):
+                check(config)
+            continue
         check(config)

@@ -66,7 +66,10 @@ class ShardedBatches(Sampler):
             order = list(range(self.length))
         for i in range(len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in batch[self.rank :: self.world]]
+            share = [(self.epoch, index) for index in batch[self.rank :: self.world]]
+            # In evaluation, which has no step to take together, a process without a sample of the last batch is done.
+            if share or self.shuffle:
+                yield share
 
 
 def make_loader(
@@ -83,8 +86,12 @@ def make_loader(
     """A loader of this process's share of each global batch; set ``loader.batch_sampler.epoch`` before an epoch.
 
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
+    A data set that has a ``collate`` makes its batches with it.
     """
-    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    common = {
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0,
+        "collate_fn": getattr(dataset, "collate", None),
+    }  # fmt: skip
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
     batches = ShardedBatches(

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from ..errors import VpeftError
 
@@ -123,6 +124,43 @@ def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
     return run
 
 
+def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    from .config import MotionConfig
+
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the clips are written")
+    for option in fields(MotionConfig):
+        parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=f"default {option.default}")
+
+    def run(args: argparse.Namespace) -> None:
+        from omegaconf import OmegaConf
+
+        from ..data.motion import make_motion
+
+        motion = MotionConfig(**{option.name: getattr(args, option.name) for option in fields(MotionConfig)})
+        make_motion(args.out, OmegaConf.structured(motion))
+        print(f"{args.out}: {args.train} training and {args.test} test clips, with lists train.txt and test.txt")
+
+    return run
+
+
+def _bench_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("paths", nargs="*", metavar="FILE", help="videos or folders of them; made ones where none is given")
+    parser.add_argument("--clips", type=int, default=200, help="clips to read")
+    parser.add_argument("--frames", type=int, default=8, help="of each clip")
+    parser.add_argument("--stride", type=int, default=4, help="from one frame to the next")
+    parser.add_argument("--size", type=int, default=224, help="of the crop, in pixels")
+    parser.add_argument("--workers", type=int, default=0, help="of the loader")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..bench.decode import bench_decode
+
+        bench_decode(
+            args.paths, clips=args.clips, frames=args.frames, stride=args.stride, size=args.size, workers=args.workers
+        )
+
+    return run
+
+
 COMMANDS = {
     "train": (_train, "train a method on a data set"),
     "test": (_test, "evaluate a checkpoint on a data set"),
@@ -131,6 +169,8 @@ COMMANDS = {
     "methods": (_methods, "list the methods, or describe one"),
     "bench": (_bench, "measure time and memory of methods on a backbone"),
     "docs": (_docs, "write the pages in docs/ that are made from the registry"),
+    "motion-clips": (_motion_clips, "write video files whose label is how a garment moves"),
+    "bench-decode": (_bench_decode, "measure how many clips per second are decoded"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }
 

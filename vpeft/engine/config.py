@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..data.video.sampling import SAMPLINGS
 from ..errors import ConfigError, did_you_mean
 from .kinds import KINDS
 
@@ -144,6 +145,56 @@ class WandbConfig:
 
 
 @dataclass
+class MotionConfig:
+    """The generated motion clips (``data.source: motion``), written into ``data.root`` where they are not there yet.
+
+    Numbers of clips, canvas and garment's speed in pixels (per frame), rotation in degrees per frame.
+    """
+
+    train: int = 1000
+    test: int = 500
+    size: int = 28
+    frames: int = 16
+    speed: int = 2
+    turn: float = 30.0
+    seed: int = 0
+
+
+@dataclass
+class VideoConfig:
+    """Clips of ``task: video``: how they are cut from videos, and how the backbone sees them.
+
+    ``mode``: ``framewise`` (each frame through the image backbone, features averaged over time) or ``joint`` (tokens of
+    space and time together; each spans ``tubelet`` frames). Frame by frame, ``pool`` takes the mean over time ``after``
+    or ``before`` the final norm, with ``dropout`` in front of the classifier.
+    ``sampling``: ``uniform`` (a frame from each of ``frames`` equal segments), ``dense`` or ``videomae`` (every
+    ``stride``-th frame). A video is judged by the mean over ``views`` (in time) x ``crops`` (along the long side).
+    ``lists`` is the folder of the list files where they are not in ``data.root``; ``fold`` is HMDB51's split;
+    ``template`` names the frames where videos are folders of pictures; ``cache`` is a folder for frame counts where the
+    one of the lists cannot be written. ``flip`` allows mirrored clips (``augment.hflip``).
+    """
+
+    mode: str = "framewise"
+    frames: int = 8
+    stride: int = 1
+    sampling: str = "uniform"
+    tubelet: int = 2
+    pool: str = "after"
+    dropout: float = 0.0
+    views: int = 1
+    crops: int = 1
+    short_side: int | None = None
+    flip: bool = False
+    skip_broken: bool = False
+    min_frames: int = 1
+    template: str | None = None
+    lists: str | None = None
+    fold: int = 1
+    cache: str | None = None
+    motion: MotionConfig = field(default_factory=MotionConfig)
+
+
+@dataclass
 class Config:
     """A whole experiment."""
 
@@ -161,6 +212,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -174,6 +226,9 @@ CHOICES = {
     "wandb.mode": ("disabled", "offline", "online"),
     "data.crop_mode": ("center", "squash", "border"),
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+    "video.mode": ("framewise", "joint"),
+    "video.sampling": SAMPLINGS,
+    "video.pool": ("after", "before"),
     "schedule.name": ("cosine", "tanh", "step", "multistep", "poly", "constant", "none"),
 }
 # (lowest, highest) allowed value; None is open.
@@ -207,6 +262,20 @@ RANGES = {
     "train.label_smoothing": (0, 0.99),
     "train.ema": (0, 0.999999),
     "cache.budget_gb": (0, None),
+    "video.frames": (1, None),
+    "video.stride": (1, None),
+    "video.tubelet": (1, None),
+    "video.dropout": (0, 0.99),
+    "video.views": (1, None),
+    "video.crops": (1, None),
+    "video.short_side": (1, None),
+    "video.min_frames": (1, None),
+    "video.fold": (1, 3),
+    "video.motion.train": (1, None),
+    "video.motion.test": (1, None),
+    "video.motion.size": (14, None),
+    "video.motion.frames": (1, None),
+    "video.motion.seed": (0, None),
 }
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,6 +214,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
             "train_seconds": round(trained, 3),
+            "data_seconds": round(self.waited, 3),
         }
         values = self.evaluate("val")
         row |= {f"val_{k}": v for k, v in values.items()}
@@ -228,7 +229,10 @@ class Trainer:
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["step"])
         keys = ("lr", "train_loss", "val_loss", f"val_{self.task.monitor}")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
-        self.run.logger.info("epoch %d/%d  %s  %.1fs", self.epoch, self.epochs, shown, trained)
+        share = 100 * self.waited / trained
+        self.run.logger.info(
+            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)", self.epoch, self.epochs, shown, trained, share
+        )
 
     def _train_epoch(self) -> float:
         """One pass over the training split; the mean loss per sample, over all processes."""
@@ -243,8 +247,10 @@ class Trainer:
             batches.batch_sampler.epoch = self.epoch
         total, count = torch.zeros((), dtype=torch.float64), 0
         with self._progress() as advance:
-            for i, (images, labels) in enumerate(batches):
-                size = len(labels) * accelerator.num_processes if streamed else batches.batch_sampler.global_size(i)
+            for i, (images, labels) in enumerate(self._timed(batches)):
+                # One process sees whole batches; a data set may have left out what it could not read.
+                whole = streamed or accelerator.num_processes == 1
+                size = len(labels) * accelerator.num_processes if whole else batches.batch_sampler.global_size(i)
                 loss = self._step(images.to(accelerator.device), labels.to(accelerator.device), size)
                 self.scheduler.step_update(self.epoch * self.steps_per_epoch + i + 1)
                 total += loss.cpu().double()
@@ -258,6 +264,17 @@ class Trainer:
                 f"The last good state is in {self.run.path}"
             )
         return mean
+
+    def _timed(self, batches: Iterable) -> Iterator:
+        """The batches; ``waited`` becomes the seconds that the loop stood still for them in this epoch."""
+        self.waited, batches = 0.0, iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _mode(self, training: bool) -> None:
         drops = self.config.model.drop_path or self.config.model.drop

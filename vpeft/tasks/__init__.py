@@ -2,5 +2,6 @@
 
 from .base import Task
 from .classification import Classification
+from .video_task import VideoClassification
 
-__all__ = ["Classification", "Task"]
+__all__ = ["Classification", "Task", "VideoClassification"]

@@ -12,7 +12,7 @@ from ... import checkpoint
 from ...data import Datasets
 from ...tasks import Task
 
-KINDS = ("classification",)
+KINDS = ("classification", "video")
 
 
 @dataclass

@@ -1,0 +1,85 @@
+"""How many clips per second come out of video files."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..data import make_loader
+from ..data.embedded import fashion_mnist
+from ..data.motion import MOTIONS, motion_frames, write_video
+from ..data.video import find_videos, open_files
+from ..data.video.decode import read_frames
+from ..data.video.sampling import random_clip
+
+MADE, LENGTH, KEYS = 16, 128, 32
+
+
+def bench_decode(
+    paths: Sequence[str | Path] = (),
+    *,
+    clips: int = 200,
+    frames: int = 8,
+    stride: int = 4,
+    size: int = 224,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Decode random clips, print and return the rates in clips per second.
+
+    Args:
+        paths: video files or folders of them; 16 made ones of ``size`` x ``size`` and 128 frames where there are none.
+        clips: how many to read.
+        frames, stride: of each clip, sampled densely.
+        size: short side and crop.
+        workers: of the loader; 0 for this process.
+
+    Returns:
+        ``decode``: only the clip's frames, by seeking; ``sequential``: decoding each file up to the clip's last frame;
+        ``loader``: seeking, resizing, normalising and batching by the data set's loader.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = find_videos(paths or [_made(Path(folder), size)])
+        video = OmegaConf.create(
+            {"frames": frames, "stride": stride, "sampling": "dense", "views": 1, "crops": 1, "short_side": size,
+             "template": None, "skip_broken": False}
+        )  # fmt: skip
+        stats = {"input_size": (3, size, size), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+                 "interpolation": "bicubic", "crop_pct": 1.0}  # fmt: skip
+        found = open_files(files, video, stats)
+        found.training, found.transform = True, found.transform.centre
+        data = found.subset([i % len(files) for i in range(clips)])
+        wanted = [random_clip("dense", t.count, frames, stride) for t in data.timelines]
+        rates = {
+            "decode": _rate(clips, lambda i: read_frames(data.videos[i].path, wanted[i], data.timelines[i])),
+            "sequential": _rate(
+                clips, lambda i: read_frames(data.videos[i].path, range(wanted[i][-1] + 1), data.timelines[i])
+            ),
+        }
+        loader = make_loader(data, min(8, clips), train=True, workers=workers)
+        started = time.perf_counter()
+        seen = sum(len(labels) for _, labels in loader)
+        rates["loader"] = seen / (time.perf_counter() - started)
+    for name, rate in rates.items():
+        print(f"{name:12s} {rate:8.1f} clips per second ({frames} frames, stride {stride}, {len(files)} files)")
+    return rates
+
+
+def _rate(clips: int, read) -> float:
+    started = time.perf_counter()
+    for i in range(clips):
+        read(i)
+    return clips / (time.perf_counter() - started)
+
+
+def _made(folder: Path, size: int) -> Path:
+    """Garments that move in a large picture, with key frames as far apart as in common videos."""
+    garments = fashion_mnist(None, "test").images
+    for i in range(MADE):
+        rng = np.random.default_rng(i)
+        moving = motion_frames(garments[i], i % len(MOTIONS), size=size, frames=LENGTH, speed=3, turn=5.0, rng=rng)
+        write_video(folder / f"{i:02d}.mp4", moving, rate=25, keys=KEYS)
+    return folder

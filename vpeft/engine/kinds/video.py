@@ -1,0 +1,123 @@
+"""Action recognition: a timm backbone run over clips, frame by frame or on tokens of space and time."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ... import checkpoint
+from ...data import Datasets
+from ...data.video import Clips, build_clips, check_video_source, find_videos, open_files
+from ...errors import CheckpointError, ConfigError, DataError
+from ...sites import input_size
+from ...tasks import VideoClassification
+from ...tasks.video import FramewiseModel, inflate, joint_vit, load_videomae
+from ...tasks.video_task import view_mean
+from ..build import build_model, data_stats, pretrained_cfg
+from . import Built
+
+TASK = VideoClassification
+
+
+def check(config: DictConfig) -> None:
+    video = config.video
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise ConfigError("task: videos are read with PyAV; pip install av (or vpeft[video])") from None
+    if video.mode == "joint" and video.frames % video.tubelet:
+        raise ConfigError(f"video.frames: {video.frames} frames do not make whole tubelets of {video.tubelet}")
+    if video.mode == "joint" and (video.dropout or video.pool != "after"):
+        raise ConfigError("video.pool, video.dropout: they are for mode=framewise; the joint model has model.drop")
+    check_video_source(config.data, video)
+
+
+def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
+    stats = data_stats(config, pretrained_cfg(config.model.name))
+    data = build_clips(config.data, config.augment, config.video, stats, seed=config.seed, **kwargs)
+    if config.data.num_classes not in (None, len(data.classes)):
+        raise DataError(
+            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(data.classes)}"
+        )
+    return data, stats
+
+
+def build_backbone(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
+    """Frame by frame: the image model. Joint: a ViT of tubelets, from VideoMAE's file or inflated from the image model."""
+    m, video = config.model, config.video
+    if video.mode == "framewise":
+        return build_model(config, num_classes, keep_head)
+    if keep_head:
+        raise ConfigError(
+            f"method: {config.method.name} keeps the classifier of the weights, which the joint model has none of; "
+            "choose video.mode=framewise"
+        )
+    kwargs = OmegaConf.to_container(m.kwargs) | ({"img_size": m.img_size} if m.img_size else {})
+    timm.layers.set_fused_attn(config.train.fused_attention)
+    model = joint_vit(
+        m.name, frames=video.frames, tubelet=video.tubelet, num_classes=num_classes, drop_path_rate=m.drop_path,
+        drop_rate=m.drop, **kwargs,
+    )  # fmt: skip
+    if m.pretrained and m.checkpoint:
+        load_videomae(model, m.checkpoint)
+    elif m.pretrained:
+        inflate(model, timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs))
+    return model
+
+
+def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
+    task = VideoClassification(num_classes, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+    if config.video.mode == "joint":
+        return Built(backbone, backbone, task)
+    return Built(FramewiseModel(backbone, config.video.pool, config.video.dropout), backbone, task)
+
+
+@torch.no_grad()
+def check_attached(built: Built, num_classes: int) -> None:
+    """Refuse a model whose outputs are not one per class."""
+    model, like = built.model, next(built.model.parameters())
+    training = model.training
+    channels, *frames, height, width = input_size(built.backbone)
+    clip = torch.zeros(1, channels, *(frames or [1]), height, width, dtype=like.dtype, device=like.device)
+    outputs = model.eval()(clip).shape[-1]
+    model.train(training)
+    if outputs != num_classes:
+        raise ConfigError(f"method.options.classes: the model gives {outputs} outputs for {num_classes} classes of the data")
+
+
+def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
+    """Say what was left out: nothing is put in the place of a broken video."""
+    for split in ("train", "val", "test"):
+        clips: Clips | None = getattr(data, split)
+        if clips is not None and (clips.left_out or clips.skipped()):
+            logging.getLogger(f"vpeft.run.{folder}").warning(
+                "%s: %d videos left out when the lists were opened, %d reads skipped later", split, len(clips.left_out),
+                clips.skipped(),
+            )  # fmt: skip
+
+
+@torch.inference_mode()
+def predict(file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
+    """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per video, best class first."""
+    from ..predict import config_of, ranked, rebuilt
+
+    video = config_of(file).video
+    files = find_videos(paths, video.template)
+    if not file.head_names:
+        raise CheckpointError(f"{file.path} holds no classifier")
+    clips = open_files(files, video, file.about["data"])
+    built, device = rebuilt(file, options["weights"])
+    # A file that cannot be read ends the command: what was asked for has no answer.
+    views = (torch.stack([clips.clip(i) for i in part]) for part in chunks(range(len(files)), options["batch_size"]))
+    scores = (row for batch in views for row in view_mean(built.model, batch, device).cpu())
+    return ranked(file, files, scores, options["topk"])
+
+
+def chunks(indices: range, size: int) -> Iterator[range]:
+    """Consecutive parts of at most ``size``."""
+    return (indices[i : i + size] for i in range(0, len(indices), size))
