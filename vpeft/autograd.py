@@ -82,7 +82,8 @@ class FrozenLinearPlus(torch.autograd.Function):
             inner *= mask
         y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
-        return y.view(*x.shape[:-1], -1), low, inner
+        # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))), low, inner
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:

@@ -89,6 +89,7 @@ class Intervention(nn.Module):
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         flexible: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         held: names of own attributes that hold something from one hook of a forward to a later one, None in between.
+        whole: behind the last block it needs the features of every image and place; it cannot act on their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         enabled: hooks do nothing where False.
     """
@@ -98,6 +99,7 @@ class Intervention(nn.Module):
     no_decay: frozenset[str] = frozenset()
     flexible: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
+    whole: bool = False
 
     def __init__(self, position: int):
         super().__init__()
@@ -965,6 +967,7 @@ class FeedBack(MapOutput):
         self.model = Place("", sites.model)
         object.__setattr__(self, "tap", tap)
         self.turn = tap.join()
+        self.whole = position == LAST
 
     def feed(self, state: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
@@ -1027,6 +1030,7 @@ class WideHead(Intervention):
     """
 
     routable = False
+    whole = True
 
     def __init__(self, sites: Sites, more: int):
         super().__init__(LAST)

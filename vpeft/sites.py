@@ -184,14 +184,9 @@ class Sites:
 
     @property
     def image_size(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the image, for methods that change or read pixels.
-
-        Raises:
-            UnsupportedModelError: the model takes clips.
-        """
-        if len(self.input_size) != 3:
-            raise UnsupportedModelError("the model takes whole clips, and this method acts on the pixels of one image")
-        return self.input_size
+        """(channels, height, width) of the image, or of each frame of a clip, for methods that change or read pixels."""
+        channels, *_, height, width = self.input_size
+        return channels, height, width
 
     def choose(self, blocks: Any) -> list[BlockSite]:
         """The blocks that ``"8-11"``, ``"0,4,8-11"``, ``[0, 4]``, ``[-1]``, a number or None (all) names.

@@ -320,6 +320,18 @@ def test_both_paths_are_the_same_function(name, monkeypatch):
         assert torch.allclose(fused, plain, rtol=1e-10, atol=1e-12)
 
 
+def test_the_output_of_the_one_operation_can_be_changed_in_place():
+    """As models do that add the biases of queries and values by themselves."""
+    torch.manual_seed(0)
+    x, weight, u, v = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(2, 8), torch.randn(8, 2)
+    core = torch.randn(2, 2, requires_grad=True)
+    y = FrozenLinearPlus.apply(x, weight, None, u, core, v, None, 1.0)[0]
+    y += 1
+    y.sum().backward()
+    assert torch.allclose(y, x @ weight.T + x @ u.T @ core.T @ v.T + 1, atol=1e-5)
+    assert torch.allclose(core.grad, v.sum(0)[:, None] * (x @ u.T).sum((0, 1)), atol=1e-5)
+
+
 def test_the_separate_path_serves_autocast_trained_weights_and_second_methods():
     model = make("vit")
     handle = attached(model, "fact_tt", rank=3)

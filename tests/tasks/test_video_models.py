@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from models import CASES, make, randomise
@@ -14,8 +15,8 @@ from vpeft.tasks.video import FramewiseModel, inflate, joint_vit, load_videomae,
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
-# Methods that change or read the pixels of one image, which a clip is not.
-REFUSED_JOINT: set[str] = {"dam_vp", "evp", "ilm_vp", "vp", "side_tuning", "st_adapter", "aim"}
+# Methods along time for models of single frames; tokens of a joint model span the clip already.
+REFUSED_JOINT: set[str] = {"st_adapter", "aim"}
 
 
 def clip_of(model, batch=2, frames=3, seed=1):
@@ -49,7 +50,13 @@ def exercise(model, handle, x):
 def test_every_method_runs_on_frames(method, kind):
     backbone = make(kind)
     x = clip_of(backbone)
-    exercise(FramewiseModel(backbone), ready(backbone, method, x), x)
+    handle = ready(backbone, method, x)
+    exercise(FramewiseModel(backbone), handle, x)
+    randomise(handle)
+    handle.eval()
+    with torch.no_grad(), vpeft.clips(backbone, 3):
+        frames = backbone(x.transpose(1, 2).flatten(0, 1))
+        assert torch.allclose(FramewiseModel(backbone)(x), frames.unflatten(0, (2, 3)).mean(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -57,10 +64,46 @@ def test_every_method_runs_on_tubelets(method):
     model = joint()
     x = clip_of(model, frames=4)
     if method in REFUSED_JOINT:
-        with pytest.raises(vpeft.UnsupportedModelError, match=r"takes whole clips|span the clip already"):
+        with pytest.raises(vpeft.UnsupportedModelError, match="span the clip already"):
             vpeft.attach(model, method)
         return
     exercise(model, vpeft.attach(model, method), x)
+
+
+@pytest.mark.parametrize("method", ["vp", "ilm_vp", "evp", "dam_vp"])
+def test_pixel_prompts_lie_on_every_frame_of_a_joint_model(method):
+    seen = []
+
+    def input_of(model, x):
+        torch.manual_seed(2)
+        handle = vpeft.attach(model, method)
+        randomise(handle)
+        hook = model.patch_embed.register_forward_hook(lambda m, args, output: seen.append(args[0]))
+        with torch.no_grad():
+            model(x)
+        hook.remove()
+        return seen.pop()
+
+    model = joint()
+    x = clip_of(model, frames=4)
+    prompted = input_of(model, x)
+    image = make("vit", img_size=16, patch_size=8)
+    each = input_of(image, x.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 4))
+    assert not torch.equal(prompted, x)
+    assert torch.allclose(prompted.transpose(1, 2), each, atol=1e-6)
+
+
+def test_side_network_of_a_joint_model_is_averaged_over_frames():
+    model = joint()
+    handle = vpeft.attach(model, "side_tuning")
+    randomise(handle)
+    x = clip_of(model, frames=4)
+    blend = handle.root.get_submodule("side_tuning")
+    with torch.no_grad():
+        y = joint().forward_head(joint().forward_features(x), pre_logits=True)
+        side = sum(blend.side(x[:, :, t]) for t in range(4)) / 4
+        a = blend.alpha.sigmoid()
+        assert torch.allclose(model(x), model.head(a * y + (1 - a) * side), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit_reg", "swin"])
@@ -90,11 +133,24 @@ def test_pooling_before_the_norm(kind):
         assert torch.allclose(FramewiseModel(backbone, "before")(x), expected, atol=1e-12)
 
 
-def test_pooling_before_the_norm_and_methods_behind_it():
-    backbone = make("vit")
-    vpeft.attach(backbone, "vqt")
+# Methods that act on the features of every frame behind the last block.
+BEHIND = {("ladder_adapter", "vit"), ("ladder_adapter", "swin"), ("lst", "vit"), ("vqt", "vit"), ("side_tuning", "vit")}
+BEHIND |= {("side_tuning", "swin"), ("vpt_shallow", "swin"), ("vpt_deep", "swin"), ("e2vpt", "swin")}
+
+
+@pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c[1] != "vit_reg"])
+def test_every_method_pooled_before_the_norm_or_refused(method, kind):
+    backbone = make(kind)
+    x = clip_of(backbone)
+    handle = ready(backbone, method, x)
+    model = FramewiseModel(backbone, "before")
+    if (method, kind) not in BEHIND:
+        exercise(model, handle, x)
+        return
     with pytest.raises(vpeft.UnsupportedModelError, match="use pool='after'"):
-        FramewiseModel(backbone, "before")(clip_of(backbone))
+        model(x)
+    handle.disable()
+    assert model(x).shape == (2, 5)
 
 
 @pytest.mark.parametrize("method", ["aim", "st_adapter"])
@@ -254,8 +310,30 @@ def test_inflated_patches_of_a_still_clip(kernel):
     step = sinusoid(2, 32) * image.pos_embed[0, 1:].std() * 2**0.5
     assert torch.allclose(table, image.pos_embed[0, 1:] + step[:, None], atol=1e-6)
     assert torch.equal(inflate(joint(), image, positions="sinusoid").pos_embed[0], sinusoid(8, 32))
-    with pytest.raises(vpeft.CheckpointError, match="shape"):
-        inflate(joint(embed_dim=64), image)
+    for options, text in (
+        ({"embed_dim": 64}, "shape"),
+        ({"depth": 1}, r"has no blocks\.1\."),
+        ({"depth": 3}, r"does not hold blocks\.2\."),
+        ({"img_size": 32}, r"img_size=\(32, 32\)"),
+    ):
+        with pytest.raises(vpeft.CheckpointError, match=text):
+            inflate(joint(**options), image)
+    with pytest.raises(vpeft.UnsupportedModelError, match="no plain ViT"):
+        inflate(joint(), make("swin"))
+
+
+def test_embedded_image_backbone_starts_a_joint_model():
+    """One tubelet of equal frames is the image: its blocks on its patches alone, their mean, and its norm."""
+    name = "vit_micro_patch4_28.vpeft_fashion"
+    image = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    model = inflate(joint_vit(name, frames=2, tubelet=2, num_classes=3).eval(), image)
+    x = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        tokens = image.patch_embed(x) + model.pos_embed
+        norm = image.norm
+        expected = F.layer_norm(image.blocks(tokens).mean(1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        features = model.forward_features(x[:, :, None].repeat(1, 1, 2, 1, 1))
+        assert torch.allclose(model.forward_head(features, pre_logits=True), expected, atol=1e-5)
 
 
 def test_joint_models_parts():

@@ -51,13 +51,17 @@ class ClusterFrames(PixelPrompt):
                 module.training = True
             self.enabled = True
 
+    def on_frames(self, x: Tensor) -> Tensor:
+        return self(x)  # a clip is one image to the clusters: its frames have the same frame around them
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_size(x)
         features = self.features(x)
         wide = torch.promote_types(features.dtype, torch.float32)
         distances = (features.to(wide)[:, None] - self.prototypes.to(wide)).square().sum(-1)
         nearest = distances.argmin(1)
-        return x + frame(*(getattr(self, side)[nearest] for side in SIDES))
+        around = frame(*(getattr(self, side)[nearest] for side in SIDES))
+        return x + (around if x.ndim == 4 else around.unsqueeze(2))
 
     @torch.no_grad()
     def spread(self, prototypes: Tensor) -> None:

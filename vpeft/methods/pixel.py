@@ -21,7 +21,8 @@ SIDES = ("up", "down", "left", "right")
 class PixelPrompt(MapOutput):
     """Changes the image before the patch embedding; where it has a ``map``, it also picks the classifier's outputs.
 
-    ``map`` (C,) holds, for each new class, the pretrained output that stands for it.
+    ``map`` (C,) holds, for each new class, the pretrained output that stands for it. A model of whole clips
+    (B, 3, T, H, W) has every frame changed as an image.
     """
 
     def __init__(self, sites: Sites, chosen: Tensor | None):
@@ -40,6 +41,16 @@ class PixelPrompt(MapOutput):
         for head in self.heads:
             head.module.register_forward_hook(self._pick)
 
+    def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
+        return (self.on_frames(args[0]), *args[1:]) if self.enabled else None
+
+    def on_frames(self, x: Tensor) -> Tensor:
+        """``forward`` of an image (B, 3, H, W), or of all frames of a clip (B, 3, T, H, W)."""
+        if x.ndim == 4:
+            return self(x)
+        images, frames = as_images(x)
+        return self(images).unflatten(0, (-1, frames)).transpose(1, 2)
+
     def _pick(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return output[:, self.map] if self.enabled and self.picks else None
 
@@ -48,6 +59,11 @@ class PixelPrompt(MapOutput):
         if tuple(x.shape[-2:]) != self.size:
             want, got = ("x".join(map(str, s)) for s in (self.size, x.shape[-2:]))
             raise MethodError(f"the pixel prompt is made for images of {want}, this one has {got}")
+
+
+def as_images(x: Tensor) -> tuple[Tensor, int]:
+    """(B T, 3, H, W), clip by clip, and T, of clips (B, 3, T, H, W); images (B, 3, H, W) and 1 as they are."""
+    return (x, 1) if x.ndim == 4 else (x.transpose(1, 2).flatten(0, 1), x.shape[2])
 
 
 class PixelMethod(Method):

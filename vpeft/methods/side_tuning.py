@@ -12,6 +12,7 @@ from ..errors import MethodError, did_you_mean
 from ..interventions import IMAGE, LAST, FeedBack, Intervention, Tap
 from ..sites import Sites
 from .base import Method, Paper, register
+from .pixel import as_images
 
 if TYPE_CHECKING:
     from ..attach import Handle
@@ -61,7 +62,9 @@ class Blend(FeedBack):
 
     def feed(self, state: Tensor, y: Tensor) -> Tensor:
         a = torch.sigmoid(self.alpha)
-        return a * y + (1 - a) * self.side(state).to(y.dtype).view_as(y)
+        images, frames = as_images(state)
+        side = self.side(images).unflatten(0, (-1, frames)).mean(1)
+        return a * y + (1 - a) * side.to(y.dtype).view_as(y)
 
 
 def pooled_width(sites: Sites) -> int:
@@ -80,7 +83,8 @@ class SideTuning(Method):
 
     a = sigmoid(alpha) is learned. S takes the same image and ends in a linear map to the width of the features. All of B
     can be cached. Not the bare model at the start: S is random. The released code's group norm on the blend, made for
-    another kind of features, is left out.
+    another kind of features, is left out. In a model of whole clips S sees single frames, and its features are averaged
+    over them (ours).
 
     Args:
         side: S: ``conv``, four convolutions with about a million parameters, or the name of a timm model (of random

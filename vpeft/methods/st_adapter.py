@@ -77,8 +77,8 @@ class STAdapter(Method):
     left alone. Rows are frames, (B T, C, H, W), those of a clip side by side; the video task tells T, or
     ``vpeft.clips``. The convolution starts at zero, so only it has a gradient in the first step. Where the class token is
     pooled, the last block's adapter before the MLP reaches nothing and stays as it starts (so it does in the official
-    code, whose count includes it). Published for ViTs; on
-    Swin, our extension, the kernel moves over the map of each block.
+    code, whose count includes it). Published for ViTs; on Swin, our extension, the kernel moves over the map of each
+    block.
 
     Args:
         bottleneck: r, one for all blocks or one per block (0: none there).

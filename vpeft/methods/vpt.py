@@ -94,6 +94,8 @@ class PromptKeys(_Tokens, MadeKeys):
 class PromptedPool(ForPooling):
     """After the final norm of a Swin, so that a mean over the map is the mean over prompts and patches together."""
 
+    whole = True
+
     def __init__(self, place: Place, last: WindowPrompts):
         super().__init__(place, LAST)
         object.__setattr__(self, "last", last)

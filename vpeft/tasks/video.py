@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError, VpeftError
-from ..interventions import FeedFeatures, WideHead, clips
+from ..interventions import Intervention, clips
 
 
 class FramewiseModel(nn.Module):
@@ -77,7 +77,7 @@ class FramewiseModel(nn.Module):
     def _before(self, clip: Tensor) -> Tensor:
         backbone = self.backbone
         for part in backbone.modules():
-            if isinstance(part, FeedFeatures | WideHead) and part.enabled:
+            if isinstance(part, Intervention) and part.whole and part.enabled:
                 raise UnsupportedModelError(
                     f"pool='before': an attached method ({type(part).__name__}) needs the features of every frame behind "
                     "the final norm; use pool='after'"
@@ -190,6 +190,9 @@ def inflate(
 ) -> VisionTransformer:
     """Start a joint ViT from an image ViT of the same sizes: blocks, final norm (as ``fc_norm``) and patch kernel.
 
+    The class and register tokens are left behind, with their positions: the joint model averages its patches, so the
+    image's final norm, made for the class token where that was pooled, reads their mean instead.
+
     Args:
         model: from ``joint_vit``; it is changed and returned. Its head stays.
         image_model: a plain timm ViT.
@@ -198,12 +201,15 @@ def inflate(
         positions: the image's own in every frame plus a sinusoid over time, as large as they are; or VideoMAE's table.
 
     Raises:
-        CheckpointError: blocks or patches of other sizes.
+        UnsupportedModelError: the image model is no plain ViT.
+        CheckpointError: blocks or patches of other sizes or parts.
     """
+    if not isinstance(image_model, VisionTransformer) or getattr(image_model, "pos_embed", None) is None:
+        raise UnsupportedModelError(f"a {type(image_model).__name__} is no plain ViT, from which a joint one could start")
     source = image_model.state_dict()
     embed = model.patch_embed
     target = model.state_dict()
-    values = {n: t for n, t in source.items() if n.startswith(("blocks.", "norm_pre.")) and n in target}
+    values = {n: t for n, t in source.items() if n.startswith(("blocks.", "norm_pre."))}
     for n in ("weight", "bias"):
         values |= {f"fc_norm.{n}": source[k] for k in (f"norm.{n}", f"fc_norm.{n}") if k in source}
     weight, own = source["patch_embed.proj.weight"], embed.proj.weight
@@ -221,8 +227,11 @@ def inflate(
         values["patch_embed.proj.bias"] = source["patch_embed.proj.bias"]
     if positions == "image":
         patches = embed.grid_size[0] * embed.grid_size[1]
-        if source["pos_embed"].shape[1] < patches:
-            raise CheckpointError(f"pos_embed: {source['pos_embed'].shape[1]} positions for {patches} patches of a frame")
+        if tuple(image_model.patch_embed.grid_size) != embed.grid_size:
+            raise CheckpointError(
+                f"pos_embed: positions of {image_model.patch_embed.grid_size} patches do not fit frames of "
+                f"{embed.grid_size}; build the image model with img_size={embed.img_size}"
+            )
         image = source["pos_embed"][0, -patches:]
         time = sinusoid(embed.frames // embed.tubelet, model.embed_dim).to(image) * image.std() * 2**0.5
         values["pos_embed"] = rearrange(time[:, None] + image, "t n d -> 1 (t n) d")
