@@ -95,7 +95,7 @@ class TimmBackbone(BaseModule):
         size = {} if img_size is None else {"img_size": img_size}
         model = timm.create_model(model, pretrained=pretrained, num_classes=0, **size, **(model_kwargs or {}))
         model.requires_grad_(False)
-        # Not a child of this module itself: mmengine calls init_weights of all children, and timm's overwrites what is loaded.
+        # No child of this module itself: mmengine calls init_weights of all children, and timm's overwrites what is loaded.
         self.maps = FeatureMaps(model, out_indices, pyramid, norm, pyramid_norm, class_token)
         if method is not None:
             options = dict(method)
