@@ -289,7 +289,7 @@ def config(root, work, iterations=6, **more):
         "val_cfg": {"type": "ValLoop"},
         "optim_wrapper": {"type": "OptimWrapper", "constructor": "vpeft.TrainedOnly",
                           "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.01}},
-        "param_scheduler": [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 6, "eta_min": 0, "by_epoch": False}],
+        "param_scheduler": [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 8, "eta_min": 0, "by_epoch": False}],
         "default_hooks": {"checkpoint": {"type": "vpeft.SaveTrained", "interval": 2, "keep": 2},
                           "logger": {"type": "LoggerHook", "interval": 10}},
         "randomness": {"seed": 1}, "log_level": "ERROR", "experiment_name": f"{work.name}{next(NUMBER)}", **more,

@@ -95,6 +95,7 @@ class TimmBackbone(BaseModule):
         size = {} if img_size is None else {"img_size": img_size}
         model = timm.create_model(model, pretrained=pretrained, num_classes=0, **size, **(model_kwargs or {}))
         model.requires_grad_(False)
+        # No child of this module itself: mmengine calls init_weights of all children, and timm's overwrites what is loaded.
         self.maps = FeatureMaps(model, out_indices, pyramid, norm, pyramid_norm, class_token)
         if method is not None:
             options = dict(method)
@@ -118,9 +119,6 @@ class TimmBackbone(BaseModule):
         """The attached method."""
         container = getattr(self.timm, CONTAINER, None)
         return None if container is None else Handle(self.timm, next(iter(container._modules)))
-
-    def init_weights(self) -> None:
-        """Nothing: all weights are there. (mmengine would go on to timm's own, which overwrites pretrained weights.)"""
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Training mode for the method, the pyramid and the norms of the maps; the frozen model stays in eval mode."""
