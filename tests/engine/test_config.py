@@ -97,7 +97,7 @@ def test_shipped_configurations_are_valid(tmp_path):
             load_bench_config(file)
             continue
         config = load_config(file)
-        if config.data.source == "fashion_mnist":
+        if config.data.source in ("fashion_mnist", "scenes"):
             config.data.root = str(tmp_path)
         if "published" in file.parts:  # sound up to the videos, which nobody has here
             with pytest.raises(vpeft.DataError, match=r"data\.root: folder '.*' does not exist"):

@@ -239,7 +239,9 @@ def test_shell_tools(tiny_file):
 def test_poly_falls_by_its_power(tiny):
     """Learning rates after each epoch against lr * (1 - t / T) ** power + the floor."""
     for power in (1.0, 2.0):
-        config = tiny(f"schedule.power={power}", "schedule.name=poly", "schedule.min_lr=0", f"name=p{power}", "train.epochs=3")
+        config = tiny(
+            f"schedule.power={power}", "schedule.name=poly", "schedule.min_lr=0", f"name=p{power}", "train.epochs=3"
+        )
         train(config)
         rows = [json.loads(line) for line in (Path(config.output) / config.name / "log.jsonl").read_text().splitlines()]
         wanted = [5e-3 * (1 - e / 3) ** power for e in (1, 2, 3)]

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ..errors import DataError, did_you_mean
-from .embedded import EMBEDDED, FASHION_ROOT
+from .embedded import EMBEDDED, check_fashion_mnist
 
 # Prefixes of timm.data.create_dataset; "folder" is timm's name-less default reader.
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -36,12 +36,7 @@ def check_source(data: Any) -> None:
     source = data.source
     if source in EMBEDDED:
         if source == "fashion_mnist":
-            file = Path(data.root or FASHION_ROOT) / "train-images-idx3-ubyte.gz"
-            if not file.is_file():
-                raise DataError(
-                    f"data.root: {file} does not exist; install Debian's package dataset-fashion-mnist, "
-                    "or point data.root at a folder with the four *-ubyte.gz files"
-                )
+            check_fashion_mnist(data.root)
     elif source == "folder":
         if not data.root or not Path(data.root).is_dir():
             raise DataError(

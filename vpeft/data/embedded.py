@@ -33,22 +33,34 @@ class ArrayDataset(Dataset):
         return image, int(self.labels[index])
 
 
+def _fashion_files(root: str | None, split: str) -> list[Path]:
+    stem = {"train": "train", "test": "t10k"}[split]
+    return [Path(root or FASHION_ROOT) / f"{stem}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+
+
+def check_fashion_mnist(root: str | None, split: str = "train") -> None:
+    """Refuse a folder without the data set's files.
+
+    Raises:
+        DataError: says which file is missing, and where it comes from.
+    """
+    for file in _fashion_files(root, split):
+        if not file.is_file():
+            raise DataError(
+                f"data.root: {file} does not exist; install Debian's package dataset-fashion-mnist, "
+                "or point data.root at a folder with the four *-ubyte.gz files"
+            )
+
+
 def fashion_mnist(root: str | None, split: str) -> ArrayDataset:
     """Fashion-MNIST, 60,000 training and 10,000 test images of 28x28 (arXiv 1708.07747), from its IDX files.
 
     Raises:
         DataError: ``root`` (default: where Debian's package ``dataset-fashion-mnist`` puts it) lacks the files.
     """
-    folder = Path(root or FASHION_ROOT)
-    stem = {"train": "train", "test": "t10k"}[split]
+    check_fashion_mnist(root, split)
     arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        file = folder / f"{stem}-{kind}-ubyte.gz"
-        if not file.is_file():
-            raise DataError(
-                f"data.root: {file} does not exist; install Debian's package dataset-fashion-mnist, "
-                "or point data.root at a folder with the four *-ubyte.gz files"
-            )
+    for file, header in zip(_fashion_files(root, split), (16, 8), strict=True):
         arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
     return ArrayDataset(arrays[0].reshape(-1, 28, 28), arrays[1])
 

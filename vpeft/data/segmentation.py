@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from ..errors import DataError, did_you_mean
 from .build import Datasets
+from .embedded import check_fashion_mnist
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
 
 IGNORED = 255
@@ -277,6 +278,7 @@ def check_segmentation(config: Any) -> None:
     if data.source not in SOURCES:
         raise DataError(f"data.source: '{data.source}' is no source of masks{did_you_mean(data.source, SOURCES)}")
     if data.source == "scenes":
+        check_fashion_mnist(data.root)
         return
     if not data.root or not Path(data.root).is_dir():
         raise DataError(f"data.root: folder '{data.root}' does not exist; {LAYOUTS[data.source].__doc__.strip()}")
