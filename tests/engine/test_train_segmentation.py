@@ -1,0 +1,152 @@
+"""Segmentation through the engine: train, test, predict, resume, and what is refused before work starts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fashion import fashion_root
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vpeft
+from vpeft.data.scenes import Scenes, write_scenes
+from vpeft.data.segmentation import read_mask
+from vpeft.engine.config import load_config
+from vpeft.engine.predict import predict
+from vpeft.engine.test import test as evaluate
+from vpeft.engine.train import check, train
+
+TINY = """
+task: segmentation
+model:
+  name: vit_tiny_patch16_224
+  pretrained: true
+  img_size: 32
+  kwargs: {patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}
+method: {name: lora}
+data: {source: scenes, batch_size: 4}
+seg: {head: fcn, crop: 32, augment: true, scale: [0.8, 1.2], scenes: {train: 12, val: 4, test: 4, size: 40}}
+train: {epochs: 2, batch_size: 4}
+optim: {lr: 1.0e-2}
+"""
+SAN = ["seg.head=san", "seg.options={width: 16, depth: 4, heads: 2, queries: 5, hidden: 8, patch: 8, tower_ratio: 0.5, loss: {points: 32}}",
+       "model.img_size=16", "method.name=linear"]  # fmt: skip
+
+
+@pytest.fixture
+def make(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    root, weights = fashion_root(tmp_path / "fashion"), tmp_path / "vit.safetensors"
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+    save_file(timm.create_model("vit_tiny_patch16_224", **small).state_dict(), weights)
+    file.write_text(TINY.replace("source: scenes", f"source: scenes, root: {root}") + f"output: {tmp_path / 'runs'}\n")
+    file.write_text(file.read_text().replace("  pretrained: true\n", f"  pretrained: true\n  checkpoint: {weights}\n"))
+    return lambda *overrides: load_config(file, overrides)
+
+
+@pytest.mark.parametrize("overrides", [["name=whole"], ["name=slide", "seg.mode=slide", "seg.stride=20"]])
+def test_a_run_is_tested_and_predicts(make, tmp_path, overrides):
+    config = make("data.val_split=val", *overrides)
+    metrics = train(config)
+    folder = Path(config.output) / config.name
+    assert {p.name for p in folder.iterdir()} >= {"best.safetensors", "overlays.png", "metrics.json", "curves.png"}
+    assert 0 <= metrics["test_miou"] <= 100
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"val_miou", "val_macc", "val_aacc"} <= rows[0].keys()
+    values = evaluate(config, folder / "best.safetensors")
+    assert values["miou"] == pytest.approx(metrics["test_miou"])
+    write_scenes(tmp_path / "pictures", train=0, test=2, root=config.data.root)
+    found = predict(
+        folder / "best.safetensors", [tmp_path / "pictures/images"], out=tmp_path / "out", json_file=tmp_path / "o.json"
+    )
+    assert [Path(r["file"]).stem for r in found] == ["test_00000", "test_00001"]
+    for row in found:
+        mask = read_mask(Path(row["mask"]))
+        assert mask.shape == (56, 56)
+        assert sum(row["classes"].values()) == pytest.approx(1, abs=1e-4)
+        assert row["classes"].keys() == {vpeft.data.scenes.SCENE_CLASSES[i] for i in np.unique(mask)}
+        assert np.asarray(Image.open(row["overlay"])).shape == (56, 56, 3)
+    assert json.loads((tmp_path / "o.json").read_text()) == found
+
+
+def test_san_trains_in_the_engine(make):
+    config = make(*SAN)
+    metrics = train(config)
+    folder = Path(config.output) / config.name
+    assert evaluate(config, folder / "best.safetensors")["miou"] == pytest.approx(metrics["test_miou"])
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
+    from vpeft.engine.loop import Trainer
+
+    train(make("name=whole"))
+    epoch = Trainer._epoch
+
+    def stop(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        epoch(self)
+
+    monkeypatch.setattr(Trainer, "_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(make("name=cut"))
+    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    config = make("name=cut")
+    train(config)
+    whole, cut = (load_file(Path(config.output) / n / "last.safetensors") for n in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all((whole[k] == cut[k]).all() for k in whole)
+    assert any("running_mean" in k for k in whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["seg.head=fcnn"], "unknown 'fcnn'; did you mean 'fcn'"),
+        (["seg.losses={lovasz: 1.0}"], r"seg\.losses: 'lovasz' is not one of"),
+        (["augment.enabled=true"], r"use seg\.augment instead"),
+        (["train.label_smoothing=0.1"], "not for segmentation"),
+        (["data.source=digits"], "'digits' is no source of masks"),
+        (["data.source=folder", "data.root=/nowhere"], "folder '/nowhere' does not exist"),
+        (["data.root=/nowhere"], "/nowhere/.* does not exist"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(make, overrides, words):
+    with pytest.raises(vpeft.VpeftError, match=words):
+        check(make(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["seg.out_indices=[9]"], "out_indices"),
+        (["seg.options={chanels: 3}"], "seg: seg.options: fcn"),
+        (["seg.pyramid=beit", "seg.head=upernet", "seg.out_indices=[1,3]"], "pyramid"),
+        (["method.name=vqt"], "classifier"),
+        ([*SAN, "seg.options.queries=0"], "queries"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_training(make, overrides, words):
+    with pytest.raises(vpeft.VpeftError, match=words):
+        train(make(*overrides))
+
+
+def test_masks_of_the_users_own(make, tmp_path):
+    """A folder of pictures larger than the crop, of several sizes, one by one in testing."""
+    config = make()
+    scenes = Scenes("train", 6, root=config.data.root)
+    for split, indices in (("train", range(4)), ("test", (4, 5))):
+        for i in indices:
+            image, mask = scenes[i]
+            for kind, values in (("images", image), ("masks", mask)):
+                path = tmp_path / f"own/{kind}/{split}/{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values[: 40 + i]).save(path)
+    own = ["data.source=folder", f"data.root={tmp_path / 'own'}", "data.num_classes=11", "train.epochs=1", "seg.short=36"]
+    with pytest.raises(vpeft.DataError, match=r"2 sizes in one batch.*data\.batch_size=1"):
+        train(make(*own, "name=a"))
+    assert train(make(*own, "name=b", "data.batch_size=1"))["test_aacc"] >= 0
