@@ -150,3 +150,14 @@ def test_masks_of_the_users_own(make, tmp_path):
     with pytest.raises(vpeft.DataError, match=r"2 sizes in one batch.*data\.batch_size=1"):
         train(make(*own, "name=a"))
     assert train(make(*own, "name=b", "data.batch_size=1"))["test_aacc"] >= 0
+
+
+def test_a_table_of_segmentation(make, tmp_path):
+    """Merging is measured on whatever the task's model gives."""
+    from vpeft.engine.table import table
+
+    rows = table([tmp_path / "tiny.yaml"], ["train.epochs=1"], seeds=(0,), out=tmp_path / "table")
+    assert rows[0]["merge_error"] < 1e-4
+    assert rows[0]["metric"] == "mIoU, %"
+    rows = table([tmp_path / "tiny.yaml"], [*SAN, "train.epochs=1", "name=san"], seeds=(0,), out=tmp_path / "san")
+    assert rows[0]["merge_error"] == 0

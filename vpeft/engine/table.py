@@ -113,11 +113,16 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     error = None
     if handle.mergeable:
         images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
-        hooked = model(images)
+        hooked = _scores(model(images))
         handle.merge()
-        error = float((model(images) - hooked).abs().max() / hooked.std())
+        error = float((_scores(model(images)) - hooked).abs().max() / hooked.std())
     timm.layers.set_fused_attn(bool(fused))
     return own, error
+
+
+def _scores(output: Any) -> torch.Tensor:
+    """The first tensor of a model's output."""
+    return output if isinstance(output, torch.Tensor) else _scores(output[0])
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
