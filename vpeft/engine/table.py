@@ -95,9 +95,9 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
 
 @torch.no_grad()
 def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
-    """A checkpoint's parameters without the head, and what merging changes in its logits.
+    """A checkpoint's parameters without the head, and what merging changes in its scores.
 
-    The change is the largest over one batch of test images, over the logits' standard deviation; None where the method
+    The change is the largest over one batch of test inputs, over the scores' standard deviation; None where the method
     does not merge.
     """
     fused = timm.layers.use_fused_attn()
@@ -113,16 +113,11 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     error = None
     if handle.mergeable:
         images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
-        hooked = _scores(model(images))
+        hooked = built.task.scores(model, images)
         handle.merge()
-        error = float((_scores(model(images)) - hooked).abs().max() / hooked.std())
+        error = float((built.task.scores(model, images) - hooked).abs().max() / hooked.std())
     timm.layers.set_fused_attn(bool(fused))
     return own, error
-
-
-def _scores(output: Any) -> torch.Tensor:
-    """The first tensor of a model's output."""
-    return output if isinstance(output, torch.Tensor) else _scores(output[0])
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:

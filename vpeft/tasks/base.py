@@ -35,6 +35,10 @@ class Task(Protocol):
         """
         ...
 
+    def scores(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """What a batch of test inputs is judged by: (B, classes, …)."""
+        ...
+
     def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
         """Metrics over all processes' batches (each passes its own share), accuracies in percent."""
         ...

@@ -50,6 +50,10 @@ class Classification:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if consistency is None else loss + consistency(logits, model(images))
 
+    def scores(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W)."""
+        return model(images).float()
+
     def metrics(self) -> MetricCollection:
         """Fresh metrics, in percent where ``report`` reads them."""
         top5 = min(5, self.num_classes)
@@ -74,7 +78,7 @@ class Classification:
             images, labels = images.to(device), labels.to(device)
             if not len(labels):
                 continue
-            logits = model(images).float()
+            logits = self.scores(model, images)
             metrics.update(logits, labels)
             mean_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         values = {k: 100 * float(v) for k, v in metrics.compute().items()}

@@ -27,6 +27,10 @@ class VideoClassification(Classification):
         shape = clips.shape[1:3]  # as one image of 3 T channels, every frame is mixed and cut at the same place
         return super().loss(lambda x: model(x.unflatten(1, shape)), clips.flatten(1, 2), labels, consistency)
 
+    def scores(self, model: nn.Module, clips: Tensor) -> Tensor:
+        """Probabilities (B, classes): the mean over views; clips ``(B, 3, T, H, W)`` or ``(B, V, 3, T, H, W)``."""
+        return view_mean(model, clips, next(model.parameters()).device)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
         """Top-1, top-5 and class-mean accuracy in percent, and mean loss, over all processes' batches.
