@@ -7,6 +7,7 @@ import types
 import pytest
 import timm
 import torch
+from fashion import fashion_root
 from models import SMALL
 
 import vpeft
@@ -14,6 +15,8 @@ from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.measure import bench, measure, saved_bytes
 from vpeft.bench.rows import make_rows, twin
+from vpeft.engine.kinds import Built
+from vpeft.tasks import Classification
 
 TINY = """
 name: tiny
@@ -106,7 +109,7 @@ def test_merged_rows_leave_the_others_as_they_were(file):
 
 def test_twin_shares_memory_and_nothing_else():
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    copy = twin(model)
+    copy = twin(Built(model, model, Classification(3))).backbone
     for a, b in zip(model.parameters(), copy.parameters(), strict=True):
         assert a is not b
         assert a.data_ptr() == b.data_ptr()
@@ -176,3 +179,41 @@ def test_row_of_huggingface(file, monkeypatch):
     row.step()
     assert row.parameters == 7
     assert asked == {"r": 3, "lora_alpha": 8.0, "target_modules": ["qkv"], "modules_to_save": ["head"]}
+
+
+def test_stored_features_and_their_step(file):
+    """Where something frozen lies below, a step is also measured from stored features; elsewhere it is not."""
+    rows = "rows=[{name: linear}, {name: lora}, {name: lora, label: upper, options: {blocks: '2'}}]"
+    results = {r.label: r for r in measure(load_bench_config(file, [rows]))}
+    assert results["linear"].ratios["cached/step"] < 1
+    assert results["upper"].cached is not None
+    assert results["lora"].cached is None
+    assert "cached/step" not in results["lora"].ratios
+
+
+def test_an_experiments_own_model_and_loss(tmp_path):
+    """Segmentation: the decode head is in the step, its parameters are not counted as the method's."""
+    from vpeft.bench.measure import bench
+
+    experiment = tmp_path / "seg.yaml"
+    experiment.write_text(f"""
+task: segmentation
+model: {{name: vit_tiny_patch16_224, pretrained: false, img_size: 32, kwargs: {{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}}}
+data: {{source: scenes, root: {fashion_root(tmp_path / "fashion")}}}
+seg: {{head: fcn, options: {{channels: 8}}, scenes: {{train: 4, size: 40}}}}
+""")
+    table = tmp_path / "bench.yaml"
+    table.write_text(f"""
+name: t
+output: {tmp_path}
+experiment: {experiment}
+batch_size: 2
+rounds: 2
+rows: [{{name: lora, options: {{rank: 2}}}}]
+""")
+    results = {r.label: r for r in bench(table)}
+    assert results["lora"].parameters == 2 * 2 * (2 * (32 + 32))
+    assert results["limit"].parameters == 0
+    assert 0 < results["limit"].saved < results["full"].saved
+    assert results["lora"].step > 0
+    assert results["lora"].cached is None

@@ -43,6 +43,9 @@ class BenchConfig:
     ``rounds`` times, all rows are measured one after another; every number is a median over the rounds, every ratio the
     median of the ratios within the rounds. ``clock="cpu"`` counts the processor time of this process instead of the time
     that passes: for one thread on a machine that also does other work.
+
+    With ``experiment``, an experiment's YAML, the task's own model and loss are measured, on its first training samples;
+    of the experiment's method no notice is taken, and ``model`` and ``num_classes`` are the experiment's.
     """
 
     name: str = "bench"
@@ -57,6 +60,7 @@ class BenchConfig:
     rounds: int = 10
     warmup: int = 1
     update: bool = True
+    experiment: str | None = None
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)
 
@@ -80,7 +84,8 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
     """
     config = read_config(BenchConfig, file, overrides)
     check_values(config, CHOICES, RANGES)
-    check_model_name(config)
+    if config.experiment is None:
+        check_model_name(config)
     try:
         device = torch.device(config.device)
     except RuntimeError as error:

@@ -7,17 +7,19 @@ from contextlib import AbstractContextManager
 
 import timm
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..attach import Handle, attach
 from ..data import make_loader
+from ..engine.config import load_config
+from ..engine.kinds import Built, kind_of
 from ..errors import ConfigError, MethodError, VpeftError
 from ..integrations.cache import CachedLoader, FeatureCache, why_not
 from ..methods import Method, create
 from ..sites import Sites, input_size
+from ..tasks import Classification
 from .config import PEFT
 
 # The rows that every table has, to which the others are put in proportion.
@@ -25,13 +27,11 @@ FULL, FROZEN, LIMIT = "full", "frozen", "limit"
 
 
 class Batch:
-    """One random batch and the precision that it is computed in."""
+    """One batch and the precision that it is computed in."""
 
-    def __init__(self, config: DictConfig, size: tuple[int, int, int]):
+    def __init__(self, config: DictConfig, images: Tensor, labels: Tensor):
         self.device = torch.device(config.device)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.images = torch.randn(config.batch_size, *size, generator=generator).to(self.device)
-        self.labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator).to(self.device)
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
         self.clock = time.process_time if config.clock == "cpu" else time.perf_counter
@@ -58,7 +58,7 @@ class Row:
 
     Args:
         label: what the table calls it.
-        model: the row's own; its frozen weights may be every row's.
+        subject: the row's own model and its task; frozen weights may be every row's.
         batch: what it runs on.
         trained: parameters of the optimiser, or its groups.
         update: whether a step includes AdamW's (at a rate of 0, so that no weight moves).
@@ -66,16 +66,15 @@ class Row:
 
     handle: Handle | None = None
 
-    def __init__(self, label: str, model: nn.Module, batch: Batch, trained: list, update: bool):
-        self.label, self.model, self.batch = label, model, batch
+    def __init__(self, label: str, subject: Built, batch: Batch, trained: list, update: bool):
+        self.label, self.subject, self.model, self.batch = label, subject, subject.model, batch
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if update and trained else None
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, the head's left out."""
-        head = {id(p) for p in self.model.get_classifier().parameters()}
-        return sum(p.numel() for p in self.trained if id(p) not in head)
+        """Trained numbers, the heads' left out."""
+        return 0
 
     @property
     def trains(self) -> bool:
@@ -92,7 +91,7 @@ class Row:
 
     def loss(self) -> Tensor:
         with self.batch.precision():
-            return F.cross_entropy(self.model(self.batch.images), self.batch.labels)
+            return self.subject.task.loss(self.model, self.batch.images, self.batch.labels)
 
     def step(self) -> None:
         self.update(self.loss())
@@ -130,9 +129,10 @@ class LimitRow(Row):
     """The frozen backbone with a gradient carried to the first block's input, and nothing else: what no method that
     acts in the first block can undercut."""
 
-    def __init__(self, label: str, model: nn.Module, batch: Batch):
-        super().__init__(label, model.requires_grad_(False), batch, [], False)
-        Sites(model).blocks[0].module.register_forward_pre_hook(_carry)
+    def __init__(self, label: str, subject: Built, batch: Batch):
+        subject.model.requires_grad_(False)
+        super().__init__(label, subject, batch, [], False)
+        Sites(subject.backbone).blocks[0].module.register_forward_pre_hook(_carry)
 
 
 def _carry(module: nn.Module, args: tuple) -> tuple:
@@ -143,28 +143,35 @@ def _carry(module: nn.Module, args: tuple) -> tuple:
 class MethodRow(Row):
     """One of our methods."""
 
-    def __init__(self, label: str, model: nn.Module, batch: Batch, method: Method, update: bool):
-        self.handle = attach(model, method, name="bench")
-        self.handle.calibrate([(batch.images, batch.labels)], progress=False)
-        super().__init__(label, model, batch, self.handle.param_groups(lr=0.0), update)
+    def __init__(self, label: str, subject: Built, batch: Batch, method: Method, update: bool):
+        self.handle = attach(subject.backbone, method, name="bench", heads=subject.heads)
+        self.handle.calibrate([(batch.images, batch.labels)], progress=False, **subject.calibration())
+        super().__init__(label, subject, batch, self.handle.param_groups(lr=0.0), update)
         self.consistency = self.handle.consistency_loss if method.consistency_weight else None
         self._stored: CachedLoader | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.handle.parameters())
 
     def training(self) -> None:
         self.handle.train()
 
+    def inference(self) -> None:
+        self.handle.eval()
+
     def loss(self) -> Tensor:
         with self.batch.precision():
-            logits = self.model(self.batch.images)
-            loss = F.cross_entropy(logits, self.batch.labels) + self.handle.penalty()
-            return loss if self.consistency is None else loss + self.consistency(logits, self.model(self.batch.images))
+            loss = self.subject.task.loss(self.model, self.batch.images, self.batch.labels, self.consistency)
+            return loss + self.handle.penalty()
 
     def after_step(self) -> None:
         self.handle.after_step()
 
     def cached(self) -> Callable[[], None] | None:
         """A step from stored features of the batch, or None where nothing frozen lies below what is trained."""
-        if why_not(self.handle) is not None or self.batch.dtype is not None:
+        whole = self.subject.model is self.subject.backbone and not isinstance(self.batch.dtype, torch.dtype)
+        if not whole or self.batch.images.ndim != 4 or why_not(self.handle) is not None:
             return None
         if self._stored is None:
             batch = TensorDataset(self.batch.images.cpu(), self.batch.labels.cpu())
@@ -173,7 +180,8 @@ class MethodRow(Row):
 
         def run() -> None:
             for images, labels in self._stored:
-                self.update(F.cross_entropy(self.model(images), labels.to(self.batch.device)) + self.handle.penalty())
+                loss = self.subject.task.loss(self.model, images, labels.to(self.batch.device))
+                self.update(loss + self.handle.penalty())
 
         return run
 
@@ -181,15 +189,16 @@ class MethodRow(Row):
 class PeftRow(Row):
     """LoRA of huggingface's peft on the same model."""
 
-    def __init__(
-        self, label: str, model: nn.Module, batch: Batch, update: bool, rank: int, targets: list[str], alpha: float
-    ):
+    def __init__(self, label: str, subject: Built, batch: Batch, update: bool, rank: int, targets: list[str], alpha: float):
         from peft import LoraConfig, get_peft_model
 
+        model = subject.backbone
+        if subject.model is not model:
+            raise ConfigError(f"rows: '{PEFT}' is measured on timm models alone, without a task's own model around them")
         head = [n for n, m in model.named_modules() if m is model.get_classifier()]
         made = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=head))
         trained = [p for p in made.parameters() if p.requires_grad]
-        super().__init__(label, made, batch, trained, update)
+        super().__init__(label, Built(made, made, subject.task), batch, trained, update)
 
     @property
     def parameters(self) -> int:
@@ -205,10 +214,10 @@ def peft_installed() -> bool:
     return True
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(subject: Built) -> Built:
     """A copy whose parameters are its own objects, with flags and gradients of their own, on the same memory."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in subject.model.parameters()}
+    return copy.deepcopy(subject, memo)
 
 
 def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
@@ -223,17 +232,11 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
-    torch.manual_seed(config.seed)
-    m = config.model
-    kwargs = {**m.kwargs, **({"img_size": m.img_size} if m.img_size else {})}
-    if m.checkpoint:
-        kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
-    base = timm.create_model(m.name, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
-    base = base.to(config.device).eval()
-    batch = Batch(config, input_size(base))
+    base, batch = _experiment(config) if config.experiment else _classifier(config)
+    base.model.to(config.device).eval()
     rows: list[Row] = [
         MethodRow(FULL, twin(base), batch, create("full"), config.update),
-        FrozenRow(FROZEN, twin(base).requires_grad_(False), batch, [], False),
+        FrozenRow(FROZEN, _frozen(twin(base)), batch, [], False),
         LimitRow(LIMIT, twin(base), batch),
     ]
     for label, build in zip(labels[3:], builders, strict=True):
@@ -241,7 +244,38 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     return rows, batch
 
 
-def _plan(row: DictConfig, update: bool) -> Callable[[str, nn.Module, Batch], Row]:
+def _frozen(subject: Built) -> Built:
+    subject.model.requires_grad_(False)
+    return subject
+
+
+def _classifier(config: DictConfig) -> tuple[Built, Batch]:
+    """A timm model and a random batch."""
+    torch.manual_seed(config.seed)
+    m = config.model
+    kwargs = {**m.kwargs, **({"img_size": m.img_size} if m.img_size else {})}
+    if m.checkpoint:
+        kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
+    base = timm.create_model(m.name, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
+    generator = torch.Generator().manual_seed(config.seed)
+    images = torch.randn(config.batch_size, *input_size(base), generator=generator)
+    labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
+    return Built(base, base, Classification(config.num_classes)), Batch(config, images, labels)
+
+
+def _experiment(config: DictConfig) -> tuple[Built, Batch]:
+    """The model of an experiment's task, and its first training samples."""
+    experiment = load_config(config.experiment)
+    kind = kind_of(experiment)
+    kind.check(experiment)
+    data, _ = kind.open_data(experiment)
+    torch.manual_seed(config.seed)
+    backbone = kind.build_backbone(experiment, len(data.classes))
+    loader = make_loader(data.train, config.batch_size, train=False)
+    return kind.assemble(experiment, backbone, len(data.classes)), Batch(config, *next(iter(loader)))
+
+
+def _plan(row: DictConfig, update: bool) -> Callable[[str, Built, Batch], Row]:
     options = OmegaConf.to_container(row.options)
     if row.name == PEFT:
         if not peft_installed():
@@ -250,12 +284,12 @@ def _plan(row: DictConfig, update: bool) -> Callable[[str, nn.Module, Batch], Ro
         if unknown:
             raise ConfigError(f"rows: {PEFT} has no option '{min(unknown)}'; it has rank, targets and alpha")
         options = {"rank": 8, "targets": ["qkv"], "alpha": 8.0} | options
-        return lambda label, model, batch: PeftRow(label, model, batch, update, **options)
+        return lambda label, subject, batch: PeftRow(label, subject, batch, update, **options)
     try:
         method = create(row.name, **options)
     except VpeftError as error:
         raise ConfigError(f"rows: {error}") from error
-    return lambda label, model, batch: MethodRow(label, model, batch, method, update)
+    return lambda label, subject, batch: MethodRow(label, subject, batch, method, update)
 
 
 def merged_forward(row: Row) -> Callable[[], Tensor] | None:

@@ -14,7 +14,7 @@ from ..data import Datasets, make_loader
 from ..errors import ConfigError
 from ..tasks import Task
 from .build import check_model_name, make_method
-from .kinds import Built, kind_of
+from .kinds import kind_of
 from .loop import Trainer, make_accelerator, method_state
 from .run import RunFolder
 
@@ -56,7 +56,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         backbone.set_grad_checkpointing(True)
     if run.main:
         run.logger.info("%s", handle.summary())
-    calibrate = partial(handle.calibrate, _calibration_batches(config, data), **_objective(built))
+    calibrate = partial(handle.calibrate, _calibration_batches(config, data), **built.calibration())
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
         handle.load_state_dict(method_state(load_file(run.file("state.safetensors"))))
@@ -76,13 +76,6 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 def _calibration_batches(config: DictConfig, data: Datasets):
     return make_loader(data.train, config.train.batch_size, train=True, seed=config.seed, workers=config.data.workers)
-
-
-def _objective(built: Built) -> dict[str, Any]:
-    """What calibration measures by: the handle's own cross-entropy where the loop calls the timm model itself."""
-    if built.model is built.backbone:
-        return {}
-    return {"outer": built.model, "criterion": built.task.loss}
 
 
 def start_tracking(config: DictConfig, accelerator) -> None:

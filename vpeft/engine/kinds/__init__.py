@@ -31,6 +31,10 @@ class Built:
     task: Task
     heads: dict[str, nn.Module] = field(default_factory=dict)
 
+    def calibration(self) -> dict[str, Any]:
+        """What calibration measures by; the handle's own cross-entropy where the loop calls the timm model itself."""
+        return {} if self.model is self.backbone else {"outer": self.model, "criterion": self.task.loss}
+
 
 class Kind(Protocol):
     """The functions of a module in this folder."""
