@@ -238,7 +238,8 @@ def create(method: "str | Method | type[Method]", *, preset: str | None = None, 
 
 def on_images(method: str) -> dict[str, Any]:
     """The hyper-parameters with which a method takes single images: one that acts along time gets clips of one frame."""
-    return {"frames": 1} if "frames" in {f.name for f in dataclasses.fields(METHODS[method])} else {}
+    cls = METHODS[ALIASES.get(method, method)]
+    return {"frames": 1} if "frames" in {f.name for f in dataclasses.fields(cls)} else {}
 
 
 def list_methods(category: str | None = None) -> list[str]:
