@@ -344,3 +344,22 @@ def test_every_timm_name_is_accepted_or_refused_with_a_reason(module):
     print(f"{module}: {len(names) - len(refused)} accepted, {len(refused)} refused {sorted(refused)}")
     assert all("Parallel" in reason for reason in refused.values()) or module == "vision_transformer"
     assert len(refused) <= (7 if module == "vision_transformer" else 0)
+
+
+def test_reading_a_model_costs_no_image_where_shapes_do():
+    """Attaching runs the model on an empty batch; what cannot do with one gets a single image."""
+    seen = []
+    model = make("vit")
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    vpeft.attach(model, "lora").detach()
+    assert seen == [0, 0]
+    seen.clear()
+
+    def needs_one(module, args):
+        if not len(args[0]):
+            raise RuntimeError("no image")
+
+    handle = model.blocks[0].register_forward_pre_hook(needs_one)
+    vpeft.attach(model, "lora").detach()
+    handle.remove()
+    assert seen == [0, 1, 0, 1]

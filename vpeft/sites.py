@@ -450,7 +450,7 @@ def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tup
         handles.append(block.norm1.register_forward_pre_hook(norm))
         handles.append(block.drop_path1.register_forward_hook(end))
     try:
-        dry_forward(model, size)
+        dry_forward(model, size, again=order.clear)
     finally:
         for handle in handles:
             handle.remove()
@@ -486,17 +486,36 @@ def _evaluating(model: nn.Module):
             module.training = mode
 
 
-def dry_forward(model: nn.Module, size: tuple[int, ...], run: Callable[[Tensor], Any] | None = None) -> Any:
-    """One forward of one blank image, without gradients, in eval mode, on the model's own device and dtype.
+def dry_forward(
+    model: nn.Module,
+    size: tuple[int, ...],
+    run: Callable[[Tensor], Any] | None = None,
+    again: Callable[[], None] | None = None,
+) -> Any:
+    """One forward of no image, or of one blank image, without gradients, in eval mode, on the model's device and dtype.
 
-    Returns what the model, or ``run`` in its place, gave.
+    A batch of no images has all shapes and calls all modules, and costs next to nothing; where something cannot do with
+    that, one image is taken.
+
+    Args:
+        model: the model.
+        size: of the image.
+        run: in the model's place.
+        again: called before the second attempt, to forget what was seen in the first.
+
+    Returns what the model, or ``run``, gave.
 
     Raises:
         UnsupportedModelError: the model does not take an image of its own size.
     """
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
     with _evaluating(model), torch.no_grad():
+        image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
+        try:
+            return (run or model)(image[:0])
+        except Exception:  # of whatever class: the one image decides
+            if again is not None:
+                again()
         try:
             return (run or model)(image)
         except VpeftError:
