@@ -82,20 +82,28 @@ def save(
     return path
 
 
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file, whoever wrote it.
+
+    Raises:
+        CheckpointError: missing, or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
 def read(path: Path) -> File:
     """Read and verify a file.
 
     Raises:
         CheckpointError: missing, of another format, truncated, or changed by even one bit.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    header, tensors = read_tensors(path)
     if KEY not in header:
         raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")
     if header.get("sha256") != _checksum(header[KEY], tensors):

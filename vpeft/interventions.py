@@ -1112,18 +1112,17 @@ class WideHead(Intervention):
             self._set_aside(wide)
 
 
-class Grid(Intervention):
-    """Height and width of the token map in the present forward (``size``): of a block's own map, or of the patches."""
+class Watch(Intervention):
+    """Looks at what enters a module and keeps a fact of it for the method's other parts; changes nothing.
+
+    Subclasses say in ``_measure`` which fact.
+    """
 
     mergeable = True
 
-    def __init__(self, sites: Sites, block: BlockSite | None = None):
+    def __init__(self, place: Place):
         super().__init__(LAST)
-        self.maps = block is not None and block.maps
-        self.place = block if self.maps else sites.stem
-        self.size = (0, 0)
-        if not self.maps:
-            grid_of(self.place.module, sites.input_size[-2:])  # refuses a stem that cannot tell
+        self.place = place
 
     @property
     def passive(self) -> bool:
@@ -1136,14 +1135,29 @@ class Grid(Intervention):
         self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["x"]
-        self.size = tuple(x.shape[1:3]) if self.maps else grid_of(module, tuple(x.shape[-2:]))
+        raise NotImplementedError
 
     def fold(self) -> list[Folded]:
         return []
 
 
-class Clip(Intervention):
+class Grid(Watch):
+    """Height and width of the token map in the present forward (``size``): of a block's own map, or of the patches."""
+
+    def __init__(self, sites: Sites, block: BlockSite | None = None):
+        maps = block is not None and block.maps
+        super().__init__(block if maps else sites.stem)
+        self.maps = maps
+        self.size = (0, 0)
+        if not self.maps:
+            grid_of(self.place.module, sites.input_size[-2:])  # refuses a stem that cannot tell
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["x"]
+        self.size = tuple(x.shape[1:3]) if self.maps else grid_of(module, tuple(x.shape[-2:]))
+
+
+class Clip(Watch):
     """Frames per clip in the present forward (``length``), for methods that act along time.
 
     Rows are frames, those of one clip side by side: row b T + t. ``clips`` tells T for the forwards under it; else it is
@@ -1155,27 +1169,15 @@ class Clip(Intervention):
         fixed: a clip has ``default`` frames, or is a single image; anything else told is an error.
     """
 
-    mergeable = True
-
     def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):
-        super().__init__(LAST)
         if len(sites.input_size) != 3:
             raise UnsupportedModelError(
                 "the model's tokens span the clip already; this method is for models of single frames"
             )
-        self.place, self.default, self.fixed = sites.stem, default, fixed
+        super().__init__(sites.stem)
+        self.default, self.fixed = default, fixed
         self.told: int | None = None
         self.length = default
-
-    @property
-    def passive(self) -> bool:
-        return True
-
-    def places(self) -> list[Place]:
-        return [self.place]
-
-    def install(self) -> None:
-        self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.enabled:
@@ -1193,9 +1195,6 @@ class Clip(Intervention):
             )
         # It stays until the next forward: activation checkpointing runs blocks again in backward, not the stem.
         self.length = length
-
-    def fold(self) -> list[Folded]:
-        return []
 
 
 @contextmanager

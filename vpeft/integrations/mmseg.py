@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attach import CONTAINER, Handle, attach
-from ..checkpoint import fingerprint
+from ..checkpoint import fingerprint, read_tensors
 from ..errors import CheckpointError, MethodError, VpeftError
 from ..tasks.features import FeatureMaps
 from .mmcv_ops import install
@@ -176,14 +175,7 @@ def load_trained(model: nn.Module, file: str | Path) -> nn.Module:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist")
-    try:
-        with safe_open(file, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    header, tensors = read_tensors(file)
     about = json.loads(header.get("vpeft", "{}"))
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no file of vpeft.SaveTrained")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-IGNORED = 255
+from ..data.segmentation import IGNORED
 
 
 @dataclass(frozen=True)

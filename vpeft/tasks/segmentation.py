@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data.segmentation import IGNORED
 from ..errors import VpeftError, did_you_mean
 from .features import FeatureMaps
 
-IGNORED = 255
 # Our short names: mmsegmentation's class, whether it reads all maps or one, and options beside the common ones.
 HEADS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "fcn": ("FCNHead", False, {"channels": 256, "num_convs": 1, "concat_input": False}),
@@ -24,6 +24,7 @@ HEADS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "segformer": ("SegformerHead", True, {"channels": 256}),
     "dpt": ("DPTHead", True, {"channels": 256, "post_process_channels": (96, 192, 384, 768), "readout_type": "project"}),
 }
+COMMON = {"norm_cfg": {"type": "BN", "requires_grad": True}, "align_corners": False}
 LOSSES = {
     "ce": {"type": "CrossEntropyLoss", "use_sigmoid": False},
     "dice": {"type": "DiceLoss", "use_sigmoid": False},
@@ -67,7 +68,7 @@ def build_head(name: str, maps: FeatureMaps, num_classes: int, options: Mapping[
         VpeftError: an unknown head, options that it does not have, or maps that it cannot read.
     """
     kind, several, defaults = _known(name, HEADS, "head")
-    config = {"norm_cfg": {"type": "BN", "requires_grad": True}, "align_corners": False, **defaults}
+    config = {**COMMON, **defaults}
     channels, heads = maps.channels, max(1, maps.channels[-1] // 64)
     if kind == "SegmenterMaskTransformerHead":
         config |= {"channels": channels[-1], "embed_dims": channels[-1], "num_heads": heads, "norm_cfg": {"type": "LN"}}
@@ -83,18 +84,21 @@ def build_head(name: str, maps: FeatureMaps, num_classes: int, options: Mapping[
             raise VpeftError(f"seg.out_indices: {name} reads four maps, there are {len(channels)}")
     else:
         config |= {"in_channels": channels[-1], "in_index": len(channels) - 1}
-    head = _build(kind, config | dict(options or {}), num_classes, f"seg.options: {name}")
-    return _initialised(head)
+    return _build(kind, config | dict(options or {}), num_classes, f"seg.options: {name}")
 
 
 def auxiliary_head(maps: FeatureMaps, index: int, num_classes: int) -> nn.Module:
+    """An FCN head with fresh weights on one of the maps; a negative index counts from the end.
+
+    Raises:
+        VpeftError: there is no such map.
+    """
     if not -len(maps.channels) <= index < len(maps.channels):
         raise VpeftError(f"seg.aux: there is no map {index}; out_indices gives {len(maps.channels)}")
     index %= len(maps.channels)
-    config = {"in_channels": maps.channels[index], "in_index": index, "channels": 256, "num_convs": 1}
-    config |= {"concat_input": False, "norm_cfg": {"type": "BN", "requires_grad": True}, "align_corners": False}
-    head = _build("FCNHead", config, num_classes, "seg.aux")
-    return _initialised(head)
+    kind, _, defaults = HEADS["fcn"]
+    config = {**COMMON, **defaults, "in_channels": maps.channels[index], "in_index": index}
+    return _build(kind, config, num_classes, "seg.aux")
 
 
 def _initialised(head: nn.Module) -> nn.Module:
@@ -112,7 +116,7 @@ def _initialised(head: nn.Module) -> nn.Module:
 def _build(kind: str, config: dict, num_classes: int, where: str) -> nn.Module:
     registry = need_mmseg()
     try:
-        return registry.build({"type": kind, "num_classes": num_classes, **config})
+        return _initialised(registry.build({"type": kind, "num_classes": num_classes, **config}))
     except (TypeError, AssertionError, ValueError, KeyError) as error:
         raise VpeftError(f"{where}: {error}") from error
 
@@ -157,7 +161,7 @@ class SegmentationModel(nn.Module):
         """Logits (B, C, h, w) of the decode head, and in training of each auxiliary head after it."""
         maps = self.maps(images)
         aux = self.aux_heads if self.decode_head.training else ()
-        return [_logits(head(maps)) for head in (self.decode_head, *aux)]
+        return [head(maps) for head in (self.decode_head, *aux)]
 
     def semantic(self, images: Tensor) -> Tensor:
         """Logits (B, C, H, W) at the images' own size."""
@@ -170,11 +174,6 @@ class SegmentationModel(nn.Module):
 
     def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         return sum(weight * loss(logits, masks, ignore_index=IGNORED) for loss, weight in self.losses.values())
-
-
-def _logits(output: Tensor | tuple | list) -> Tensor:
-    """A decode head that gives several results gives the one that is tested last or first of all; none does here."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from ... import checkpoint
 from ...data import Datasets, build_datasets, check_source
-from ...errors import CheckpointError, ConfigError, DataError
+from ...errors import CheckpointError
 from ...sites import input_size
 from ...tasks import Classification
-from ..build import build_model, data_stats, pretrained_cfg
+from ..build import build_model, check_classes, check_outputs, data_stats, pretrained_cfg
 from . import Built
 
 TASK = Classification
@@ -26,10 +26,7 @@ def check(config: DictConfig) -> None:
 def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
     stats = data_stats(config, pretrained_cfg(config.model.name))
     data = build_datasets(config.data, config.augment, stats, seed=config.seed, **kwargs)
-    if config.data.num_classes not in (None, len(data.classes)):
-        raise DataError(
-            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(data.classes)}"
-        )
+    check_classes(config, data.classes)
     return data, stats
 
 
@@ -41,16 +38,8 @@ def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built
     return Built(backbone, backbone, task)
 
 
-@torch.no_grad()
 def check_attached(built: Built, num_classes: int) -> None:
-    """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps)."""
-    model = built.model
-    like = next(model.parameters())
-    training = model.training
-    width = model.eval()(torch.zeros(1, *input_size(model), dtype=like.dtype, device=like.device)).shape[-1]
-    model.train(training)
-    if width != num_classes:
-        raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
+    check_outputs(built.model, input_size(built.backbone), num_classes)
 
 
 def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:

@@ -36,8 +36,7 @@ def check(config: DictConfig) -> None:
     check_segmentation(config)
     seg = config.seg
     if seg.head != SAN:
-        if seg.head not in heads.HEADS:
-            heads.reads_all_maps(seg.head)  # raises
+        heads.reads_all_maps(seg.head)  # raises where there is no such head
         heads.need_mmseg()
     for name in seg.losses:
         if name not in heads.LOSSES:

@@ -13,12 +13,12 @@ from torch import nn
 from ... import checkpoint
 from ...data import Datasets
 from ...data.video import Clips, build_clips, check_video_source, find_videos, open_files
-from ...errors import CheckpointError, ConfigError, DataError
+from ...errors import CheckpointError, ConfigError
 from ...sites import input_size
 from ...tasks import VideoClassification
 from ...tasks.video import FramewiseModel, inflate, joint_vit, load_videomae
 from ...tasks.video_task import view_mean
-from ..build import build_model, data_stats, pretrained_cfg
+from ..build import build_model, check_classes, check_outputs, data_stats, pretrained_cfg
 from . import Built
 
 TASK = VideoClassification
@@ -40,10 +40,7 @@ def check(config: DictConfig) -> None:
 def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
     stats = data_stats(config, pretrained_cfg(config.model.name))
     data = build_clips(config.data, config.augment, config.video, stats, seed=config.seed, **kwargs)
-    if config.data.num_classes not in (None, len(data.classes)):
-        raise DataError(
-            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(data.classes)}"
-        )
+    check_classes(config, data.classes)
     return data, stats
 
 
@@ -77,17 +74,9 @@ def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built
     return Built(FramewiseModel(backbone, config.video.pool, config.video.dropout), backbone, task)
 
 
-@torch.no_grad()
 def check_attached(built: Built, num_classes: int) -> None:
-    """Refuse a model whose outputs are not one per class."""
-    model, like = built.model, next(built.model.parameters())
-    training = model.training
     channels, *frames, height, width = input_size(built.backbone)
-    clip = torch.zeros(1, channels, *(frames or [1]), height, width, dtype=like.dtype, device=like.device)
-    outputs = model.eval()(clip).shape[-1]
-    model.train(training)
-    if outputs != num_classes:
-        raise ConfigError(f"method.options.classes: the model gives {outputs} outputs for {num_classes} classes of the data")
+    check_outputs(built.model, (channels, *(frames or [1]), height, width), num_classes)
 
 
 def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
