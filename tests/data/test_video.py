@@ -266,10 +266,13 @@ def test_hmdb51_splits(tmp_path):
 
 def test_uniform_by_hand():
     # n = 41, T = 8: segments of 5 frames, [0, 5], [5, 10] … [35, 40]
-    assert s.uniform_test(41, 8).tolist() == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert s.uniform_test(41, 8).tolist() == [[2, 7, 12, 17, 22, 27, 32, 37]]
     # n = 10, T = 4: s = 2.25, edges 0, 2, 4 (4.5 to even), 7 (6.75), 9
-    assert s.uniform_test(10, 4).tolist() == [1, 3, 5, 8]
-    assert s.uniform_test(1, 4).tolist() == [0, 0, 0, 0]
+    assert s.uniform_test(10, 4).tolist() == [[1, 3, 5, 8]]
+    assert s.uniform_test(1, 4).tolist() == [[0, 0, 0, 0]]
+    # Segments [0, 5], [5, 10] … in two parts: their middles at a quarter and three quarters.
+    assert s.uniform_test(41, 8, 2).tolist() == [[1, 6, 11, 16, 21, 26, 31, 36], [3, 8, 13, 18, 23, 28, 33, 38]]
+    assert s.uniform_test(10, 4, 2).tolist() == [[0, 2, 4, 7], [1, 3, 6, 8]]
     generator = torch.Generator().manual_seed(0)
     drawn = np.stack([s.uniform(10, 4, generator) for _ in range(2000)])
     assert [sorted(set(column)) for column in drawn.T.tolist()] == [[0, 1, 2], [2, 3, 4], [4, 5, 6, 7], [7, 8, 9]]
@@ -376,15 +379,16 @@ def opened(folder, data=None, video=None, augment=None, **kwargs):
     return build_clips(data, settings(AugmentConfig, **(augment or {})), video, STATS, **kwargs)
 
 
-def test_clips_and_views_of_lists(folder):
-    found = opened(folder, video={"sampling": "dense", "stride": 2, "views": 2, "crops": 3})
+@pytest.mark.parametrize("sampling", ["dense", "uniform"])
+def test_clips_and_views_of_lists(folder, sampling):
+    found = opened(folder, video={"sampling": sampling, "stride": 2, "views": 2, "crops": 3})
     assert found.classes == ("0", "1")
     clip, label = found.train[1]
     assert clip.shape == (3, 4, 16, 16)
     assert label == 1
     views, _ = found.test[0]
     assert views.shape == (6, 3, 4, 16, 16)
-    fixed = s.dense_test(20, 4, 2, 2)
+    fixed = s.dense_test(20, 4, 2, 2) if sampling == "dense" else s.uniform_test(20, 4, 2)
     crops = Crops((16, 16), short=16, crops=3, mean=STATS["mean"], std=STATS["std"], interpolation="bilinear")
     truth = sequential(folder / "test0.mp4")
     assert torch.equal(views, torch.cat([crops(truth[i]) for i in fixed]))
@@ -457,7 +461,6 @@ def test_mistakes_in_the_data_section(folder):
         ({"train_split": "tain"}, {}, "no list .*tain.*did you mean 'train.txt'"),
         ({"root": str(folder / "no")}, {}, "data.root"),
         ({"classes": ["a"]}, {}, r"train1\.mp4 has the label 1, but there are 1 classes"),
-        ({}, {"views": 2}, "video.views"),
         ({}, {"template": "img.jpg"}, "video.template"),
         ({}, {"lists": "/nowhere"}, "video.lists"),
     ):

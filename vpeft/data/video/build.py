@@ -36,8 +36,6 @@ def check_video_source(data: Any, video: Any) -> None:
         raise DataError(f"data.source: '{data.source}' is not a source of videos{did_you_mean(data.source, SOURCES)}")
     if data.val_split and data.val_size:
         raise DataError("data.val_size: give a validation split (val_split) or a size to cut from training, not both")
-    if video.sampling == "uniform" and video.views > 1:
-        raise DataError("video.views: uniform sampling covers the whole video in one view; set views=1, or sampling=dense")
     if video.template and not fits(video.template):
         raise DataError(f"video.template: '{video.template}' has no place for the frame's number, as in img_{{:05d}}.jpg")
     if data.source == "motion":

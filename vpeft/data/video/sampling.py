@@ -22,10 +22,14 @@ def uniform(frames: int, length: int, generator: torch.Generator | None = None) 
     return low + _draw(high - low + 1, generator)
 
 
-def uniform_test(frames: int, length: int) -> np.ndarray:
-    """The middle frame of each segment of ``uniform``: ``(length,)``."""
+def uniform_test(frames: int, length: int, views: int = 1) -> np.ndarray:
+    """Frames at the middle of each of ``views`` equal parts of each segment of ``uniform``: ``(views, length)``.
+
+    One view is the segments' middle frames. Several lie between each other, and each covers the whole video.
+    """
     low, high = _segments(frames, length)
-    return (low + high) // 2
+    part = 2 * np.arange(views)[:, None] + 1
+    return low + (high - low) * part // (2 * views)
 
 
 def dense(frames: int, length: int, stride: int, generator: torch.Generator | None = None) -> np.ndarray:
@@ -71,12 +75,9 @@ def random_clip(kind: str, frames: int, length: int, stride: int = 1) -> np.ndar
 
 
 def fixed_clips(kind: str, frames: int, length: int, stride: int = 1, views: int = 1) -> np.ndarray:
-    """Indices ``(views, length)`` of the fixed clips that a video is judged by.
-
-    Uniform sampling has one view only: it covers the whole video already.
-    """
+    """Indices ``(views, length)`` of the fixed clips that a video is judged by."""
     if kind == "uniform":
-        return uniform_test(frames, length)[None]
+        return uniform_test(frames, length, views)
     return dense_test(frames, length, stride, views)
 
 
