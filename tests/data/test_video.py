@@ -17,6 +17,7 @@ from vpeft.data.motion import MOTIONS, make_motion, motion_frames, write_video
 from vpeft.data.video import Clips, build_clips, find_videos, open_files
 from vpeft.data.video import index as index_module
 from vpeft.data.video import sampling as s
+from vpeft.data.video.build import clip_transforms
 from vpeft.data.video.decode import Timeline, read_folder, read_frames, scan
 from vpeft.data.video.index import open_index, usable
 from vpeft.data.video.lists import Video, read_hmdb51, read_list
@@ -393,6 +394,28 @@ def test_clips_and_views_of_lists(folder, sampling):
     truth = sequential(folder / "test0.mp4")
     assert torch.equal(views, torch.cat([crops(truth[i]) for i in fixed]))
     assert (folder / "train.txt.frames.json").is_file()
+
+
+def test_scale_jitter_resizes_the_short_side_within_its_bounds_and_cuts_anywhere():
+    # Values rise along both sides, so that the slope tells the scale and the corner the place.
+    y, x = np.mgrid[:64, :96]
+    frames = np.stack([2 * y, 2 * x, 0 * x], -1).astype(np.uint8)[None].repeat(2, 0)
+    augment = settings(AugmentConfig, enabled=True, scale_jitter=[1.0, 1.5], hflip=0.0)
+    transform, _ = clip_transforms(augment, settings(VideoConfig), STATS)
+    torch.manual_seed(0)
+    random.seed(0)
+    clips = torch.stack([transform(frames) for _ in range(60)]) * 255 / 2
+    assert clips.shape == (60, 3, 2, 16, 16)
+    assert torch.equal(clips[:, :, 0], clips[:, :, 1])
+    inner = clips[:, :, 0, 2:-2, 2:-2]  # the picture's edges bend the slope
+    slopes = torch.stack([inner[:, 0].diff(dim=1).mean((1, 2)), inner[:, 1].diff(dim=2).mean((1, 2))])
+    factors = 64 / 16 / slopes  # short side of the resized picture over 16
+    assert torch.allclose(factors[0], factors[1], rtol=0.06)  # eight-bit values
+    assert factors.min() > 0.96
+    assert factors.max() < 1.56
+    assert factors.max() - factors.min() > 0.4
+    lefts = clips[:, 1, 0, 8, 8]
+    assert lefts.max() - lefts.min() > 32
 
 
 def test_training_clips_are_drawn_from_the_seed_of_the_sample(folder):

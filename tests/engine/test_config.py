@@ -24,6 +24,7 @@ CONFIG = vpeft.ConfigError
         ("wandb.mode=ofline", r"wandb\.mode: 'ofline' is not one of .*did you mean 'offline'"),
         ("train=5", r"train: expected a mapping"),
         ("augment.scale=[1.0, 0.5]", r"augment\.scale: expected two numbers"),
+        ("augment.scale_jitter=[1.15]", r"augment\.scale_jitter: expected two numbers"),
         ("augment.mixup=0.8", r"augment\.enabled: mixup and cutmix need"),
         ("schedule.warmup_epochs=50", r"schedule\.warmup_epochs: 50 must be below"),
         ("noequals", r"override 'noequals': expected key\.sub=value"),

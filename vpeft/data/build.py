@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from timm.data import create_dataset, create_transform
+from timm.data.transforms import RandomCropOrPad, ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ..errors import DataError, did_you_mean
@@ -108,6 +109,15 @@ def make_transforms(augment: Any, stats: dict) -> tuple[Callable, Callable]:
         auto_augment=augment.auto_augment,
         re_prob=augment.random_erasing,
     )
+    if augment.scale_jitter:
+        size = tuple(stats["input_size"][-2:])
+        resize = ResizeKeepRatio(
+            size,
+            interpolation=stats["interpolation"],
+            random_scale_prob=1.0,
+            random_scale_range=tuple(augment.scale_jitter),
+        )
+        train.transforms[:1] = [resize, RandomCropOrPad(size, padding_mode="reflect")]  # for the random resized crop
     return train, evaluate
 
 

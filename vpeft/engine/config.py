@@ -64,11 +64,16 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """timm's training augmentation; off by default, as in VTAB-1k's protocol."""
+    """timm's training augmentation; off by default, as in VTAB-1k's protocol.
+
+    Images are cut to a random ``scale`` (share of the area) and ``ratio`` and resized; or, with ``scale_jitter``, resized
+    so that the short side is a random multiple of the input's, within these bounds, and cut at a random place.
+    """
 
     enabled: bool = False
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    scale_jitter: list[float] | None = None
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.0
@@ -447,9 +452,9 @@ def check(config: DictConfig) -> None:
     if config.cache.mode == "False":  # YAML reads a bare off as no
         config.cache.mode = "off"
     check_values(config, CHOICES, RANGES)
-    for key in ("augment.scale", "augment.ratio", "seg.scale"):
+    for key in ("augment.scale", "augment.ratio", "augment.scale_jitter", "seg.scale"):
         pair = OmegaConf.select(config, key)
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+        if pair is not None and (len(pair) != 2 or not 0 < pair[0] <= pair[1]):
             raise ConfigError(f"{key}: expected two numbers 0 < low <= high, got {list(pair)}")
     if config.schedule.warmup_epochs >= config.train.epochs and config.schedule.warmup_epochs:
         raise ConfigError(
