@@ -336,6 +336,16 @@ def test_two_methods_coexist_and_save_separately(method, kind, tmp_path):
         vpeft.attach(model, "adaptformer", name="first")
 
 
+@on_vit
+def test_an_empty_batch_has_an_empty_answer(method):
+    """Attaching relies on it, so as not to compute an image (timm's Swin takes no empty batch)."""
+    model = make("vit")
+    x = images(model)[:0]
+    expected = run(model, x).shape
+    attached(model, method)
+    assert run(model, x).shape == expected
+
+
 @sweep
 def test_timm_calls_still_work(method, kind):
     model = make(kind)

@@ -76,7 +76,7 @@ class FrozenLinearPlus(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, core: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(len(rows), -1)
+        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(len(rows), core.shape[1])
         inner = low @ core.t()
         if mask is not None:
             inner *= mask
@@ -102,7 +102,7 @@ class FrozenLinearPlus(torch.autograd.Function):
             low = (x.reshape(-1, u.shape[1]) @ u.t()).view(low.shape)
             inner = low @ core.t() if mask is None else (low @ core.t()) * mask
         sliced = grad.reshape(-1, len(v))
-        to_inner = (sliced @ v).mul_(ctx.scale).view(len(inner), -1)
+        to_inner = (sliced @ v).mul_(ctx.scale).view(inner.shape)
         to_v = (sliced.t() @ inner.view(-1, len(u))).mul_(ctx.scale)
         if mask is not None:
             to_inner = to_inner * mask

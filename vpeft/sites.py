@@ -654,7 +654,6 @@ def check_sequence(block: BlockSite) -> None:
 
 def attention_inputs(attn: nn.Module, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, heads, N, d) of tokens x (B, N, D), normed and rotated as the attention does."""
-    batch, n = x.shape[:2]
     if getattr(attn, "qkv", None) is not None:
         bias = separate_bias(attn)
         if bias is None:
@@ -663,11 +662,11 @@ def attention_inputs(attn: nn.Module, x: Tensor, rope: Tensor | None = None) -> 
             y = attn.qkv(x) + bias
         else:
             y = F.linear(x, attn.qkv.weight, bias)
-        q, k, v = y.reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = y.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     else:
-        q = attn.q_proj(x).reshape(batch, n, attn.num_heads, -1).transpose(1, 2)
+        q = attn.q_proj(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
         shared = getattr(attn, "num_kv_heads", attn.num_heads)  # grouped queries
-        k, v = (p(x).reshape(batch, n, shared, -1).transpose(1, 2) for p in (attn.k_proj, attn.v_proj))
+        k, v = (p(x).unflatten(-1, (shared, -1)).transpose(1, 2) for p in (attn.k_proj, attn.v_proj))
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:

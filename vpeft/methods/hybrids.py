@@ -135,7 +135,7 @@ class Gates(Intervention):
     def take(self, name: str, batch: int) -> Tensor:
         """A gate for ``batch`` windows, or whole samples, in their order; it is then forgotten."""
         g = self._open.pop(name)
-        return g.repeat_interleave(batch // len(g))
+        return g.repeat_interleave(batch // max(len(g), 1))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}

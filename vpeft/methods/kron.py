@@ -82,7 +82,7 @@ class KronALinear(AddToRows):
         a, b = self.pair(slot)
         h = F.linear(x.unflatten(-1, (a.shape[1], b.shape[1])), b)  # X B^T
         # Flat, so that torch picks the same product whether or not a gradient is asked for.
-        h = F.linear(h.transpose(-1, -2).flatten(0, -2), a).view(*x.shape[:-1], -1, len(a))  # its transpose times A^T
+        h = F.linear(h.transpose(-1, -2).flatten(0, -2), a).view(*x.shape[:-1], len(b), len(a))  # its transpose times A^T
         return self.scale * h.transpose(-1, -2).flatten(-2)
 
     def slot_delta(self, slot: str) -> Tensor:
