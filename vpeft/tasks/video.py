@@ -198,7 +198,8 @@ def inflate(
         image_model: a plain timm ViT.
         kernel: the patch kernel in time: the image's divided over the tubelet's frames, or in its middle one. Either
             way, a clip of equal frames gives the image's patches.
-        positions: the image's own in every frame plus a sinusoid over time, as large as they are; or VideoMAE's table.
+        positions: the image's own in every frame, plus VideoMAE's table at each frame's first token, as large as they are
+            (a sinusoid over the frames' numbers would hardly tell one frame from the next); or VideoMAE's table.
 
     Raises:
         UnsupportedModelError: the image model is no plain ViT.
@@ -233,7 +234,7 @@ def inflate(
                 f"{embed.grid_size}; build the image model with img_size={embed.img_size}"
             )
         image = source["pos_embed"][0, -patches:]
-        time = sinusoid(embed.frames // embed.tubelet, model.embed_dim).to(image) * image.std() * 2**0.5
+        time = sinusoid(embed.num_patches, model.embed_dim)[::patches].to(image) * image.std() * 2**0.5
         values["pos_embed"] = rearrange(time[:, None] + image, "t n d -> 1 (t n) d")
     _fill(model, values, needed=[n for n in target if not n.startswith(("head.", "pos_embed"))], origin="the image model")
     return model
