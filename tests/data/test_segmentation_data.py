@@ -9,19 +9,9 @@ from fashion import fashion_root
 from PIL import Image
 
 import vpeft
+from vpeft.data.pictures import IGNORED, coloured, overlay, read_mask, write_mask
 from vpeft.data.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes
-from vpeft.data.segmentation import (
-    IGNORED,
-    LAYOUTS,
-    Augment,
-    Joint,
-    SegmentationSet,
-    coloured,
-    overlay,
-    palette,
-    read_mask,
-    write_mask,
-)
+from vpeft.data.segmentation import LAYOUTS, Augment, Joint, SegmentationSet, palette
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

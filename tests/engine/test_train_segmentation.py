@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vpeft
+from vpeft.data.pictures import read_mask
 from vpeft.data.scenes import Scenes, write_scenes
-from vpeft.data.segmentation import read_mask
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
@@ -108,6 +108,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
     [
         (["seg.head=fcnn"], "unknown 'fcnn'; did you mean 'fcn'"),
         (["seg.losses={lovasz: 1.0}"], r"seg\.losses: 'lovasz' is not one of"),
+        ([*SAN, "method.name=adamix"], "SAN gives proposals"),
         (["augment.enabled=true"], r"use seg\.augment instead"),
         (["train.label_smoothing=0.1"], "not for segmentation"),
         (["data.source=digits"], "'digits' is no source of masks"),

@@ -10,6 +10,7 @@ from scipy.ndimage import binary_fill_holes
 
 from ..errors import DataError
 from .embedded import FASHION_CLASSES, fashion_mnist
+from .pictures import write_mask
 
 SCENE_CLASSES = ("background", *FASHION_CLASSES)
 SCENE_PALETTE = (
@@ -159,9 +160,7 @@ def write_scenes(
         for index in range(length):
             image, mask = scenes[index]
             Image.fromarray(image).save(folder / "images" / split / f"{scenes.name(index)}.png")
-            palette = Image.fromarray(mask, "P")
-            palette.putpalette([v for colour in SCENE_PALETTE for v in colour])
-            palette.save(folder / "masks" / split / f"{scenes.name(index)}.png")
+            write_mask(folder / "masks" / split / f"{scenes.name(index)}.png", mask, SCENE_PALETTE)
     return folder
 
 

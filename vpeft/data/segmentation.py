@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision import tv_tensors
@@ -16,10 +15,8 @@ from torchvision.transforms import v2
 from ..errors import DataError, did_you_mean
 from .build import Datasets
 from .embedded import check_fashion_mnist
+from .pictures import IGNORED, IMAGE_ENDINGS, read_image, read_mask
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
-
-IGNORED = 255
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -73,28 +70,6 @@ class Source:
                 f"0 to {len(self.classes) - 1}, and {IGNORED} for what is not labelled"
             )
         return image, mask.astype(np.uint8)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3), uint8."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """The ids in a mask file (palette or grey), as (H, W) int64."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16"):
-                raise DataError(
-                    f"{path}: a mask holds one class id per pixel (palette or grey), this is a {image.mode} image"
-                )
-            return np.asarray(image).astype(np.int64)
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable mask: {error}") from error
 
 
 # ---- layouts ----
@@ -322,24 +297,3 @@ def palette(classes: int) -> list[tuple[int, int, int]]:
     bits = [[(i >> (3 * j + c)) & 1 for j in range(8)] for i in range(classes) for c in range(3)]
     values = [sum(b << (7 - j) for j, b in enumerate(row)) for row in bits]
     return [tuple(values[3 * i : 3 * i + 3]) for i in range(classes)]
-
-
-def coloured(mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Class ids (H, W) as colours (H, W, 3); 255 is white."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[: len(colours)] = colours
-    return table[mask]
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[tuple[int, int, int]], share: float = 0.5) -> np.ndarray:
-    """An image (H, W, 3), uint8, with the classes' colours laid over it; what is not labelled stays as it is."""
-    mixed = (1 - share) * image + share * coloured(mask, colours)
-    return np.where((mask == IGNORED)[..., None], image, mixed.round()).astype(np.uint8)
-
-
-def write_mask(path: Path, mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
-    """Class ids as a palette PNG, which ``read_mask`` gives back."""
-    picture = Image.fromarray(mask.astype(np.uint8), "P")
-    # A full palette: with a shorter one PIL would save fewer bits, and lose 255.
-    picture.putpalette(coloured(np.arange(256), colours).tobytes())
-    picture.save(path)

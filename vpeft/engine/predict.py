@@ -16,11 +16,10 @@ from torch.utils.data import Dataset
 
 from .. import checkpoint
 from ..attach import load
+from ..data.pictures import IMAGE_ENDINGS
 from ..errors import CheckpointError, DataError
 from .config import from_container
 from .kinds import Built, kind_of
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 class ImageFiles(Dataset):

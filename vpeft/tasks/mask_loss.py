@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..data.segmentation import IGNORED
+from ..data.pictures import IGNORED
 
 
 @dataclass(frozen=True)

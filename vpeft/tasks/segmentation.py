@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.segmentation import IGNORED
+from ..data.pictures import IGNORED
 from ..errors import VpeftError, did_you_mean
 from .features import FeatureMaps
 

@@ -11,21 +11,14 @@ from torch import nn
 
 from ... import checkpoint
 from ...data import Datasets
-from ...data.segmentation import (
-    Joint,
-    build_segmentation,
-    check_segmentation,
-    overlay,
-    palette,
-    read_image,
-    write_mask,
-)  # fmt: skip
+from ...data.pictures import overlay, read_image, write_mask
+from ...data.segmentation import Joint, build_segmentation, check_segmentation, palette
 from ...errors import ConfigError, VpeftError
 from ...sites import head_places, input_size, map_count
 from ...tasks import segmentation as heads
 from ...tasks.features import FeatureMaps
 from ...tasks.segmentation import Segmentation, SegmentationModel
-from ..build import build_model, data_stats, pretrained_cfg
+from ..build import build_model, data_stats, make_method, pretrained_cfg
 from . import Built
 
 TASK = Segmentation
@@ -35,6 +28,11 @@ SAN = "san"
 def check(config: DictConfig) -> None:
     check_segmentation(config)
     seg = config.seg
+    if seg.head == SAN and make_method(config).consistency_weight:
+        raise ConfigError(
+            f"method: {config.method.name} compares two runs' logits pixel by pixel, but SAN gives proposals; set "
+            "method.options.consistency=0"
+        )
     if seg.head != SAN:
         heads.reads_all_maps(seg.head)  # raises where there is no such head
         heads.need_mmseg()
