@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..errors import DataError
+
 
 class SeededDataset(Dataset):
     """Wraps a map-style data set; an item ``(epoch, index)`` is transformed under a seed of its own."""
@@ -44,9 +46,18 @@ class ShardedBatches(Sampler):
         shuffle: permute anew in each epoch.
         drop_last: leave out the last batch where it is not full.
         rank, world: this process and how many there are. Rank r takes the rows r, r + world, … of the batch.
+
+    Raises:
+        DataError: shuffled (for training), with a batch that leaves a process without a sample to take the step with.
     """
 
     def __init__(self, length: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int, rank=0, world=1):
+        sizes = {min(batch_size, length), 0 if drop_last else length % batch_size} - {0}
+        if shuffle and min(sizes, default=world) < world:
+            raise DataError(
+                f"train.batch_size: {length} samples in batches of {batch_size} make one of {min(sizes)}, too few for "
+                f"{world} processes; choose another size, or train.drop_last=true"
+            )
         self.length, self.batch_size, self.shuffle, self.drop_last = length, batch_size, shuffle, drop_last
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
 
