@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import vpeft
 from vpeft.data.motion import MOTIONS
@@ -39,6 +41,8 @@ def test_train_test_and_predict(make, tmp_path, capsys):
     assert len(rows) == 2
     assert all(0 < row["data_seconds"] < row["train_seconds"] for row in rows)
     assert "waiting for data" in (folder / "console.log").read_text()
+    with Image.open(folder / "clips.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 50, "frames and words"
     assert metrics["test_top1"] % 10 == pytest.approx(0, abs=1e-4), "ten clips"
 
     best = folder / "best.safetensors"

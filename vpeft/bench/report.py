@@ -99,13 +99,11 @@ def _ms(seconds: float | None) -> str:
 
 def plot(path: Path, config: DictConfig, results: "list[Result]") -> None:
     """Memory against step time, both over full fine-tuning."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kind = "peak" if any(r.peak is not None for r in results) else "saved"
-    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axis = figure.subplots()
     for r in results:
         if r.step is None:
             continue
@@ -119,4 +117,3 @@ def plot(path: Path, config: DictConfig, results: "list[Result]") -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

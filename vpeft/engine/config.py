@@ -220,7 +220,8 @@ class VideoConfig:
     ``stride``-th frame). A video is judged by the mean over ``views`` (in time) x ``crops`` (along the long side).
     ``lists`` is the folder of the list files where they are not in ``data.root``; ``fold`` is HMDB51's split;
     ``template`` names the frames where videos are folders of pictures; ``cache`` is a folder for frame counts where the
-    one of the lists cannot be written. ``flip`` allows mirrored clips (``augment.hflip``).
+    one of the lists cannot be written. ``flip`` allows mirrored clips (``augment.hflip``). ``strips`` is how many test
+    clips the run's picture shows.
     """
 
     mode: str = "framewise"
@@ -240,6 +241,7 @@ class VideoConfig:
     lists: str | None = None
     fold: int = 1
     cache: str | None = None
+    strips: int = 8
     motion: MotionConfig = field(default_factory=MotionConfig)
 
 
@@ -333,6 +335,7 @@ RANGES = {
     "video.tubelet": (1, None),
     "video.dropout": (0, 0.99),
     "video.views": (1, None),
+    "video.strips": (0, None),
     "video.crops": (1, None),
     "video.short_side": (1, None),
     "video.min_frames": (1, None),

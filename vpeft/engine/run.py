@@ -134,12 +134,10 @@ class RunFolder:
         rows = self.rows()
         if not rows:
             return
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
+        axes = figure.subplots(1, 3)
         epochs = [r["epoch"] + 1 for r in rows]
         axes[0].plot(epochs, [r["train_loss"] for r in rows], label="train")
         val = [r for r in rows if "val_loss" in r]
@@ -157,4 +155,3 @@ class RunFolder:
             axis.grid(alpha=0.3)
         figure.suptitle(str(self.path))
         figure.savefig(self.file("curves.png"), dpi=110)
-        plt.close(figure)

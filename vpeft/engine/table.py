@@ -149,12 +149,10 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Accuracy over trained parameters (the head's too), with the seeds' spread."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.subplots()
     for r in rows:
         spread = 0 if math.isnan(r["std"]) else r["std"]
         axis.errorbar(r["with_head"], r["mean"], yerr=spread, fmt="o", markersize=4, capsize=2)
@@ -163,4 +161,3 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     axis.set(xscale="log", xlabel="trained parameters, head included", ylabel=_metric(rows))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

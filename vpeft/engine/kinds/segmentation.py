@@ -140,13 +140,11 @@ def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> No
 
 
 def _picture(rows: list[tuple], classes: tuple[str, ...], colours: list, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure, axes = plt.subplots(3, len(rows), figsize=(2.2 * len(rows) + 1.6, 6.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(2.2 * len(rows) + 1.6, 6.6), layout="constrained")
+    axes = figure.subplots(3, len(rows), squeeze=False)
     for column, pictures in enumerate(rows):
         for axis, picture in zip(axes[:, column], pictures, strict=True):
             axis.imshow(picture)
@@ -157,7 +155,6 @@ def _picture(rows: list[tuple], classes: tuple[str, ...], colours: list, path: P
         patches = [Patch(color=np.array(c) / 255, label=n) for c, n in zip(colours, classes, strict=True)]
         figure.legend(handles=patches, loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -79,8 +80,9 @@ def check_attached(built: Built, num_classes: int) -> None:
     check_outputs(built.model, (channels, *(frames or [1]), height, width), num_classes)
 
 
+@torch.no_grad()
 def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
-    """Say what was left out: nothing is put in the place of a broken video."""
+    """Say what was left out (nothing is put in the place of a broken video), and draw clips.png."""
     for split in ("train", "val", "test"):
         clips: Clips | None = getattr(data, split)
         if clips is not None and (clips.left_out or clips.skipped()):
@@ -88,6 +90,42 @@ def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> No
                 "%s: %d videos left out when the lists were opened, %d reads skipped later", split, len(clips.left_out),
                 clips.skipped(),
             )  # fmt: skip
+    shown: Clips | None = data.test or data.val
+    if shown is not None and config.video.strips:
+        _strips(built, shown, data.classes, config.video.strips, folder / "clips.png")
+
+
+def _strips(built: Built, clips: Clips, classes: tuple[str, ...], count: int, path: Path) -> None:
+    """The middle view of some videos, up to 8 frames from left to right, with the true class and the judgement."""
+    from matplotlib.figure import Figure
+
+    built.model.eval()
+    like = next(built.backbone.parameters())
+    mean, std = (torch.tensor(v)[:, None, None, None] for v in (clips.transform.mean, clips.transform.std))
+    rows = []
+    for index in np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int)):
+        item = clips[int(index)]
+        if item is None:  # broken, and counted already
+            continue
+        views, label = item
+        scores = built.task.scores(built.model, views[None].to(like.device))[0]
+        view = (views[len(views) // 2] * std + mean).clamp(0, 1)
+        frames = view[:, np.linspace(0, view.shape[1] - 1, min(8, view.shape[1])).round().astype(int)]
+        rows.append((frames, classes[label], classes[int(scores.argmax())], float(scores.max())))
+    if not rows:
+        return
+    columns = max(r[0].shape[1] for r in rows)
+    figure = Figure(figsize=(1.3 * columns + 2.4, 1.35 * len(rows)), layout="constrained")
+    for axes, (frames, true, found, score) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axis, frame in zip(axes, frames.unbind(1), strict=True):
+            axis.imshow(frame.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(
+            f"{true}\n{found} {score:.0%}", rotation=0, ha="right", va="center", fontsize=8,
+            color="black" if found == true else "firebrick",
+        )  # fmt: skip
+    figure.supxlabel("time →   (left: true class, then the judgement and its probability)", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 @torch.inference_mode()
