@@ -110,4 +110,5 @@ def show(run: RunFolder, handle: Handle, task: Task, metrics: dict[str, Any]) ->
         number("seconds_per_epoch"), number(f"val_{task.monitor}"), number(f"test_{task.monitor}"),
     )  # fmt: skip
     Console().print(table)
-    run.logger.info("best.safetensors, last.safetensors, metrics.json, curves.png are in %s", run.path)
+    pictures = sorted(p.name for p in run.path.glob("*.png"))
+    run.logger.info("%s are in %s", ", ".join(["best.safetensors", "last.safetensors", "metrics.json", *pictures]), run.path)
