@@ -217,3 +217,4 @@ rows: [{{name: lora, options: {{rank: 2}}}}]
     assert 0 < results["limit"].saved < results["full"].saved
     assert results["lora"].step > 0
     assert results["lora"].cached is None
+    assert "vit_tiny_patch16_224, seg, batch 2, fp32" in next(tmp_path.rglob("*.md")).read_text(), "whose figures they are"

@@ -9,6 +9,7 @@ import timm
 import torch
 from omegaconf import DictConfig
 
+from ..engine.config import load_config
 from ..engine.run import write_atomically
 from .rows import FROZEN, FULL, LIMIT
 
@@ -88,9 +89,16 @@ def _setting(config: DictConfig) -> str:
         name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
     update = "with" if config.update else "without"
     return (
-        f"{config.model.name}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
+        f"{_subject(config)}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
         f"interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
     )
+
+
+def _subject(config: DictConfig) -> str:
+    """What was measured: the backbone, and the experiment that put it to use."""
+    if config.experiment is None:
+        return config.model.name
+    return f"{load_config(config.experiment).model.name}, {Path(config.experiment).stem}"
 
 
 def _ms(seconds: float | None) -> str:
@@ -112,7 +120,7 @@ def plot(path: Path, config: DictConfig, results: "list[Result]") -> None:
         axis.annotate(r.label, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
     what = {"peak": "peak memory", "saved": "bytes saved for backward"}[kind]
     axis.set(xlabel="time of a step over full fine-tuning", ylabel=f"{what} over full fine-tuning")
-    axis.set(title=f"{config.model.name}, batch {config.batch_size}, {config.device}, {config.precision}")
+    axis.set(title=f"{_subject(config)}, batch {config.batch_size}, {config.device}, {config.precision}")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -29,10 +30,22 @@ class _STAdapter:
         height, width = self.grid.size
         tokens = x.flatten(1, -2)  # (B T, P + HW, D)
         prefix = tokens.shape[1] - height * width
-        z = self.down(tokens[:, prefix:])
-        z = rearrange(z, "(b t) (h w) r -> b r t h w", t=self.clip.length, h=height, w=width)
-        z = self.up(rearrange(self.conv(z), "b r t h w -> (b t) (h w) r"))
-        return F.pad(z, (0, 0, prefix, 0)).view(x.shape)
+        z = self.down(tokens[:, prefix:]).unflatten(0, (-1, self.clip.length))
+        if self.conv.kernel_size[1:] == (1, 1):
+            z = self.along_time(z)
+        else:
+            z = rearrange(z, "b t (h w) r -> b r t h w", h=height, w=width)
+            z = rearrange(self.conv(z), "b r t h w -> b t (h w) r")
+        return F.pad(self.up(z.flatten(0, 1)), (0, 0, prefix, 0)).view(x.shape)
+
+    def along_time(self, z: Tensor) -> Tensor:
+        """The convolution of (B, T, HW, r) where the kernel spans time alone, a sum over its taps: no layout is turned."""
+        taps, middle = self.conv.weight.flatten(1).t().to(z.dtype), self.conv.kernel_size[0] // 2
+        total = torch.addcmul(self.conv.bias.to(z.dtype), z, taps[middle])
+        for step in range(1, middle + 1):
+            total[:, step:].addcmul_(z[:, :-step], taps[middle - step])
+            total[:, :-step].addcmul_(z[:, step:], taps[middle + step])
+        return total
 
 
 class STAdapterBeforeAttention(_STAdapter, MapOutput):
