@@ -183,12 +183,24 @@ def test_row_of_huggingface(file, monkeypatch):
 
 def test_stored_features_and_their_step(file):
     """Where something frozen lies below, a step is also measured from stored features; elsewhere it is not."""
-    rows = "rows=[{name: linear}, {name: lora}, {name: lora, label: upper, options: {blocks: '2'}}]"
-    results = {r.label: r for r in measure(load_bench_config(file, [rows]))}
-    assert results["linear"].ratios["cached/step"] < 1
-    assert results["upper"].cached is not None
+    config = load_bench_config(
+        file, ["rows=[{name: linear}, {name: lora}, {name: lora, label: upper, options: {blocks: '2'}}]"]
+    )
+    results = {r.label: r for r in measure(config)}
+    for label in ("linear", "upper"):
+        assert results[label].cached > 0
+        assert results[label].ratios["cached/step"] > 0
     assert results["lora"].cached is None
     assert "cached/step" not in results["lora"].ratios
+    called: list[int] = []
+    rows = {r.label: r for r in make_rows(config)[0]}
+    for label, expected in (("linear", []), ("upper", [2])):
+        for index, block in enumerate(rows[label].model.blocks):
+            block.attn.register_forward_hook(lambda *_, index=index: called.append(index))
+        step = rows[label].cached()
+        called.clear()
+        step()
+        assert called == expected, "what lies below is not computed again"
 
 
 def test_an_experiments_own_model_and_loss(tmp_path):
