@@ -65,7 +65,7 @@ class Crops:
         """uint8 ``(T, H, W, 3)`` to float ``(crops, 3, T, h, w)``."""
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
         clip = self._resized(clip)
-        clip = F.normalize(clip.float().div(255), self.mean, self.std)
+        clip = F.normalize(clip.float().div_(255), self.mean, self.std, inplace=True)
         height, width = self.size
         room_y, room_x = clip.shape[-2] - height, clip.shape[-1] - width
         cuts = []
@@ -73,8 +73,8 @@ class Crops:
             share = i / (self.crops - 1) if self.crops > 1 else 0.5
             top = round(room_y * (share if room_y > room_x else 0.5))
             left = round(room_x * (share if room_y <= room_x else 0.5))
-            cuts.append(clip[..., top : top + height, left : left + width])
-        return torch.stack(cuts).transpose(1, 2).contiguous()
+            cuts.append(clip[..., top : top + height, left : left + width].transpose(0, 1))
+        return torch.stack(cuts)
 
     def centre(self, frames: np.ndarray) -> Tensor:
         """The one centre crop, ``(3, T, h, w)``."""
