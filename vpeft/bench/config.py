@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..engine.build import check_model_name
-from ..engine.config import check_values, read_config
+from ..engine.config import check_values, load_config, read_config
 from ..errors import ConfigError
 
 # The row that huggingface's library gives, where it is installed.
@@ -86,6 +86,8 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
     check_values(config, CHOICES, RANGES)
     if config.experiment is None:
         check_model_name(config)
+    else:
+        config.model.name = load_config(config.experiment).model.name
     try:
         device = torch.device(config.device)
     except RuntimeError as error:

@@ -9,7 +9,6 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from ..engine.config import load_config
 from ..engine.run import write_atomically
 from .rows import FROZEN, FULL, LIMIT
 
@@ -96,9 +95,7 @@ def _setting(config: DictConfig) -> str:
 
 def _subject(config: DictConfig) -> str:
     """What was measured: the backbone, and the experiment that put it to use."""
-    if config.experiment is None:
-        return config.model.name
-    return f"{load_config(config.experiment).model.name}, {Path(config.experiment).stem}"
+    return f"{config.model.name}, {Path(config.experiment).stem}" if config.experiment else config.model.name
 
 
 def _ms(seconds: float | None) -> str:
