@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vpeft
-from vpeft import checkpoint
+from vpeft.backbone import embedded
+from vpeft.tuning import checkpoint
 
 
 @pytest.fixture
@@ -175,4 +176,4 @@ def test_embedded_backbones(name):
     features = timm.create_model(name, pretrained=True, features_only=True)(torch.zeros(1, 3, 28, 28))
     assert all(f.ndim == 4 for f in features)
     # Fashion-MNIST's own classes, which a random network would not know: see tests/test_embedded.py
-    assert vpeft.backbones.WEIGHTS.joinpath(f"{name.partition('.')[0]}.safetensors").stat().st_size < 6 * 2**20
+    assert embedded.WEIGHTS.joinpath(f"{name.partition('.')[0]}.safetensors").stat().st_size < 6 * 2**20

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vpeft.bench import compatibility
-from vpeft.bench.compatibility import ARCHITECTURES, Cell, compatibility_page, matrix, small_model, try_cell
+from vpeft.docs import compatibility
+from vpeft.docs.compatibility import ARCHITECTURES, Cell, compatibility_page, matrix, small_model, try_cell
 from vpeft.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"

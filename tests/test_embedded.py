@@ -9,7 +9,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-import vpeft.backbones
+from vpeft.backbone import embedded
 from vpeft.data.embedded import FASHION_ROOT, digits, fashion_mnist
 
 NAMES = ["vit_micro_patch4_28", "swin_micro_patch2_window7_28"]
@@ -54,7 +54,7 @@ def test_accuracy_on_fashion_mnist(name, least):
 def test_files_are_small_and_match_the_zoo(name):
     import hashlib
 
-    file = vpeft.backbones.WEIGHTS / f"{name}.safetensors"
+    file = embedded.WEIGHTS / f"{name}.safetensors"
     assert file.stat().st_size <= 6_000_000
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest in (Path(__file__).parents[1] / "model_zoo.md").read_text()

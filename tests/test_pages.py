@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vpeft
-from vpeft.bench.pages import methods_page
+from vpeft.docs.pages import methods_page
 from vpeft.methods import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,9 @@ from models import TIMM_MODULES, images, make, randomise
 from torch import nn
 
 import vpeft
-from vpeft.bench.compatibility import ARCHITECTURES
-from vpeft.sites import FIRST, LAST, Sites, block_indices
+from vpeft.backbone.modules import FIRST, LAST
+from vpeft.backbone.sites import Sites, block_indices
+from vpeft.docs.compatibility import ARCHITECTURES
 
 families = pytest.mark.parametrize("family", list(ARCHITECTURES))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """See ``python tools/predict.py --help``; the same as ``vpeft predict``."""
 
-from vpeft.engine.cli import main
+from vpeft.cli import main
 
 if __name__ == "__main__":
     main(command="predict")

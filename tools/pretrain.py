@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """See ``python tools/pretrain.py --help``; the same as ``vpeft pretrain``."""
 
-from vpeft.engine.cli import main
+from vpeft.cli import main
 
 if __name__ == "__main__":
     main(command="pretrain")

@@ -1,18 +1,12 @@
 """vpeft: parameter-efficient fine-tuning of timm's vision transformers, each published method exact, through hooks."""
 
-from . import backbones as _backbones  # noqa: F401 - registers the embedded backbones with timm
-from .attach import Handle, attach, get_handle, load
-from .description import describe
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MethodError,
-    UnsupportedModelError,
-    VpeftError,
-)
-from .interventions import clips
+from .backbone import embedded as _backbones  # noqa: F401 - registers the embedded backbones with timm
+from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
+from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
+from .tuning.attach import attach, get_handle, load
+from .tuning.description import describe
+from .tuning.handle import Handle
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,8 @@ from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.measure import bench, measure, saved_bytes
 from vpeft.bench.rows import make_rows, twin
-from vpeft.engine.kinds import Built
-from vpeft.tasks import Classification
+from vpeft.tasks.classification.metrics import Classification
+from vpeft.tasks.protocol import Built
 
 TINY = """
 name: tiny

@@ -9,9 +9,9 @@ from fashion import fashion_root
 from PIL import Image
 
 import vpeft
-from vpeft.data.pictures import IGNORED, coloured, overlay, read_mask, write_mask
-from vpeft.data.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes
-from vpeft.data.segmentation import LAYOUTS, Augment, Joint, SegmentationSet, palette
+from vpeft.data.images import IGNORED, coloured, overlay, read_mask, write_mask
+from vpeft.tasks.segmentation.data import LAYOUTS, Augment, PairTransform, SegmentationSet, palette
+from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -157,21 +157,21 @@ def coordinates(height, width):
 
 def test_evaluation_keeps_the_mask_and_the_size():
     image, mask = coordinates(10, 14)
-    x, y = Joint(mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))(image, mask)
+    x, y = PairTransform(mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))(image, mask)
     wanted = (torch.from_numpy(image).permute(2, 0, 1) / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor(
         [0.5, 0.4, 0.3]
     )[:, None, None]
     assert torch.allclose(x, wanted, atol=1e-6)
     assert (y.numpy() == mask).all()
     assert y.dtype == torch.int64
-    x, y = Joint(**PLAIN, short=20)(image, mask)
+    x, y = PairTransform(**PLAIN, short=20)(image, mask)
     assert x.shape == (3, 20, 28)
     assert y.shape == (10, 14)
 
 
 def test_crops_flips_and_padding_move_image_and_mask_together():
     image, mask = coordinates(12, 20)
-    joint = Joint(**PLAIN, crop=16, augment=Augment(scale=(1.0, 1.0), photometric=False, hflip=0.5))
+    joint = PairTransform(**PLAIN, crop=16, augment=Augment(scale=(1.0, 1.0), photometric=False, hflip=0.5))
     turned = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -183,13 +183,13 @@ def test_crops_flips_and_padding_move_image_and_mask_together():
         assert torch.equal(y[:12], where.sum(0) % 5)
         turned.add(bool(where[1, 0, 0] > where[1, 0, -1]))
     assert turned == {False, True}
-    x, y = Joint(**PLAIN, crop=8)(image, mask)  # the middle
+    x, y = PairTransform(**PLAIN, crop=8)(image, mask)  # the middle
     assert (x[:2, 0, 0] * 255).round().tolist() == [2, 6]
 
 
 def test_masks_are_enlarged_by_the_nearest_pixel():
     mask = np.array([[0, 200], [7, 255]], np.uint8).repeat(4, 0).repeat(4, 1)
-    joint = Joint(**PLAIN, crop=11, augment=Augment(scale=(1.6, 1.7), hflip=0, photometric=False))
+    joint = PairTransform(**PLAIN, crop=11, augment=Augment(scale=(1.6, 1.7), hflip=0, photometric=False))
     for seed in range(5):
         torch.manual_seed(seed)
         assert set(joint(np.zeros((8, 8, 3), np.uint8), mask)[1].unique().tolist()) <= {0, 7, 200, 255}
@@ -201,7 +201,7 @@ def test_crops_of_one_class_are_drawn_again():
     image = np.zeros((64, 64, 3), np.uint8)
     mixed = {}
     for ratio in (1.0, 0.75):
-        joint = Joint(**PLAIN, crop=16, augment=Augment((1.0, 1.0), ratio, 0, False))
+        joint = PairTransform(**PLAIN, crop=16, augment=Augment((1.0, 1.0), ratio, 0, False))
         found = 0
         for seed in range(60):
             torch.manual_seed(seed)
@@ -219,7 +219,7 @@ def test_one_batch_holds_one_size():
         def __getitem__(self, index):
             return coordinates(8, 8 + index)
 
-    dataset = SegmentationSet(Two(), Joint(**PLAIN))
+    dataset = SegmentationSet(Two(), PairTransform(**PLAIN))
     with pytest.raises(vpeft.DataError, match=r"2 sizes in one batch.*data\.batch_size=1"):
         dataset.collate([dataset[0], dataset[1]])
     images, masks = dataset.collate([dataset[0], dataset[0]])

@@ -13,17 +13,17 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vpeft.data import make_loader
-from vpeft.data.motion import MOTIONS, make_motion, motion_frames, write_video
-from vpeft.data.video import Clips, build_clips, find_videos, open_files
-from vpeft.data.video import index as index_module
-from vpeft.data.video import sampling as s
-from vpeft.data.video.build import clip_transforms
-from vpeft.data.video.decode import Timeline, read_folder, read_frames, scan
-from vpeft.data.video.index import open_index, usable
-from vpeft.data.video.lists import Video, read_hmdb51, read_list
-from vpeft.data.video.transforms import Crops, SameForAll
 from vpeft.engine.config import AugmentConfig, DataConfig, VideoConfig
 from vpeft.errors import DataError
+from vpeft.tasks.video.data import Clips, build_clips, find_videos, open_files
+from vpeft.tasks.video.data import index as index_module
+from vpeft.tasks.video.data import sampling as s
+from vpeft.tasks.video.data.build import clip_transforms
+from vpeft.tasks.video.data.decode import Timeline, read_folder, read_frames, scan
+from vpeft.tasks.video.data.index import open_index, usable
+from vpeft.tasks.video.data.lists import Video, read_hmdb51, read_list
+from vpeft.tasks.video.data.transforms import Crops, SameForAll
+from vpeft.tasks.video.motion import MOTIONS, make_motion, motion_frames, write_video
 
 STATS = {
     "input_size": (3, 16, 16), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear",
@@ -92,7 +92,7 @@ def test_every_frame_is_the_one_of_sequential_decoding(tmp_path, name, kwargs):
 
 
 def test_seeking_decodes_a_part_only(tmp_path, monkeypatch):
-    from vpeft.data.video import decode
+    from vpeft.tasks.video.data import decode
 
     path = write(tmp_path / "long.mp4", frames_of(60), gop=10, bframes=0)
     seen, real = [], decode._decode
@@ -109,7 +109,7 @@ def test_seeking_decodes_a_part_only(tmp_path, monkeypatch):
 
 
 def test_a_seek_that_lands_too_late_does_no_harm(tmp_path, monkeypatch):
-    from vpeft.data.video import decode
+    from vpeft.tasks.video.data import decode
 
     path = write(tmp_path / "a.mp4", frames_of(30))
     truth, timeline, real = sequential(path), scan(path), decode._decode

@@ -9,9 +9,9 @@ from models import attached, images, make, randomise
 from safetensors.torch import load_file
 
 import vpeft
+from vpeft.engine.cache import CacheError, FeatureCache, why_not
 from vpeft.engine.config import load_config
 from vpeft.engine.train import train
-from vpeft.integrations.cache import CacheError, FeatureCache, why_not
 from vpeft.methods import METHODS
 
 VIT = [
@@ -195,7 +195,7 @@ def test_playing_runs_nothing_below_and_leaves_nothing_behind(kind):
 def test_methods_that_read_every_block_keep_it_running():
     handle = attached(make("vit"), "vqt")
     assert handle.boundary == "norm"
-    assert handle.needs.first == 0
+    assert handle.cache_needs.first == 0
     assert "nothing frozen lies below" in why_not(handle)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 import vpeft
 from vpeft.engine.config import from_container, load_config
-from vpeft.engine.kinds.classification import open_data
 from vpeft.engine.train import check, train
+from vpeft.tasks.classification.task import open_data
 
 CONFIG = vpeft.ConfigError
 

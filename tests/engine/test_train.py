@@ -10,8 +10,8 @@ from places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
 import vpeft
+from vpeft.cli import main
 from vpeft.data.embedded import digits
-from vpeft.engine.cli import main
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import train
@@ -76,7 +76,7 @@ def test_test_and_predict_agree_with_the_run(tiny, tmp_path, capsys):
     from accelerate.utils import set_seed
     from safetensors.torch import save_file
 
-    from vpeft.engine.build import build_model
+    from vpeft.tasks.models import build_model
 
     set_seed(config.seed)
     weights = tmp_path / "backbone.safetensors"

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vpeft
-from vpeft.data.pictures import read_mask
-from vpeft.data.scenes import Scenes, write_scenes
+from vpeft.data.images import read_mask
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
+from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, Scenes, write_scenes
 
 TINY = """
 task: segmentation
@@ -68,7 +68,7 @@ def test_a_run_is_tested_and_predicts(make, tmp_path, overrides):
         mask = read_mask(Path(row["mask"]))
         assert mask.shape == (56, 56)
         assert sum(row["classes"].values()) == pytest.approx(1, abs=1e-4)
-        assert row["classes"].keys() == {vpeft.data.scenes.SCENE_CLASSES[i] for i in np.unique(mask)}
+        assert row["classes"].keys() == {SCENE_CLASSES[i] for i in np.unique(mask)}
         assert np.asarray(Image.open(row["overlay"])).shape == (56, 56, 3)
     assert json.loads((tmp_path / "o.json").read_text()) == found
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 import vpeft
-from vpeft.data.motion import MOTIONS
-from vpeft.engine.cli import main
+from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
+from vpeft.tasks.video.motion import MOTIONS
 
 CONFIG = """
 task: video
@@ -75,7 +75,7 @@ def test_broken_videos_are_reported_at_the_end(make, tmp_path):
 
 def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypatch):
     """A third of the reads fail; the loss of an untrained classifier over ten classes stays near ln 10."""
-    from vpeft.data.video import Clips
+    from vpeft.tasks.video.data import Clips
 
     make_clips(make)
     real = Clips.clip
@@ -99,7 +99,7 @@ def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypa
 
 
 def make_clips(make) -> None:
-    from vpeft.data.motion import make_motion
+    from vpeft.tasks.video.motion import make_motion
 
     config = make()
     make_motion(config.data.root, config.video.motion)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vpeft
-from vpeft.integrations import mmcv_ops
 from vpeft.integrations.mmseg import TimmBackbone, TrainedOnly, load_trained, trained_tensors
+from vpeft.tasks.segmentation import mmcv_ops
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "mmseg"
 TINY = {"model": "vit_tiny_patch16_224", "pretrained": False, "img_size": 32}
@@ -442,7 +442,7 @@ def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
 
 def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
     """Our sliding windows against mmsegmentation's own."""
-    from vpeft.tasks.segmentation import Segmentation
+    from vpeft.tasks.segmentation.model import Segmentation
 
     _, _, runner = finished
     model = runner.model.eval()

@@ -203,7 +203,7 @@ class TestClips:
         vpeft.attach(model, method, frames=2)
         with pytest.raises(ZeroDivisionError), vpeft.clips(model, 1):
             raise ZeroDivisionError
-        assert [m.told for m in model.modules() if hasattr(m, "told") and not isinstance(m.told, list)] == [None]
+        assert [m.frames for m in model.modules() if hasattr(m, "told") and not isinstance(m.frames, list)] == [None]
 
     def test_checkpointed_blocks_run_again_after_the_context(self, method):
         model = make("vit", dtype=torch.float64)

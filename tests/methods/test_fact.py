@@ -12,9 +12,8 @@ from reference import Reference
 from torch.nn import functional as F
 
 import vpeft
-from vpeft.autograd import FrozenLinearPlus
-from vpeft.interventions import FusedAddToLinear
 from vpeft.methods import METHODS, create
+from vpeft.methods.fact import FrozenLinearPlus, FusedAddToLinear
 
 SLOTS = {"qkv": ["q", "k", "v"], "proj": ["proj"], "fc1": ["fc1"], "fc2": ["fc2"]}
 

@@ -8,6 +8,8 @@ from models import attached, images, make, randomise
 from reference import Reference
 
 import vpeft
+from vpeft.backbone.modules import BlockSite, LinearSite, ModuleRef
+from vpeft.backbone.sites import Sites
 from vpeft.methods import create, kron
 
 
@@ -46,7 +48,7 @@ def test_krona_start_and_sizes():
     assert s["blocks.0.mlp.fc1.krona.b"].shape == (16, 8)
     uniform(s["blocks.0.mlp.fc1.krona.a"], 8**-0.5)
     assert all((t == 0).all() for n, t in s.items() if n.endswith(".b"))
-    shapes = kron.kron_shapes(vpeft.sites.LinearSite("", torch.nn.Linear(768, 768), "q", (0, 768)), None)
+    shapes = kron.kron_shapes(LinearSite("", torch.nn.Linear(768, 768), "q", (0, 768)), None)
     assert shapes == ((24, 32), (32, 24))
 
 
@@ -182,9 +184,9 @@ def test_refusals():
 
 def test_grouped_queries_cannot_share_a_bias():
     model = make("vit")
-    site = vpeft.sites.Sites(model).blocks[0]
+    site = Sites(model).blocks[0]
     narrow = torch.nn.Module()
     narrow.q_proj, narrow.k_proj, narrow.v_proj = (torch.nn.Linear(32, d) for d in (32, 16, 16))
-    block = vpeft.sites.BlockSite(**(vars(site) | {"attn": vpeft.sites.Place("blocks.0.attn", narrow)}))
+    block = BlockSite(**(vars(site) | {"attn": ModuleRef("blocks.0.attn", narrow)}))
     with pytest.raises(vpeft.UnsupportedModelError, match="share one bias, but are 32 and 16 wide"):
         create("kadaptation").projections(block)

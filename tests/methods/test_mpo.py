@@ -10,8 +10,8 @@ from reference import Reference
 from torch import nn
 
 import vpeft
+from vpeft.backbone.sites import Sites
 from vpeft.methods.mpo import MpoWeight, split
-from vpeft.sites import Sites
 
 
 def contract(tensors, rows, columns):

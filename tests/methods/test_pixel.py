@@ -13,7 +13,7 @@ from reference import Reference
 from torch.nn.functional import cross_entropy
 
 import vpeft
-from vpeft.interventions import ReplaceTensor
+from vpeft.interventions.weights import ReplaceTensor
 from vpeft.methods.pixel_raw import first_come_map, greedy_map
 
 # ---- independent formulas ----

@@ -9,7 +9,8 @@ from models import attached, images, make, randomise
 from reference import Reference
 
 import vpeft
-from vpeft.sites import Sites, attend, attention_bias, attention_inputs, attention_output
+from vpeft.backbone.attention import attend, attention_bias, attention_inputs, attention_output
+from vpeft.backbone.sites import Sites
 
 
 class Prefix(Reference):

@@ -8,7 +8,7 @@ import torch
 from models import attached, images, make, randomise, train_steps
 from torch.autograd.graph import saved_tensors_hooks
 
-from vpeft.interventions import FeedFeatures, Tap
+from vpeft.interventions.side import SideFeatures, Tap
 
 
 def counted_saves(model, marks):
@@ -144,4 +144,4 @@ def test_parts_are_the_general_ones():
     handle = attached(model, "lst")
     kinds = [type(i).__mro__ for i in handle.root.interventions]
     assert sum(Tap in k for k in kinds) == 4
-    assert sum(FeedFeatures in k for k in kinds) == 1
+    assert sum(SideFeatures in k for k in kinds) == 1

@@ -9,8 +9,8 @@ from models import images, make, randomise
 from reference import Reference
 
 import vpeft
-from vpeft.autograd import ScaleShift
-from vpeft.bench.compatibility import small_model
+from vpeft.docs.compatibility import small_model
+from vpeft.methods.ssf import ScaleShiftFunction
 
 
 class SSF(Reference):
@@ -142,12 +142,12 @@ def test_function_and_its_second_gradient():
     scale = torch.randn(4, dtype=torch.float64).add(2).requires_grad_()
     shift = torch.randn(4, dtype=torch.float64, requires_grad=True)
     for axis in (2, -1):
-        run = lambda *t: ScaleShift.apply(*t, axis, None, None)  # noqa: B023, E731
+        run = lambda *t: ScaleShiftFunction.apply(*t, axis, None, None)  # noqa: B023, E731
         assert torch.autograd.gradcheck(run, (y, scale, shift))
         assert torch.autograd.gradgradcheck(run, (y, scale, shift))
     image = y.detach().transpose(1, 2)  # (B, C, N)
     double = lambda t: 2 * t  # noqa: E731
-    run = lambda y, *t: ScaleShift.apply(y, *t, 1, double, image)  # noqa: E731
+    run = lambda y, *t: ScaleShiftFunction.apply(y, *t, 1, double, image)  # noqa: E731
     again = double(image).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, h: run(again, s, h), (scale, shift))
 

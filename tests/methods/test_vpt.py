@@ -13,8 +13,9 @@ from models import images, make, randomise
 from reference import Reference
 
 import vpeft
-from vpeft.bench.compatibility import small_model
-from vpeft.interventions import InsertTokens, JoinWindows, MadeKeys
+from vpeft.docs.compatibility import small_model
+from vpeft.interventions.attention import ComputedKeysValues
+from vpeft.interventions.tokens import JoinWindows, PromptTokens
 
 
 class Prompts(Reference):
@@ -240,7 +241,7 @@ def test_fast_equals_literal_with_options(options):
 def ways(model, **options):
     """Per block, whether prompts are keys alone (F) or tokens (l)."""
     handle = vpeft.attach(model, "vpt_deep", tokens=2, **options)
-    kinds = {InsertTokens: "l", JoinWindows: "l", MadeKeys: "F"}
+    kinds = {PromptTokens: "l", JoinWindows: "l", ComputedKeysValues: "F"}
     text = "".join(
         next(k for c, k in kinds.items() if isinstance(i, c))
         for i in handle.root.interventions

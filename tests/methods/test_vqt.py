@@ -14,7 +14,9 @@ from timm.layers import apply_rot_embed_cat
 from torch import nn
 
 import vpeft
-from vpeft.sites import Sites, attention_inputs, rows_through_block
+from vpeft.backbone.attention import attention_inputs
+from vpeft.backbone.blocks import rows_through_block
+from vpeft.backbone.sites import Sites
 
 
 class VQT(Reference):

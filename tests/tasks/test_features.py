@@ -9,8 +9,8 @@ from models import CASES, MODELS, attached, images, make, randomise
 from torch import nn
 
 import vpeft
-from vpeft.attach import get_handle
-from vpeft.tasks.features import FeatureMaps
+from vpeft.tasks.segmentation.features import FeatureMaps
+from vpeft.tuning.attach import get_handle
 
 INDICES = {"vit": (0, 1, 2), "vit_reg": (0, 1, 2), "swin": (0, 1)}
 FED_BACK = {"dtl", "dtl_plus", "ladder_adapter", "lst"}
@@ -34,7 +34,7 @@ def use(case, maps):
     """Attach a method; or, where it only changes the classifier, see that it is refused and skip what follows."""
     method, _ = case
     handle = attached(maps.backbone, method)
-    places = [p.path for i in handle.root.interventions for p in i.places()]
+    places = [p.path for i in handle.root.interventions for p in i.hooked()]
     if not any(path.startswith(("head", "attn_pool")) for path in places):
         maps.check(handle)
         return handle

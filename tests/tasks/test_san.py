@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import vpeft
 from vpeft.errors import ConfigError, DataError, UnsupportedModelError, VpeftError
-from vpeft.sites import finished_rows
-from vpeft.tasks.mask_loss import SetLoss, at_points, binary_masks
-from vpeft.tasks.san import SAN, SideAdapter, joint_bias
-from vpeft.tasks.text import TEMPLATES, clip_text, read_text, save_text
+from vpeft.tasks.segmentation.mask_loss import SetLoss, at_points, binary_masks
+from vpeft.tasks.segmentation.plain_vit import finished_rows
+from vpeft.tasks.segmentation.san import SAN, SideAdapter, joint_bias
+from vpeft.tasks.segmentation.text import TEMPLATES, clip_text, read_text, save_text
 
 SMALL = {"width": 24, "depth": 4, "heads": 2, "queries": 5, "hidden": 16, "patch": 8}
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import vpeft
 from vpeft.methods import METHODS, on_images
-from vpeft.tasks.features import FeatureMaps
-from vpeft.tasks.segmentation import (
+from vpeft.tasks.segmentation.features import FeatureMaps
+from vpeft.tasks.segmentation.model import (
     HEADS,
     Segmentation,
     SegmentationModel,

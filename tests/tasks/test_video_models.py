@@ -11,7 +11,7 @@ from torch import nn
 
 import vpeft
 from vpeft.methods import METHODS
-from vpeft.tasks.video import FramewiseModel, inflate, joint_vit, load_videomae, sinusoid
+from vpeft.tasks.video.model import FramewiseModel, inflate, joint_vit, load_videomae, sinusoid
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -166,7 +166,7 @@ def test_time_is_seen_through_the_wrapper_and_left_behind(method):
         assert torch.equal(copy.deepcopy(model)(x), first)
         alone = model(x[1:])
         assert torch.allclose(alone[0], first[1], atol=1e-5), "clips do not see each other"
-    assert all(m.told is None for m in backbone.modules() if type(m).__name__ == "Clip")
+    assert all(m.frames is None for m in backbone.modules() if type(m).__name__ == "Clip")
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), first, atol=1e-5)

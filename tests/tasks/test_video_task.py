@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vpeft.tasks import VideoClassification
-from vpeft.tasks.video_task import view_mean
+from vpeft.tasks.video.metrics import VideoClassification, view_mean
 
 CPU = torch.device("cpu")
 

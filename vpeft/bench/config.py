@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..engine.build import check_model_name
 from ..engine.config import check_values, load_config, read_config
 from ..errors import ConfigError
+from ..tasks.models import check_model_name
 
 # The row that huggingface's library gives, where it is installed.
 PEFT = "huggingface_lora"

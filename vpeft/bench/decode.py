@@ -9,12 +9,12 @@ import numpy as np
 from omegaconf import OmegaConf
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..data import make_loader
 from ..data.embedded import fashion_mnist
-from ..data.motion import MOTIONS, motion_frames, write_video
-from ..data.video import find_videos, open_files
-from ..data.video.decode import read_frames
-from ..data.video.sampling import random_clip
+from ..data.loader import make_loader
+from ..tasks.video.data import find_videos, open_files
+from ..tasks.video.data.decode import read_frames
+from ..tasks.video.data.sampling import random_clip
+from ..tasks.video.motion import MOTIONS, motion_frames, write_video
 
 MADE, LENGTH, KEYS = 16, 128, 32
 

@@ -11,15 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..attach import Handle, attach
-from ..data import make_loader
+from ..backbone.reading import input_size
+from ..backbone.sites import Sites
+from ..data.loader import make_loader
+from ..engine.cache import CachedLoader, FeatureCache, why_not
 from ..engine.config import load_config
-from ..engine.kinds import Built, kind_of
 from ..errors import ConfigError, MethodError, VpeftError
-from ..integrations.cache import CachedLoader, FeatureCache, why_not
 from ..methods import Method, create
-from ..sites import Sites, input_size
-from ..tasks import Classification
+from ..tasks.classification.metrics import Classification
+from ..tasks.protocol import Built
+from ..tasks.registry import kind_of
+from ..tuning.attach import attach
+from ..tuning.handle import Handle
 from .config import PEFT
 
 # The rows that every table has, to which the others are put in proportion.

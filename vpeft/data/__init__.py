@@ -1,6 +1,6 @@
-"""Data sets and loaders: timm's readers and transforms, and the two embedded sources."""
+"""Data sets and loaders: what all tasks share."""
 
-from .build import Datasets, build_datasets, check_source
 from .loader import make_loader
+from .splits import Datasets
 
-__all__ = ["Datasets", "build_datasets", "check_source", "make_loader"]
+__all__ = ["Datasets", "make_loader"]

@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..data.video.sampling import SAMPLINGS
 from ..errors import ConfigError, did_you_mean
-from .kinds import KINDS
+from ..tasks.registry import KINDS
+from ..tasks.video.data.sampling import SAMPLINGS
 
 
 @dataclass

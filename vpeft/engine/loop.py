@@ -20,10 +20,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from ..data import Datasets, make_loader
+from ..data.loader import make_loader
+from ..data.splits import Datasets
 from ..errors import VpeftError
-from ..integrations.cache import GB, CachedLoader, CacheError, FeatureCache
-from ..tasks import Task
+from ..tasks.protocol import Task
+from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
 from .run import RunFolder
 
@@ -67,12 +68,12 @@ class Average:
 
 
 class Trainer:
-    """Trains what ``tuned`` holds of ``model`` on ``data``.
+    """Trains what ``handle`` holds of ``model`` on ``data``.
 
     Args:
         config: the experiment.
         model: the whole model, as called in the forward.
-        tuned: the trained part of it (a vpeft handle).
+        handle: the trained part of it (a vpeft handle).
         data: data sets.
         task: loss and metrics.
         run: the run's folder.
@@ -85,7 +86,7 @@ class Trainer:
         self,
         config: DictConfig,
         model: nn.Module,
-        tuned: Tuned,
+        handle: Tuned,
         data: Datasets,
         task: Task,
         run: RunFolder,
@@ -93,9 +94,9 @@ class Trainer:
         about: dict | None = None,
         recalibrate: Callable[[], Any] | None = None,
     ):
-        self.config, self.tuned, self.task, self.run, self.accelerator = config, tuned, task, run, accelerator
-        self.consistency = tuned.consistency_loss if tuned.method.consistency_weight else None
-        self.data, self.about, self.recalibrate = data, about or {}, recalibrate
+        self.config, self.handle, self.task, self.run, self.accelerator = config, handle, task, run, accelerator
+        self.consistency = handle.consistency_loss if handle.method.consistency_weight else None
+        self.data, self.metadata, self.recalibrate = data, about or {}, recalibrate
         rank, world = accelerator.process_index, accelerator.num_processes
         common = {"seed": config.seed, "workers": config.data.workers, "rank": rank, "world": world}
         self.train_loader = make_loader(
@@ -106,7 +107,7 @@ class Trainer:
             for split, dataset in (("val", data.val), ("test", data.test))
             if dataset is not None
         }
-        groups = tuned.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
+        groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         self.params = [p for g in groups for p in g["params"]]
         if not self.params:
             raise VpeftError("nothing to train: the method trains no tensor and the model has no head")
@@ -140,7 +141,7 @@ class Trainer:
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
         self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
         # Trained tensors that no gradient has reached yet, watched over the first steps.
-        self.silent = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+        self.without_gradient = {name: p for name, p in handle.named_parameters() if p.requires_grad}
         self.steps = 0
 
     def _count_steps(self) -> int:
@@ -188,9 +189,9 @@ class Trainer:
 
     def _cached(self, loader, name: str) -> CachedLoader:
         config, started = self.config.cache, time.perf_counter()
-        self.tuned.eval()
+        self.handle.eval()
         cache = FeatureCache(
-            self.tuned,
+            self.handle,
             dtype=config.dtype,
             mode=config.mode,
             budget=config.budget_gb * GB,
@@ -281,8 +282,8 @@ class Trainer:
 
     def _mode(self, training: bool) -> None:
         drops = self.config.model.drop_path or self.config.model.drop
-        self.tuned.train(training, backbone=bool(drops))
-        if self.whole is not self.tuned.model:
+        self.handle.train(training, backbone=bool(drops))
+        if self.whole is not self.handle.model:
             self.whole.training = training  # its own flag only: the handle knows what stays frozen
 
     def _step(self, images: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -298,14 +299,14 @@ class Trainer:
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, a, b, self.consistency) + self.tuned.penalty()
+                    loss = self.task.loss(self.model, a, b, self.consistency) + self.handle.penalty()
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
         self._watch()
         if self.config.train.clip_grad:
             accelerator.clip_grad_norm_(self.params, self.config.train.clip_grad)
         self.optimizer.step()
-        self.tuned.after_step()
+        self.handle.after_step()
         self.optimizer.zero_grad()
         if self.average:
             self.average.update()
@@ -314,10 +315,10 @@ class Trainer:
     def _watch(self) -> None:
         """Warn of trained tensors without a gradient: a dead site, or an initial value that can never learn."""
         self.steps += 1
-        if self.silent and self.steps <= 5:
-            self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
-            if self.silent and self.steps == 5:
-                names = list(self.silent)
+        if self.without_gradient and self.steps <= 5:
+            self.without_gradient = {n: p for n, p in self.without_gradient.items() if p.grad is None or not p.grad.any()}
+            if self.without_gradient and self.steps == 5:
+                names = list(self.without_gradient)
                 self.run.logger.warning(
                     "no gradient in the first 5 steps reached %d trained tensors: %s", len(names), ", ".join(names[:4])
                 )
@@ -354,7 +355,7 @@ class Trainer:
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
         if self.run.main:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
-                self.tuned.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.about)
+                self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             self.run.finish(metrics, self.task.monitor, self.task.title)
             self.run.file("state.safetensors").unlink(missing_ok=True)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
@@ -370,12 +371,12 @@ class Trainer:
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
         if self.average:
             self.average.swap()
-        self.tuned.save(self.run.file("last.safetensors"), metrics=metrics, training=True, **self.about)
+        self.handle.save(self.run.file("last.safetensors"), metrics=metrics, training=True, **self.metadata)
         if is_best:
-            self.tuned.save(self.run.file("best.safetensors"), metrics=metrics, training=True, **self.about)
+            self.handle.save(self.run.file("best.safetensors"), metrics=metrics, training=True, **self.metadata)
         if self.average:
             self.average.swap()
-        tensors = {f"method/{n}": t for n, t in (self.tuned.state_dict() | self.tuned.head_state_dict()).items()}
+        tensors = {f"method/{n}": t for n, t in (self.handle.state_dict() | self.handle.head_state_dict()).items()}
         if self.average:
             tensors |= {f"average/{i}": v for i, v in enumerate(self.average.values)}
         scalars: dict[str, dict] = {}
@@ -398,7 +399,7 @@ class Trainer:
         with safe_open(self.run.file("state.safetensors"), "pt") as f:
             about = json.loads(f.metadata()["state"])
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-        self.tuned.load_state_dict(method_state(tensors))
+        self.handle.load_state_dict(method_state(tensors))
         if self.average:
             for i, value in enumerate(self.average.values):
                 value.copy_(tensors[f"average/{i}"])
@@ -415,7 +416,7 @@ class Trainer:
     @torch.no_grad()
     def _load_best(self) -> None:
         with safe_open(self.run.file("best.safetensors"), "pt") as f:
-            self.tuned.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+            self.handle.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
 
 
 def method_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

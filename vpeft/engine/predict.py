@@ -14,12 +14,13 @@ from timm.data import create_transform
 from torch import nn
 from torch.utils.data import Dataset
 
-from .. import checkpoint
-from ..attach import load
-from ..data.pictures import IMAGE_ENDINGS
+from ..data.images import IMAGE_ENDINGS
 from ..errors import CheckpointError, DataError
+from ..tasks.protocol import Built
+from ..tasks.registry import kind_of
+from ..tuning import checkpoint
+from ..tuning.attach import load
 from .config import from_container
-from .kinds import Built, kind_of
 
 
 class ImageFiles(Dataset):
@@ -69,7 +70,7 @@ def rebuild(file: checkpoint.File, weights: str | None = None) -> nn.Module:
     Raises:
         CheckpointError: no timm name in the file, or no weights for it.
     """
-    about = file.about["model"]
+    about = file.metadata["model"]
     if not about["name"] or not timm.is_model(about["name"]):
         raise CheckpointError(f"{file.path}: timm has no model '{about['name']}'; load it in code with vpeft.load")
     config = config_of(file)
@@ -97,7 +98,7 @@ def rebuilt(file: checkpoint.File, weights: str | None = None) -> tuple[Built, t
     """
     config = config_of(file)
     kind = kind_of(config)
-    classes = file.about["class_names"] or range(file.about["num_classes"] or 0)
+    classes = file.metadata["class_names"] or range(file.metadata["num_classes"] or 0)
     built = kind.assemble(config, rebuild(file, weights), len(classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     handle = load(built.backbone, file.path, heads=built.heads)
@@ -108,13 +109,13 @@ def rebuilt(file: checkpoint.File, weights: str | None = None) -> tuple[Built, t
 
 def config_of(file: checkpoint.File) -> DictConfig:
     """The experiment behind a checkpoint; the defaults where it was saved from a user's own loop."""
-    return from_container(file.about["config"] or {})
+    return from_container(file.metadata["config"] or {})
 
 
 def transform_of(file: checkpoint.File) -> Callable:
     """timm's evaluation transform, as the checkpoint's model was trained with."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(**{k: file.about["data"][k] for k in keys if k in file.about["data"]})
+    return create_transform(**{k: file.metadata["data"][k] for k in keys if k in file.metadata["data"]})
 
 
 def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[torch.Tensor], topk: int) -> list[dict]:
@@ -128,7 +129,7 @@ def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[torch.T
     """
     found = []
     for name, row in zip(names, scores, strict=True):
-        classes = file.about["class_names"] or [str(i) for i in range(len(row))]
+        classes = file.metadata["class_names"] or [str(i) for i in range(len(row))]
         best, index = row.topk(min(topk, len(classes)))
         pairs = [{"class": classes[c], "probability": round(p, 6)} for p, c in zip(best.tolist(), index, strict=True)]
         found.append({"file": str(name), "classes": pairs})

@@ -9,10 +9,10 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
-from ..attach import attach
 from ..errors import ConfigError
-from .build import check_model_name
-from .kinds import kind_of
+from ..tasks.models import check_model_name
+from ..tasks.registry import kind_of
+from ..tuning.attach import attach
 from .loop import Trainer, make_accelerator
 from .run import RunFolder
 from .train import start_tracking

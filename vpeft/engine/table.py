@@ -12,12 +12,12 @@ import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from ..attach import load
-from ..data import make_loader
+from ..data.loader import make_loader
 from ..errors import ConfigError
-from .build import make_method
+from ..tasks.models import make_method
+from ..tasks.registry import kind_of
+from ..tuning.attach import load
 from .config import load_config
-from .kinds import kind_of
 from .run import write_atomically
 from .train import check, train
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .. import checkpoint
-from ..attach import load
-from ..data import make_loader
+from ..data.loader import make_loader
 from ..errors import ConfigError
-from .build import check_model_name
-from .kinds import kind_of
+from ..tasks.models import check_model_name
+from ..tasks.registry import kind_of
+from ..tuning import checkpoint
+from ..tuning.attach import load
 from .loop import make_accelerator
 
 
@@ -35,7 +35,7 @@ def test(config: DictConfig, ckpt: str | Path, *, split: str = "test", merge: bo
     dataset = getattr(data, split)
     if dataset is None:
         raise ConfigError(f"data.{split}_split: the configuration has no {split} split")
-    names = file.about["class_names"]
+    names = file.metadata["class_names"]
     if names is not None and list(data.classes) != names:
         raise ConfigError(f"data: {len(data.classes)} classes {data.classes[:3]}… but {ckpt} was trained on {names[:3]}…")
     built = kind.assemble(config, kind.build_backbone(config, len(data.classes)), len(data.classes))

@@ -9,12 +9,14 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from ..attach import Handle, attach
-from ..data import Datasets, make_loader
+from ..data.loader import make_loader
+from ..data.splits import Datasets
 from ..errors import ConfigError
-from ..tasks import Task
-from .build import check_model_name, make_method
-from .kinds import kind_of
+from ..tasks.models import check_model_name, make_method
+from ..tasks.protocol import Task
+from ..tasks.registry import kind_of
+from ..tuning.attach import attach
+from ..tuning.handle import Handle
 from .loop import Trainer, make_accelerator, method_state
 from .run import RunFolder
 

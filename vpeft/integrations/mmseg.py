@@ -26,11 +26,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..attach import CONTAINER, Handle, attach
-from ..checkpoint import fingerprint, read_tensors
 from ..errors import CheckpointError, MethodError, VpeftError
-from ..tasks.features import FeatureMaps
-from .mmcv_ops import install
+from ..tasks.segmentation.features import FeatureMaps
+from ..tasks.segmentation.mmcv_ops import install
+from ..tuning.attach import attach
+from ..tuning.checkpoint import fingerprint, read_tensors
+from ..tuning.handle import Handle
+from ..tuning.tree import CONTAINER
 
 try:
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from .adapter import Adapter, Variant
 from .base import Method, Paper, create, register
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class Experts(nn.Module):

@@ -8,9 +8,12 @@ import torch
 from timm.layers import DropPath, get_act_fn
 from torch import Tensor, nn
 
+from ..backbone.modules import LAST, BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import LAST, AddToBranch, Intervention, MapOutput
-from ..sites import BlockSite, Place, Sites
+from ..interventions.base import Intervention
+from ..interventions.branch import AddToBranch
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, register, tensors_of
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
@@ -64,7 +67,7 @@ def initialise(down: nn.Linear, up: nn.Linear, scheme: str) -> None:
 class MappedBottleneck(Bottleneck, MapOutput):
     """v + g(v) in place of v."""
 
-    def __init__(self, method: "Adapter", block: BlockSite, size: int, place: Place, *, on_input: bool = False):
+    def __init__(self, method: "Adapter", block: BlockSite, size: int, place: ModuleRef, *, on_input: bool = False):
         super().__init__(place, block.index, on_input=on_input)
         self.add_parts(method, block, size)
 
@@ -75,7 +78,7 @@ class MappedBottleneck(Bottleneck, MapOutput):
 class AddedBottleneck(Bottleneck, AddToBranch):
     """g(u) added at a branch's end."""
 
-    def __init__(self, method: "Adapter", block: BlockSite, size: int, reads: Place, adds: Place, *, after=False):
+    def __init__(self, method: "Adapter", block: BlockSite, size: int, reads: ModuleRef, adds: ModuleRef, *, after=False):
         super().__init__(block, reads, adds, after=after)
         self.add_parts(method, block, size)
 

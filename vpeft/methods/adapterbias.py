@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions import AddToBranch
-from ..sites import BlockSite, Sites
+from ..interventions.branch import AddToBranch
 from .base import Blocks, Method, Paper, register, tensors_of
 
 

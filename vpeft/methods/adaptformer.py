@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..interventions import AddToBranch, Intervention
-from ..sites import BlockSite, Sites
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
+from ..interventions.base import Intervention
+from ..interventions.branch import AddToBranch
 from .base import Blocks, Method, Paper, PerBlock, register
 
 

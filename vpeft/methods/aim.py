@@ -8,9 +8,14 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ..backbone.attention import attend, attention_inputs, attention_output, check_attention
+from ..backbone.modules import FIRST, BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import FIRST, AddToBranch, Clip, Intervention, MapOutput
-from ..sites import BlockSite, Place, Sites, attend, attention_inputs, attention_output, check_attention
+from ..interventions.base import Intervention
+from ..interventions.branch import AddToBranch
+from ..interventions.context import Clip
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, register
 
 
@@ -35,7 +40,7 @@ class AdapterBeforeTemporal(_Adapter, Intervention):
         self.place = block
         self.add_parts(block.width, size)
 
-    def places(self) -> list[Place]:
+    def hooked(self) -> list[ModuleRef]:
         return [self.place]
 
     def install(self) -> None:
@@ -124,7 +129,7 @@ class TemporalEmbedding(MapOutput):
         return x + self.temporal_embed[:frames].repeat(len(x) // frames, 1)[:, None]
 
 
-def _drop_path(branch: Place) -> DropPath:
+def _drop_path(branch: ModuleRef) -> DropPath:
     """Its own draw per frame, at the rate of the branch it stands beside."""
     return DropPath(getattr(branch.module, "drop_prob", 0.0) or 0.0)
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from ..backbone.modules import LAST, BlockSite, LinearSite
+from ..backbone.sites import Sites
 from ..errors import MethodError, VpeftError, did_you_mean
-from ..interventions import LAST, ExistingTensors, Grid, Intervention
-from ..sites import BlockSite, LinearSite, Sites
+from ..interventions.base import Intervention
+from ..interventions.context import Grid
+from ..interventions.weights import ExistingTensors
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..backbone.modules import FIRST, LAST
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import FIRST, LAST, Folded, Intervention, ReplaceTensor
-from ..sites import Sites
+from ..interventions.base import Folded, Intervention
+from ..interventions.weights import ReplaceTensor
 from .base import Method, Paper, register, tensors_of
 from .masks import Gradients, Masked, masked_parts, positions
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 _TITLE = "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning"
 

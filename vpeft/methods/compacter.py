@@ -7,14 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention
-from ..sites import BlockSite, Sites
+from ..interventions.base import Intervention
 from .adapter import Adapter, Variant
 from .base import Blocks, Paper, PerBlock, register
 
 
-class Rule(nn.Module):
+class PHMRule(nn.Module):
     """``rule`` (n, n, n): the A_j that every projection of the model shares."""
 
     def __init__(self, n: int, std: float):
@@ -25,7 +26,7 @@ class Rule(nn.Module):
 class KroneckerLinear(nn.Module):
     """x H + b with H = sum_j A_j kron (left_j right_j), (in, out); H itself is never built."""
 
-    def __init__(self, shared: Rule, in_features: int, out_features: int, rank: int):
+    def __init__(self, shared: PHMRule, in_features: int, out_features: int, rank: int):
         super().__init__()
         object.__setattr__(self, "shared", shared)
         self.n = n = shared.rule.shape[0]
@@ -86,7 +87,7 @@ class Compacter(Adapter):
         for block, size in self.sizes(sites):
             if block.width % self.n or size % self.n:
                 raise MethodError(f"{self.name}.n: {self.n} must divide the width {block.width} and the bottleneck {size}")
-        self._rule = Rule(self.n, self.rule_std)  # for ``projections``
+        self._rule = PHMRule(self.n, self.rule_std)  # for ``projections``
         yield "phm", self._rule
         yield from super().build(sites)
         del self._rule

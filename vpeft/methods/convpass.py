@@ -10,16 +10,19 @@ from timm.layers import DropPath
 from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions import AddToBranch, Grid, Intervention
-from ..sites import BlockSite, Place, Sites
+from ..interventions.base import Intervention
+from ..interventions.branch import AddToBranch
+from ..interventions.context import Grid
 from .base import Blocks, Method, Paper, PerBlock, grids, register
 
 
 class Bypass(AddToBranch):
     """s * drop_path(up(drop(q(conv(q(down(n))))))), n the normed tokens; a prefix token is an image of one pixel."""
 
-    def __init__(self, method: "Convpass", block: BlockSite, size: int, grid: Grid, norm: Place, branch: Place):
+    def __init__(self, method: "Convpass", block: BlockSite, size: int, grid: Grid, norm: ModuleRef, branch: ModuleRef):
         super().__init__(block, norm, branch, output=True)
         object.__setattr__(self, "grid", grid)
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
@@ -91,7 +94,7 @@ class Convpass(Method):
             for name, norm, branch in self.places(block):
                 yield f"{block.path}.{name}", Bypass(self, block, size, grid_of_block(block), norm, branch)
 
-    def places(self, block: BlockSite) -> list[tuple[str, Place, Place]]:
+    def places(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
         """(name, norm to read, branch end to add at) of one block's bypasses."""
         return [
             ("convpass_attn", block.norm1, block.branch1),
@@ -109,5 +112,5 @@ class ConvpassAttn(Convpass):
 
     init: Literal["identity", "xavier"] = "xavier"
 
-    def places(self, block: BlockSite) -> list[tuple[str, Place, Place]]:
+    def places(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
         return super().places(block)[:1]

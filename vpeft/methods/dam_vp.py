@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..sites import Place, Sites
 from .base import Paper, register
 from .pixel import SIDES, PixelMethod, PixelPrompt, frame, frame_parts, frame_width
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class ClusterFrames(PixelPrompt):
@@ -24,11 +25,11 @@ class ClusterFrames(PixelPrompt):
     """
 
     no_decay = frozenset(SIDES)
-    flexible = frozenset({"prototypes", *SIDES})
+    resizable = frozenset({"prototypes", *SIDES})
 
     def __init__(self, sites: Sites, chosen: Tensor | None, pad: int, neurons: bool):
         super().__init__(sites, chosen)
-        self.model, self.neurons = Place("", sites.model), neurons
+        self.model, self.neurons = ModuleRef("", sites.model), neurons
         for side, part in frame_parts(sites, pad).items():
             self.register_parameter(side, nn.Parameter(part.detach()[None]))
         self.register_buffer("prototypes", torch.zeros(1, features_width(sites)))

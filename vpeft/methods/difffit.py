@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Folded, Intervention
-from ..sites import BlockSite, Place, Sites
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites
+from ..interventions.base import Folded, Intervention
 from .base import Blocks, Method, Paper, register, tensors_of
 from .selective import BitFit, NormTuning
 
@@ -21,7 +22,7 @@ class BranchGains(Intervention):
         self.block = block
         self.gamma1, self.gamma2 = (nn.Parameter(torch.ones(block.width)) for _ in range(2))
 
-    def places(self) -> list[Place]:
+    def hooked(self) -> list[ModuleRef]:
         return [self.block.branch1, self.block.branch2]
 
     def install(self) -> None:
@@ -34,7 +35,7 @@ class BranchGains(Intervention):
     def _second(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return output * self.gamma2 if self.enabled else None
 
-    def ends(self) -> list[Place]:
+    def ends(self) -> list[ModuleRef]:
         """The last module of each branch that mixes channels or shifts them; what follows is diagonal and commutes."""
         block = self.block
         return [block.linears("proj")[0], block.linears("fc2")[0]] if block.pre_norm else [block.norm1, block.norm2]

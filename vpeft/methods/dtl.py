@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import LAST, BlockSite, ModuleRef, is_norm
+from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import LAST, FeedBack, ForPooling, Grid, Intervention, Tap
-from ..sites import BlockSite, Place, Sites, is_norm
+from ..interventions.base import Intervention
+from ..interventions.context import Grid
+from ..interventions.output import ForPooling
+from ..interventions.side import SideOutput, Tap
 from .base import Blocks, Method, Paper, grids, register
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
-class LowRank(Tap):
+class SideStep(Tap):
     """h + x down^T up^T, with x the block's input and h the state before (0 at first)."""
 
     def __init__(self, block: BlockSite, rank: int, previous: Tap | None, cut: bool):
@@ -31,7 +35,7 @@ class LowRank(Tap):
         return change if state is None else state + change
 
 
-class Fusion(nn.Module):
+class DepthwiseFusion(nn.Module):
     """One depth-wise k x k convolution on the patches' grid, the size of the grid kept; other tokens pass."""
 
     def __init__(self, width: int, kernel: int):
@@ -49,10 +53,12 @@ class Fusion(nn.Module):
         return torch.cat([tokens[:, :prefix], image.flatten(2).mT], 1).view(u.shape)
 
 
-class Swish(FeedBack):
+class Swish(SideOutput):
     """y + F(h sigmoid(beta h)) in place of the block's output y."""
 
-    def __init__(self, sites: Sites, block: BlockSite, tap: Tap, beta: float, fusion: Fusion | None, grid: Grid | None):
+    def __init__(
+        self, sites: Sites, block: BlockSite, tap: Tap, beta: float, fusion: DepthwiseFusion | None, grid: Grid | None
+    ):
         super().__init__(sites, block, block.index, tap)
         self.beta = beta
         # Unregistered: shared by the blocks of a stage, and saved once.
@@ -67,7 +73,7 @@ class Swish(FeedBack):
 class PatchMean(ForPooling):
     """Puts the mean of the patch tokens in the class token's place, before the final norm."""
 
-    def __init__(self, place: Place, prefix: int):
+    def __init__(self, place: ModuleRef, prefix: int):
         super().__init__(place, LAST, on_input=True)
         self.prefix = prefix
 
@@ -136,7 +142,7 @@ class DTL(Method):
         if self.pool == "model" or sites.blocks[0].maps:
             return False
         kind = getattr(sites.model, "global_pool", None)
-        if kind == "avg" and not is_norm(sites.features_end.module):
+        if kind == "avg" and not is_norm(sites.final_norm.module):
             return False
         if kind == "token" and sites.prefix_tokens and len(sites.heads) < 2:
             return True
@@ -169,22 +175,22 @@ class DTL(Method):
         read = self.reading(sites, first)
         grid_of_block = (yield from grids(sites)) if self.kernel else None
         tap: Tap | None = None
-        fusion: Fusion | None = None
+        fusion: DepthwiseFusion | None = None
         for i, block in enumerate(sites.blocks):
             if i and sites.blocks[i - 1].stage != block.stage:
                 tap = fusion = None
             if i in read:
-                tap = LowRank(block, self.rank, tap, cut=i <= first)
+                tap = SideStep(block, self.rank, tap, cut=i <= first)
                 yield f"{block.path}.dtl", tap
             if i < first or tap is None:
                 continue
             if self.kernel and fusion is None:
-                fusion = Fusion(block.width, self.kernel)
+                fusion = DepthwiseFusion(block.width, self.kernel)
                 yield f"{stage_path(block)}dtl.fusion", fusion
             grid = grid_of_block(block) if grid_of_block else None
             yield f"{block.path}.dtl_feed", Swish(sites, block, tap, self.beta, fusion, grid)
         if self.replaces_class_token(sites):
-            yield "dtl_pool", PatchMean(sites.features_end, sites.prefix_tokens)
+            yield "dtl_pool", PatchMean(sites.final_norm, sites.prefix_tokens)
 
     def notes(self, handle: "Handle") -> list[tuple[str, str]]:
         sites = handle.sites

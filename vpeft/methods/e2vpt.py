@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import ExtraKeys
-from ..sites import BlockSite, Place, Sites, patch_fan
+from ..interventions.attention import PrefixKeysValues
+from ..tuning import checkpoint
 from .base import Method, Paper, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..attach import Handle, Objective
+    from ..tuning.calibration import Objective
+    from ..tuning.handle import Handle
 
 
 class Masks(nn.Module):
     """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start."""
 
-    def __init__(self, tokens: int, segments: int, seed: int, heads: list[Place]):
+    def __init__(self, tokens: int, segments: int, seed: int, heads: list[ModuleRef]):
         super().__init__()
         self.register_buffer("token_mask", torch.ones(tokens))
         self.register_buffer("segment_mask", torch.ones(tokens, segments))
@@ -62,7 +64,7 @@ class MaskedPromptKeys(_Masked, PromptKeys):
     """As keys and values alone, masked."""
 
 
-class KeyValue(ExtraKeys):
+class KeyValue(PrefixKeysValues):
     """``kv`` (heads, P, head width), or ``key`` and ``value``; or, without either, another block's."""
 
     no_decay = frozenset({"kv", "key", "value"})
@@ -231,8 +233,8 @@ def _first_training(path: "str | Path", handle: "Handle") -> dict[str, Tensor]:
     from pathlib import Path
 
     file = checkpoint.read(Path(path))
-    if file.about["method"]["name"] != E2VPT.name:
-        raise MethodError(f"{E2VPT.name}.pruned_from: {path} holds {file.about['method']['name']}")
+    if file.metadata["method"]["name"] != E2VPT.name:
+        raise MethodError(f"{E2VPT.name}.pruned_from: {path} holds {file.metadata['method']['name']}")
     checkpoint.check_backbone(handle.model, file)
     return file.tensors
 

@@ -9,13 +9,107 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import FrozenLinearPlus
+from ..backbone.modules import BlockSite, LinearSite
+from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import FusedAddToLinear
-from ..sites import BlockSite, LinearSite, Sites
+from ..interventions.linear import AddToLinear
 from .base import Blocks, Method, Paper, linears_by_path, register
 
 SLOTS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+class FrozenLinearPlus(torch.autograd.Function):
+    """x W^T + b + scale * drop(x U^T S^T) V^T for a frozen W, slice by slice where U and V are narrower than W.
+
+    As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
+    linear's output, and its input's gradient, once more each.
+
+    Args (of ``apply``):
+        x: (…, in).
+        weight, bias: frozen; bias may be None.
+        u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r).
+        mask: dropout's factors (rows of x, slices out * r), or None.
+        scale: a number.
+
+    Returns the output, and (not differentiable) the two inner products, which the backward needs.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, core: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(len(rows), core.shape[1])
+        inner = low @ core.t()
+        if mask is not None:
+            inner *= mask
+        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
+        # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))), low, inner
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        x, weight, _, u, core, v, mask, ctx.scale = inputs
+        _, low, inner = output
+        ctx.mark_non_differentiable(low, inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, u, core, v, mask, low, inner)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *_: None) -> tuple:
+        if grad is None:
+            return (None,) * 8
+        x, weight, u, core, v, mask, low, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative goes through the two products as well
+            low = (x.reshape(-1, u.shape[1]) @ u.t()).view(low.shape)
+            inner = low @ core.t() if mask is None else (low @ core.t()) * mask
+        sliced = grad.reshape(-1, len(v))
+        to_inner = (sliced @ v).mul_(ctx.scale).view(inner.shape)
+        to_v = (sliced.t() @ inner.view(-1, len(u))).mul_(ctx.scale)
+        if mask is not None:
+            to_inner = to_inner * mask
+        to_core, to_low = to_inner.t() @ low, (to_inner @ core).view(-1, len(u))
+        to_u = to_low.t() @ x.reshape(-1, u.shape[1])
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad.reshape(len(inner), -1) @ weight
+            to_x.view(-1, u.shape[1]).addmm_(to_low, u)
+            to_x = to_x.view(x.shape)
+        return to_x, None, None, to_u, to_core, to_v, None, None
+
+
+class FusedAddToLinear(AddToLinear):
+    """An ``AddToLinear`` that can do the frozen product and its own addition as one operation (``fused``).
+
+    The linear's forward is replaced, unless another method has done so, or needs what the operation cannot give (a
+    gradient of the weight, autocast): then it is ``forward`` that adds.
+    """
+
+    def install(self) -> None:
+        if "forward" in vars(self.site.module):
+            super().install()
+        else:
+            self.site.module.forward = self._run
+
+    def _run(self, x: Tensor) -> Tensor:
+        module = self.site.module
+        if self.enabled and self.fusable(x):
+            return self.fused(x)
+        y = type(module).forward(module, x)
+        return self(x, y) if self.enabled else y
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether ``fused`` gives all that is asked for here."""
+        module, device = self.site.module, x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return False
+        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        return frozen and type(module).forward is nn.Linear.forward
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The linear's new output from its input."""
+        raise NotImplementedError
 
 
 def hidden_slices(block: BlockSite) -> int:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention
-from ..sites import BlockSite, Place, Sites
+from ..interventions.base import Intervention
 from .adapter import BottleneckAdapter, MappedBottleneck
 from .adaptformer import AdaptFormer
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register, tensors_of
@@ -18,7 +19,7 @@ from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
 from .selective import BitFit
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class _WithPrefix(Method):
@@ -93,7 +94,7 @@ class MAM(_WithPrefix):
             yield path, part
 
 
-class Gates(Intervention):
+class UniPELTGates(Intervention):
     """One number per sample and gate: the mean over the sample's tokens of sigmoid(x w^T + b).
 
     For prefixes and LoRA, x is what the attention's queries, keys and values are made of: read before it is cut into
@@ -110,7 +111,7 @@ class Gates(Intervention):
             nn.init.zeros_(self.gate_adapter.bias)
         self._open: dict[str, Tensor] = {}
 
-    def places(self) -> list[Place]:
+    def hooked(self) -> list[ModuleRef]:
         return [self.read]
 
     def install(self) -> None:
@@ -132,7 +133,7 @@ class Gates(Intervention):
         """(B,) from x (B, …, D)."""
         return self.get_submodule(f"gate_{name}")(x).sigmoid().flatten(1).mean(1)
 
-    def take(self, name: str, batch: int) -> Tensor:
+    def pop(self, name: str, batch: int) -> Tensor:
         """A gate for ``batch`` windows, or whole samples, in their order; it is then forgotten."""
         g = self._open.pop(name)
         return g.repeat_interleave(batch // max(len(g), 1))
@@ -144,16 +145,16 @@ class Gates(Intervention):
 class _Gated:
     """A part whose block's gates stand beside it, unregistered: they are saved once, under ``unipelt``."""
 
-    gates: Gates
+    gates: UniPELTGates
 
-    def behind(self, gates: Gates) -> "_Gated":
+    def behind(self, gates: UniPELTGates) -> "_Gated":
         object.__setattr__(self, "gates", gates)
         return self
 
 
 class _GatedPair(_Gated):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        g = self.gates.take("prefix", len(x))[:, None, None, None]
+        g = self.gates.pop("prefix", len(x))[:, None, None, None]
         key, value = super().forward(x)
         return g * key, g * value
 
@@ -174,7 +175,7 @@ class GatedLora(_Gated, LoraLinear):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
         order = [s for _, s in sorted(zip(self.rows, self.slots or [self.site.slot], strict=True))]
-        g = torch.stack([self.gates.take(f"lora_{s}", len(x)) for s in order], -1)
+        g = torch.stack([self.gates.pop(f"lora_{s}", len(x)) for s in order], -1)
         h = nn.functional.linear(self.drop(x), a).unflatten(-1, (len(order), -1))
         h = (h * g[:, None, :, None].to(h.dtype)).flatten(-2)
         return y + nn.functional.linear(h, b)
@@ -235,7 +236,7 @@ class UniPELT(_WithPrefix):
             tokens, rank, bottleneck = (sizes[option].get(block.index, 0) for option in sizes)
             names = ["prefix"] * bool(tokens) + ["lora_q", "lora_v"] * bool(rank) + ["adapter"] * bool(bottleneck)
             if names:
-                gates = Gates(block, names)
+                gates = UniPELTGates(block, names)
                 yield f"{block.path}.unipelt", gates
                 for path, part in self._parts(block, tokens, rank, bottleneck):
                     yield path, part.behind(gates)

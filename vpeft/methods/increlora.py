@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import LinearSite
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention
-from ..sites import LinearSite, Sites
+from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
 from .lora import LoraLinear, check_targets
 from .lora_variants import Schedule
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 _EARLY = 1e-5  # e of a row that trains in advance
 _NO_DECAY = frozenset({"a", "b", "e"})  # rows that wait for their turn must stay as they are

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions import FeedFeatures, Intervention, Tap
-from ..sites import BlockSite, Sites
+from ..interventions.base import Intervention
+from ..interventions.side import SideFeatures, Tap
 from .base import Blocks, Method, Paper, PerBlock, register
 
 
@@ -44,7 +46,7 @@ class Step(Tap):
         return change if state is None else state + change
 
 
-class Highway(FeedFeatures):
+class Highway(SideFeatures):
     """The last block's output plus the side state, into the final norm."""
 
     def feed(self, state: Tensor, y: Tensor) -> Tensor:

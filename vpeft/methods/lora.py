@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import LinearSite
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import AddToLinear, Intervention
-from ..sites import LinearSite, Sites
+from ..interventions.base import Intervention
+from ..interventions.linear import AddToLinear
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
 
 

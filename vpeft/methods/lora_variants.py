@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import LinearSite
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention
-from ..sites import LinearSite, Sites
+from ..interventions.base import Intervention
 from .base import Paper, register
 from .lora import LoRA, LoraLinear
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 _WHERE = "output of frozen linears, from their input"
 _PEFT = {"peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0}}

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention, MapOutput
-from ..sites import BlockSite, Place, Sites
+from ..interventions.base import Intervention
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, register
 
 
@@ -19,7 +21,7 @@ def _uniform(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-class Factors(nn.Module):
+class LorandFactors(nn.Module):
     """The outer factors of sum_i P_i K_i Q_i, (in, out), and a bias (out,); perhaps a kernel of its own."""
 
     def __init__(self, branches: int, rank: int, in_features: int, out_features: int, own_kernel: bool):
@@ -39,13 +41,13 @@ class Factors(nn.Module):
 class LowRankAdapter(MapOutput):
     """v + gelu(v W_down + b_down) W_up + b_up in place of a branch's output v."""
 
-    def __init__(self, method: "LoRand", block: BlockSite, place: Place):
+    def __init__(self, method: "LoRand", block: BlockSite, place: ModuleRef):
         super().__init__(place, block.index)
         inner, a, b = block.width // method.reduction, method.branches, method.rank
         if inner < 1:
             raise MethodError(f"{method.name}.reduction: {method.reduction} leaves nothing of a width of {block.width}")
         own = not method.share_kernel
-        self.down, self.up = Factors(a, b, block.width, inner, own), Factors(a, b, inner, block.width, own)
+        self.down, self.up = LorandFactors(a, b, block.width, inner, own), LorandFactors(a, b, inner, block.width, own)
         self.K = None if own else _uniform(a, b, b)
 
     def forward(self, v: Tensor) -> Tensor:

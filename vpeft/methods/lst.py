@@ -10,14 +10,16 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..backbone.modules import FIRST
+from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import FIRST, FeedFeatures, Intervention, Tap
-from ..sites import Sites
+from ..interventions.base import Intervention
+from ..interventions.side import SideFeatures, Tap
 from .base import Blocks, Method, Paper, register
 from .lst_prune import pruned_blocks
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 TEMPERATURE = 0.1
 
@@ -39,7 +41,7 @@ def side_block(width: int, heads: int, hidden: int, eps: float) -> Block:
     return block
 
 
-class Gates(nn.Module):
+class RungGates(nn.Module):
     """Numbers alpha by name; ``gate`` gives sigmoid(alpha / T)."""
 
     def __init__(self, names: list[str]):
@@ -65,7 +67,7 @@ class Start(Tap):
 class Rung(Tap):
     """side_block(mu s + (1 - mu) (W t + c)), with t the output of the backbone's block."""
 
-    def __init__(self, sites: Sites, index: int, previous: Tap, gates: Gates, block: Block, width: int):
+    def __init__(self, sites: Sites, index: int, previous: Tap, gates: RungGates, block: Block, width: int):
         site = sites.blocks[index]
         super().__init__(site, index, previous)
         _linear(self, site.width, width)
@@ -79,10 +81,10 @@ class Rung(Tap):
         return self.block(mu * state + (1 - mu) * F.linear(x, self.weight, self.bias))
 
 
-class Up(FeedFeatures):
+class Up(SideFeatures):
     """U norm(s) + c in place of the model's features, or gated together with them."""
 
-    def __init__(self, sites: Sites, tap: Tap, norm: nn.LayerNorm, gates: Gates, merge: bool):
+    def __init__(self, sites: Sites, tap: Tap, norm: nn.LayerNorm, gates: RungGates, merge: bool):
         super().__init__(sites, tap)
         _linear(self, norm.normalized_shape[0], sites.blocks[-1].width)
         self.merge = merge
@@ -184,7 +186,7 @@ class LST(Method):
             )
         width, layers = self.width(sites), self.layers(sites)
         eps = getattr(sites.blocks[0].norm1.module, "eps", 1e-6)
-        gates = Gates([*map(str, layers), *(["last"] if self.merge_last else [])])
+        gates = RungGates([*map(str, layers), *(["last"] if self.merge_last else [])])
         yield "lst.gate", gates
         tap: Tap = Start(sites, width)
         yield "lst.embed_down", tap

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backbone.attention import separate_bias
+from ..backbone.modules import BlockSite, LinearSite
 from ..errors import UnsupportedModelError
-from ..sites import BlockSite, LinearSite, separate_bias
 from .masks import Gradients
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
     from .lst import LST
 
 Importance = dict[str, Tensor]
@@ -74,12 +75,12 @@ def check_block(block: BlockSite) -> None:
 def pruned_blocks(method: "LST", handle: "Handle", batches, layers: list[int]) -> dict[str, Tensor]:
     """The side blocks' tensors by their names in the state dict."""
     sites = handle.sites
-    if sites.patch_embed is None:
+    if sites.patch_projection is None:
         raise UnsupportedModelError("init='prune': no patch embedding to begin the choice of channels with")
     for block in sites.blocks:
         check_block(block)
     linears = [s for b in sites.blocks for slot in ("qkv", "proj", "fc1", "fc2") for s in b.linears(slot)]
-    names = {f"{place.path}.weight" for place in [sites.patch_embed, *linears]}
+    names = {f"{place.path}.weight" for place in [sites.patch_projection, *linears]}
     handle.model.eval()
     if method.importance == "fisher":
         fisher = _Fisher(handle, names)
@@ -112,7 +113,7 @@ def cut_block(
 
     def linear(name: str, kept: Tensor, count: int, branch: int | None = None) -> Tensor:
         site = block.linears(name.rpartition(".")[2])[0]
-        gain = None if branch is None else block.gain(branch)
+        gain = None if branch is None else block.layer_scale(branch)
         rows = best(importance[f"{site.path}.weight"][:, kept].sum(1), count)
         scale = torch.ones_like(kept[:1], dtype=site.module.weight.dtype) if gain is None else gain.detach()[rows]
         found[f"{name}.weight"] = site.module.weight.detach()[rows][:, kept] * scale[:, None]

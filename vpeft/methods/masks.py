@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision import transforms
 
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Intervention, ReplaceTensor, set_tensor
-from ..sites import Sites
+from ..interventions.base import Intervention, set_tensor
+from ..interventions.weights import ReplaceTensor
 from .base import Method, Paper, register, tensors_of
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class SparseTensor(ReplaceTensor):
     """A frozen tensor with ``value`` at the flat positions ``index`` (int32). Both are empty where none is chosen."""
 
-    flexible = frozenset({"index", "value"})
+    resizable = frozenset({"index", "value"})
 
     def __init__(self, sites: Sites, name: str, index: Tensor | None = None):
         super().__init__(sites, name)
@@ -47,7 +48,7 @@ class SparseTensor(ReplaceTensor):
             return frozen
         return frozen.flatten().scatter(0, self.index.long(), self.value.to(frozen.dtype)).view_as(frozen)
 
-    def misfit(self, tensors: dict[str, Tensor]) -> str | None:
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         index, value = tensors["index"], tensors["value"]
         if index.shape != value.shape:
             return f"{index.numel()} positions for {value.numel()} values"

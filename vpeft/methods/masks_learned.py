@@ -15,7 +15,7 @@ from .base import Paper, register
 from .masks import Masked, check_ratio, largest, masked_parts
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 Tensors = dict[str, Tensor]
 

@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..interventions import AddToBranch, Grid, Intervention, MapOutput
-from ..sites import BlockSite, Sites
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
+from ..interventions.base import Intervention
+from ..interventions.branch import AddToBranch
+from ..interventions.context import Grid
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, grids, register
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import ReplaceTensor
-from ..sites import Sites
+from ..interventions.weights import ReplaceTensor
 from .base import Blocks, Method, Paper, register
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..interventions import Intervention
-from ..sites import BlockSite, LinearSite, Place, Sites
+from ..backbone.modules import BlockSite, LinearSite, ModuleRef
+from ..backbone.sites import Sites
+from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
 
 
@@ -24,14 +25,14 @@ class ParallelAttention(Intervention):
         self.scale = scale
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, starts[-1])
 
-    def places(self) -> list[Place]:
+    def hooked(self) -> list[ModuleRef]:
         return [sites[0] for sites in self.linears.values()]
 
-    def calls_needed(self) -> list[Place]:
-        return [s.bias_outside for s in self.places() if s.bias_outside]
+    def calls_needed(self) -> list[ModuleRef]:
+        return [s.bias_outside for s in self.hooked() if s.bias_outside]
 
     def install(self) -> None:
-        for place in self.places():
+        for place in self.hooked():
             place.module.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import FIRST, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import FIRST, MapOutput
-from ..sites import Place, Sites
+from ..interventions.output import MapOutput
 from .base import Method, Paper, register
 
 SIDES = ("up", "down", "left", "right")
@@ -26,13 +27,13 @@ class PixelPrompt(MapOutput):
     """
 
     def __init__(self, sites: Sites, chosen: Tensor | None):
-        super().__init__(sites.stem, FIRST, on_input=True)
+        super().__init__(sites.patch_embed, FIRST, on_input=True)
         self.size = sites.image_size[1:]
         self.heads = sites.heads if chosen is not None else []
         self.picks = True
         self.register_buffer("map", chosen)
 
-    def places(self) -> list[Place]:
+    def hooked(self) -> list[ModuleRef]:
         return [self.place, *self.heads]
 
     def install(self) -> None:

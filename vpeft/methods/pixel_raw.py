@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..sites import Sites
 from .base import Paper, register
 from .pixel import PixelMethod, PixelPrompt
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class Surround(PixelPrompt):

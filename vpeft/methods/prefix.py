@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import ExtraKeys, Intervention, MadeKeys
-from ..sites import BlockSite, Sites
+from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
+from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, create, register
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
-class Prefix(ExtraKeys):
+class Prefix(PrefixKeysValues):
     """``key`` and ``value`` (heads, P, head width) of one block."""
 
     no_decay = frozenset({"key", "value"})
@@ -29,7 +31,7 @@ class Prefix(ExtraKeys):
         return self.key, self.value
 
 
-class MadePrefix(MadeKeys):
+class MadePrefix(ComputedKeysValues):
     """The same, made from an embedding (P, D) by a perceptron: Linear(D, h), tanh, Linear(h, 2 heads d)."""
 
     no_decay = frozenset({"embedding"})

@@ -6,9 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite, LinearSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Folded, Intervention, MapOutput
-from ..sites import BlockSite, LinearSite, Place, Sites
+from ..interventions.base import Folded, Intervention
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, register
 
 
@@ -34,7 +36,7 @@ class SparseLinear(nn.Module):
 class RepBottleneck(MapOutput):
     """n + s * (drop(n Wd^T + d) U^T + u) in place of the input n of attention or MLP."""
 
-    def __init__(self, method: "RepAdapter", block: BlockSite, size: int, place: Place, feeds: list[LinearSite]):
+    def __init__(self, method: "RepAdapter", block: BlockSite, size: int, place: ModuleRef, feeds: list[LinearSite]):
         super().__init__(place, block.index, on_input=True)
         self.feeds, self.scale = feeds, method.scale
         self.down, self.up = nn.Linear(block.width, size), SparseLinear(size, block.width, method.groups)

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite
 from ..errors import MethodError
-from ..interventions import AddToBranch, Folded, Intervention, MapOutput, set_tensor
-from ..sites import BlockSite
+from ..interventions.base import Folded, Intervention, set_tensor
+from ..interventions.branch import AddToBranch
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, register
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 
 class Salient:

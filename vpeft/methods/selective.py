@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import ExistingTensors
-from ..sites import Sites
+from ..interventions.weights import ExistingTensors
 from .base import Method, Paper, register, tensors_of
 
 _VPETL = "quoted by V-PETL Bench"

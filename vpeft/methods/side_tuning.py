@@ -8,14 +8,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..backbone.modules import IMAGE, LAST
+from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean
-from ..interventions import IMAGE, LAST, FeedBack, Intervention, Tap
-from ..sites import Sites
+from ..interventions.base import Intervention
+from ..interventions.side import SideOutput, Tap
 from .base import Method, Paper, register
 from .pixel import as_images
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
 
 WIDTHS = (64, 128, 256, 256)
 
@@ -50,7 +52,7 @@ def side_model(name: str, size: tuple[int, int, int], out_features: int) -> nn.M
         return timm.create_model(name, **options)
 
 
-class Blend(FeedBack):
+class Blend(SideOutput):
     """a y + (1 - a) S(image) with a = sigmoid(alpha) and y the backbone's pooled features."""
 
     def __init__(self, sites: Sites, image: Tap, method: "SideTuning"):
@@ -100,7 +102,7 @@ class SideTuning(Method):
         return False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        image = Tap(sites.stem, IMAGE, on_input=True)
+        image = Tap(sites.patch_embed, IMAGE, on_input=True)
         yield "side_tuning.image", image
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

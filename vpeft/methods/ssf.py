@@ -1,13 +1,204 @@
 """SSF: scale and shift the features (Lian et al., NeurIPS 2022, arXiv 2210.08823)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..interventions import FIRST, LAST, Intervention, ScaleAndShift, ScalesNearZero
-from ..sites import Place, Sites, is_norm
+from ..backbone.attention import separate_bias
+from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_plain_norm
+from ..backbone.sites import Sites
+from ..errors import MethodError
+from ..interventions.base import Folded, Intervention
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, linears_by_path, register
+
+
+class ScaleShiftFunction(torch.autograd.Function):
+    """y * scale + shift per channel, without keeping y.
+
+    The gradient of scale is the sum of g * y. It is had from the result z, which the next operation often keeps as well:
+    y is (z - shift) / scale. Where it does not, ``again`` can make y anew from ``source`` instead.
+
+    Args (of ``apply``):
+        y, scale, shift: scale and shift are (C,).
+        axis: of y's channels.
+        again, source: y = again(source); both None where z is kept.
+    """
+
+    @staticmethod
+    def forward(
+        y: Tensor, scale: Tensor, shift: Tensor, axis: int, again: Callable[[Tensor], Tensor] | None, source: Tensor | None
+    ) -> Tensor:
+        return torch.addcmul(_along(shift, y, axis), y, _along(scale, y, axis))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, scale, shift, ctx.axis, ctx.again, source = inputs
+        ctx.save_for_backward(output if ctx.again is None else source, scale, shift)
+        device = output.device.type
+        ctx.precision = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        kept, scale, shift = ctx.saved_tensors
+        y = kept
+        if ctx.again is not None:
+            with torch.autocast(**ctx.precision):
+                y = ctx.again(kept)
+        others = [d for d in range(grad.ndim) if d != ctx.axis % grad.ndim]
+        wide = torch.promote_types(grad.dtype, scale.dtype)
+        product = grad * y
+        to_scale, to_shift = product.sum(others, dtype=wide), grad.sum(others, dtype=wide)
+        if ctx.again is None:
+            to_scale = (to_scale - shift * to_shift) / scale
+        factor = _along(scale, grad, ctx.axis)
+        if torch.is_grad_enabled() or product.dtype != wide:
+            return grad * factor, to_scale, to_shift, None, None, None
+        # The product's memory is not needed any more.
+        return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
+
+
+def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
+    return vector if axis % like.ndim == like.ndim - 1 else vector.view(-1, *(1,) * (like.ndim - 1 - axis % like.ndim))
+
+
+class ScalesNearZero:
+    """Which of a method's scales have an entry near zero, through which nothing can be recovered.
+
+    All are looked at together, once per forward: on a GPU that is one wait per step.
+    """
+
+    BOUND = 1e-3
+
+    def __init__(self) -> None:
+        self.parts: list[ScaleAndShift] = []
+        self._asked: set[int] = set()
+        self._near: set[int] = set()
+
+    @torch.no_grad()
+    def has(self, part: "ScaleAndShift") -> bool:
+        """Whether this one has."""
+        key = self.parts.index(part)
+        if not self._asked or key in self._asked:  # a new forward; versions do not tell, fused optimisers leave them
+            scales = [p.vectors()[0] for p in self.parts]
+            self._asked, self._near = set(), set()
+            if torch.cat(scales).abs().min() < self.BOUND:
+                self._near = {i for i, scale in enumerate(scales) if scale.abs().min() < self.BOUND}
+        self._asked.add(key)
+        return key in self._near
+
+
+class ScaleAndShift(MapOutput):
+    """y -> scale * y + shift per channel, after a linear, a convolution or a norm; folds into its affine tensors.
+
+    It keeps little for backward: a LayerNorm runs with its own affine vectors changed; after a linear, y is had back from
+    the result, which activation and attention keep as well, or from the input.
+
+    Args:
+        place: the module.
+        position: see ``Intervention``.
+        channel_first: y is (B, C, …), as after a convolution.
+        again: make y anew from the module's input, where that costs less memory than keeping the result.
+        near_zero: shared by all of one method.
+    """
+
+    def __init__(
+        self, place: ModuleRef, position: int, near_zero: ScalesNearZero, *, channel_first: bool = False, again: bool = False
+    ):
+        super().__init__(place, position)
+        self.channel_first, self.again = channel_first, again
+        self.outside = place.bias_outside if isinstance(place, LinearSite) else None
+        self.near_zero = near_zero
+        near_zero.parts.append(self)
+
+    def calls_needed(self) -> list[ModuleRef]:
+        return [self.outside] if self.outside else []
+
+    def install(self) -> None:
+        module = self.place.module
+        if is_plain_norm(module) and "forward" not in vars(module):
+            module.forward = self._run_norm
+        else:
+            module.register_forward_hook(self._map_output)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """scale and shift, each (C,)."""
+        raise NotImplementedError
+
+    def _run_norm(self, x: Tensor) -> Tensor:
+        norm = self.place.module
+        if not self.enabled:
+            return type(norm).forward(norm, x)
+        scale, shift = self.vectors()
+        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, scale)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight * scale, bias, norm.eps)
+
+    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self(output, args[0]) if self.enabled else None
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The module's new output from its output y and its input x."""
+        scale, shift = self.vectors()
+        if self.outside is not None:
+            # timm adds the q, k, v bias after this output; it must be scaled as if it were inside.
+            shift = shift + (scale - 1) * separate_bias(self.outside.module)
+        axis = 1 if self.channel_first else y.ndim - 1
+        if self._keeps_y(y):
+            shape = (-1, *(1,) * (y.ndim - 1 - axis))
+            return torch.addcmul(shift.view(shape), y, scale.view(shape))
+        if self.again and self._alone():
+            return ScaleShiftFunction.apply(y, scale, shift, axis, self._once_more, x)
+        return ScaleShiftFunction.apply(y, scale, shift, axis, None, None)
+
+    def _alone(self) -> bool:
+        """Whether y is what the frozen module makes of x, with no other method's hook in between."""
+        module = self.place.module
+        return len(module._forward_hooks) == 1 and not module._forward_pre_hooks and "forward" not in vars(module)
+
+    def _once_more(self, x: Tensor) -> Tensor:
+        return type(self.place.module).forward(self.place.module, x)
+
+    def _keeps_y(self, y: Tensor) -> bool:
+        """Whether torch's own product has to do."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True  # nothing is kept; the compiler decides by itself
+        # An attention with a bias outside its linear adds it to the result in place.
+        return self.outside is not None or not self.vectors()[0].requires_grad or self.near_zero.has(self)
+
+    def why_not_mergeable(self) -> str | None:
+        """The reason why this pair cannot be folded here, or None."""
+        module = self.place.module
+        if self.outside is not None and self.outside.module.q_bias is not None:
+            return f"{self.place.path}: the bias of k is a buffer that is not saved, so a folded shift of k would be lost"
+        if getattr(module, "weight", None) is None:
+            return f"{self.place.path} has no weight to fold into"
+        if not hasattr(module, "bias"):
+            return f"{self.place.path} ({type(module).__name__}) has no bias to fold the shift into"
+        # torch's own layers accept a bias made later; a norm without one may not.
+        if module.bias is None and not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
+            return f"{self.place.path} ({type(module).__name__}) takes no bias to fold the shift into"
+        return None
+
+    @property
+    def mergeable(self) -> bool:
+        return self.why_not_mergeable() is None
+
+    def fold(self) -> list[Folded]:
+        reason = self.why_not_mergeable()
+        if reason:
+            raise MethodError(f"cannot merge: {reason}")
+        module = self.place.module
+        wide = torch.promote_types(module.weight.dtype, torch.float32)
+        scale, shift = (v.detach().to(wide) for v in self.vectors())
+        weight = module.weight.detach().to(wide)
+        bias = shift if module.bias is None else scale * module.bias.detach().to(wide) + shift
+        return [Folded(self.place, {"weight": scale.view(-1, *(1,) * (weight.ndim - 1)) * weight, "bias": bias})]
 
 
 class ScaleShift(ScaleAndShift):
@@ -15,7 +206,7 @@ class ScaleShift(ScaleAndShift):
 
     no_decay = frozenset({"scale", "shift"})
 
-    def __init__(self, place: Place, position: int, width: int, near_zero: ScalesNearZero, **how):
+    def __init__(self, place: ModuleRef, position: int, width: int, near_zero: ScalesNearZero, **how):
         super().__init__(place, position, near_zero, **how)
         self.scale = nn.Parameter(torch.empty(width).normal_(1, 0.02))
         self.shift = nn.Parameter(torch.empty(width).normal_(0, 0.02))
@@ -54,7 +245,7 @@ class SSF(Method):
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         near = ScalesNearZero()
         if self.blocks is None:
-            embed = sites.patch_embed
+            embed = sites.patch_projection
             if embed is not None:
                 conv = isinstance(embed.module, nn.Conv2d | nn.Conv3d)
                 width = embed.module.out_channels if conv else embed.module.out_features
@@ -62,13 +253,13 @@ class SSF(Method):
             if sites.patch_norm is not None:
                 yield f"{sites.patch_norm.path}.ssf", ScaleShift(sites.patch_norm, FIRST, sites.blocks[0].width, near)
         for block in sites.choose(self.blocks):
-            places: list[tuple[Place, int]] = [(block.norm1, block.width)]
+            places: list[tuple[ModuleRef, int]] = [(block.norm1, block.width)]
             places += self._linears(block, ("qkv", "proj"))
             places.append((block.norm2, block.width))
             places += self._linears(block, ("fc1",))
             inner = getattr(block.mlp.module, "norm", None)
             if is_norm(inner):
-                places.append((Place(f"{block.mlp.path}.norm", inner), block.linears("fc2")[0].in_features))
+                places.append((ModuleRef(f"{block.mlp.path}.norm", inner), block.linears("fc2")[0].in_features))
             places += self._linears(block, ("fc2",))
             for place, width in places:
                 # Nothing else keeps what goes into the residual stream. Made anew, proj's costs 3 % of a step in all
@@ -84,5 +275,5 @@ class SSF(Method):
             yield f"{sites.final_norms[0].path}.ssf", ScaleShift(sites.final_norms[0], LAST, sites.blocks[-1].width, near)
 
     @staticmethod
-    def _linears(block, slots) -> list[tuple[Place, int]]:
+    def _linears(block, slots) -> list[tuple[ModuleRef, int]]:
         return [(sites[0], sites[0].out_features) for sites in linears_by_path(block, slots).values()]

@@ -8,10 +8,46 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions import Clip, EditStream, Grid, Intervention, MapOutput
-from ..sites import BlockSite, Sites
+from ..interventions.base import Intervention
+from ..interventions.context import Clip, Grid
+from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, grids, register
+
+
+class EditStream(Intervention):
+    """Adds ``forward(u)`` to the residual stream u between a block's two branches.
+
+    No module stands there: the change enters the second branch at its first module and the final sum at its end.
+    """
+
+    held = frozenset({"_change"})
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block.index)
+        self.enter, self.leave = block.mlp_input, block.branch2
+        self._change: Tensor | None = None
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.enter, self.leave]
+
+    def install(self) -> None:
+        self.enter.module.register_forward_pre_hook(self._edit)
+        self.leave.module.register_forward_hook(self._add)
+
+    def _edit(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.enabled:
+            return None
+        self._change = self(args[0])
+        return args[0] + self._change, *args[1:]
+
+    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not self.enabled:
+            return None
+        change, self._change = self._change, None
+        return output + change
 
 
 class _STAdapter:

@@ -7,9 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..backbone.attention import attention_inputs, check_attention
+from ..backbone.blocks import check_windows
+from ..backbone.modules import LAST, BlockSite, ModuleRef
+from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions import LAST, ForPooling, InsertTokens, JoinWindows, MadeKeys
-from ..sites import BlockSite, Place, Sites, attention_inputs, check_attention, check_windows, patch_fan
+from ..interventions.attention import ComputedKeysValues
+from ..interventions.output import ForPooling
+from ..interventions.tokens import JoinWindows, PromptTokens
 from .base import Blocks, Method, Paper, register
 
 _PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
@@ -50,24 +55,24 @@ class _Inserted(_Tokens):
         return None if self.source is None else self.drop(self.rows().expand(batch, -1, -1))
 
 
-class Prompts(_Inserted, InsertTokens):
+class Prompts(_Inserted, PromptTokens):
     """In front of one block's patches."""
 
-    def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
-        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, hands_on)
+    def __init__(self, method, sites, block, *, own, source, proj, previous, keeps_outputs):
+        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, keeps_outputs)
         self.add_prompts(method, sites, block, own, source, proj)
 
 
 class WindowPrompts(_Inserted, JoinWindows):
     """In every window of one Swin block. The last block's outputs enter the pooling, so it always hands them on."""
 
-    def __init__(self, method, sites, block, *, own, source, proj, previous, hands_on):
+    def __init__(self, method, sites, block, *, own, source, proj, previous, keeps_outputs):
         last = block is sites.blocks[-1]
-        super().__init__(sites, block, method.tokens, previous, hands_on or last)
+        super().__init__(sites, block, method.tokens, previous, keeps_outputs or last)
         self.add_prompts(method, sites, block, own, source, proj)
 
 
-class PromptKeys(_Tokens, MadeKeys):
+class PromptKeys(_Tokens, ComputedKeysValues):
     """Prompts whose outputs nobody reads: only their keys and values are made, once for all samples and windows.
 
     Their dropout must be 0. They pass norm1 and the qkv linear, and what methods hook there.
@@ -94,18 +99,18 @@ class PromptKeys(_Tokens, MadeKeys):
 class PromptedPool(ForPooling):
     """After the final norm of a Swin, so that a mean over the map is the mean over prompts and patches together."""
 
-    whole = True
+    needs_unpooled = True
 
-    def __init__(self, place: Place, last: WindowPrompts):
+    def __init__(self, place: ModuleRef, last: WindowPrompts):
         super().__init__(place, LAST)
         object.__setattr__(self, "last", last)
 
     def skip(self) -> None:
-        self.last.take()
+        self.last.pop()
 
     def forward(self, y: Tensor) -> Tensor:
         norm, area = self.place.module, y.shape[1] * y.shape[2]
-        prompts = type(norm).forward(norm, self.last.take())  # not norm(…): this runs inside its hook
+        prompts = type(norm).forward(norm, self.last.pop())  # not norm(…): this runs inside its hook
         return (area * y + prompts.sum(1)[:, None, None]) / (area + prompts.shape[1])
 
 
@@ -120,7 +125,7 @@ class _VPT(Method):
             raise MethodError(f"{self.name}: tokens and project must be at least 1")
 
     def _blocks(self, sites: Sites) -> list[BlockSite]:
-        if sites.patch_embed is None:
+        if sites.patch_projection is None:
             raise UnsupportedModelError(f"{self.name}: no patch embedding to read the prompts' initial range from")
         if sites.blocks[0].maps:
             if self.project or getattr(self, "shared", False):
@@ -176,7 +181,7 @@ class VPTShallow(_VPT):
         for block in blocks:
             last = block is blocks[-1]
             own = previous is None
-            previous = self._plant(sites, block, own=own, source=None, proj=proj, previous=previous, hands_on=not last)
+            previous = self._plant(sites, block, own=own, source=None, proj=proj, previous=previous, keeps_outputs=not last)
             yield ("vpt" if own else f"{block.path}.vpt"), previous
         yield from self._end(sites, previous)
         if proj is not None:
@@ -234,7 +239,7 @@ class VPTDeep(_VPT):
             how = {"own": own, "source": source, "proj": proj}
             read = carried_on or (block.maps and block is blocks[-1])
             if not (fresh and not read and self._as_keys(block)):
-                how |= {"previous": previous, "hands_on": carried_on}
+                how |= {"previous": previous, "keeps_outputs": carried_on}
             previous = self._plant(sites, block, **how)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous

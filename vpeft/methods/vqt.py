@@ -8,13 +8,161 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from ..interventions import ExtraQueries, Intervention, WideHead
-from ..sites import BlockSite, Sites, patch_fan
+from ..backbone.blocks import check_rows, rows_through_block
+from ..backbone.modules import LAST, BlockSite, ModuleRef
+from ..backbone.sites import Sites, patch_fan
+from ..errors import MethodError, UnsupportedModelError
+from ..interventions.attention import AttentionPrefix
+from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, register
 
 if TYPE_CHECKING:
-    from ..attach import Handle
+    from ..tuning.handle import Handle
+
+
+class ExtraQueries(AttentionPrefix):
+    """Rows that read a block's tokens without being read: they attend to the tokens' keys and values, and go through
+    the rest of the frozen block by themselves.
+
+    ``forward(batch)`` gives the rows (B, T, D); ``take()`` gives what the block made of them in the present forward.
+    The block's own path stays what it is, and carries no graph: what the rows read of it is detached. While gradients
+    are recorded, the rows run only when they are taken, so that activation checkpointing never sees them; what they
+    read is held until then (a run that stops at the features holds it until the next one).
+    """
+
+    held = frozenset({"_held"})
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block, LAST)  # no gradient enters any block's own path
+        check_rows(block)
+        self.block = block
+        self._held: tuple[Tensor, Tensor] | Tensor | None = None
+
+    @property
+    def runs_from(self) -> int:
+        return self.block.index
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.place, self.block]
+
+    def taps(self) -> list[int]:
+        return [self.block.index - 1]  # the keys and values are made of what enters the block
+
+    def install(self) -> None:
+        super().install()
+        self.block.module.register_forward_hook(self._leave)
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> None:
+        self._held = k.detach(), v.detach()
+
+    def _leave(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.enabled and not torch.is_grad_enabled():
+            self._held = self._read(*self._held)
+
+    def _read(self, k: Tensor, v: Tensor) -> Tensor:
+        return rows_through_block(self.block, self(len(k)), k, v)
+
+    def pop(self) -> Tensor:
+        """The rows (B, T, D) after the block; they are then forgotten."""
+        held, self._held = self._held, None
+        if held is None:
+            raise MethodError(f"{self.block.path} has not run since its rows were taken: call the model, or its head once")
+        return held if isinstance(held, Tensor) else self._read(*held)
+
+
+class WideHead(Intervention):
+    """A linear classifier of more inputs, which stands in the place and under the name of the model's own.
+
+    ``forward(x)`` makes its inputs from what the own classifier would get. It counts as the model's head: it is trained,
+    saved and decayed as one, ``get_classifier`` gives it, and ``reset_classifier`` makes it anew, with ``width`` inputs.
+    The own classifier waits aside, untouched, and is back in its place while this is switched off.
+
+    Args:
+        sites: of the model.
+        more: inputs beyond the own classifier's.
+    """
+
+    routable = False
+    needs_unpooled = True
+
+    def __init__(self, sites: Sites, more: int):
+        super().__init__(LAST)
+        if len(sites.heads) != 1 or not isinstance(sites.heads[0].module, nn.Linear):
+            found = ", ".join(f"{h.path} ({type(h.module).__name__})" for h in sites.heads) or "none"
+            raise UnsupportedModelError(f"one linear classifier is widened; this model has {found}")
+        self.model, self.path = ModuleRef("", sites.model), sites.heads[0].path
+        self.width = sites.heads[0].module.in_features + more
+        self._set_inactive(None)
+
+    # The classifier that is not in use. Unregistered: it is saved and trained by nobody.
+    def _set_inactive(self, module: nn.Module | None) -> None:
+        object.__setattr__(self, "inactive", module)
+
+    def _apply(self, fn, recurse: bool = True) -> "WideHead":
+        if self.inactive is not None:
+            self.inactive._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
+    def current(self) -> ModuleRef:
+        """What stands in the classifier's place."""
+        return ModuleRef(self.path, self.model.module.get_submodule(self.path))
+
+    def _exchange(self, module: nn.Module) -> None:
+        parent, _, leaf = self.path.rpartition(".")
+        self._set_inactive(self.current.module)
+        setattr(self.model.module.get_submodule(parent), leaf, module)
+
+    def _widened(self, own: nn.Module) -> nn.Module:
+        """A fresh classifier with as many outputs, or, where there are none, what gives its inputs."""
+        wide: nn.Module = nn.Identity()
+        if isinstance(own, nn.Linear):
+            like = {"device": own.weight.device, "dtype": own.weight.dtype}
+            wide = nn.Linear(self.width, own.out_features, bias=own.bias is not None, **like)
+        wide.register_forward_pre_hook(self._widen)
+        return wide.train(own.training)
+
+    def _widen(self, module: nn.Module, args: tuple) -> tuple:
+        return self(args[0]), *args[1:]
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.current]
+
+    def owned_names(self) -> set[str]:
+        return {self.path}
+
+    def install(self) -> None:
+        self._exchange(self._widened(self.current.module))
+        if "reset_classifier" not in vars(self.model.module):
+            self.model.module.reset_classifier = self._reset
+
+    def uninstall(self) -> None:
+        if self.enabled and self.inactive is not None:
+            self._exchange(self.inactive)
+        model = self.model.module
+        if getattr(vars(model).get("reset_classifier"), "__self__", None) is self:
+            del model.reset_classifier
+            others = [m for m in model.modules() if isinstance(m, WideHead) and m is not self]
+            if others:
+                model.reset_classifier = others[0]._reset
+
+    def on_toggle(self) -> None:
+        self._exchange(self.inactive)
+
+    def _reset(self, num_classes: int, *args, **kwargs) -> None:
+        model = self.model.module
+        type(model).reset_classifier(model, num_classes, *args, **kwargs)
+        for part in model.modules():
+            if isinstance(part, WideHead):
+                part.follow()
+
+    def follow(self) -> None:
+        """Take up the number of classes of the classifier that now stands in the model."""
+        wide = self._widened(self.current.module)
+        if self.enabled:
+            self._exchange(wide)
+        else:
+            self._set_inactive(wide)
 
 
 class Queries(ExtraQueries):
@@ -36,7 +184,7 @@ class Queries(ExtraQueries):
 
     def entry(self) -> Tensor:
         """(B, T D), or (B, D) where the T rows are pooled."""
-        z = self.take()
+        z = self.pop()
         if self.pooling == "none":
             return z.flatten(1)
         return z.mean(1) if self.pooling == "mean" else (self.weights[:, None] * z).sum(1)
@@ -103,7 +251,7 @@ class VQT(Method):
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         if sites.blocks[0].maps:
             raise UnsupportedModelError("published for plain ViTs; a Swin's tokens see only their window, and widths differ")
-        if sites.patch_embed is None:
+        if sites.patch_projection is None:
             raise UnsupportedModelError("no patch embedding to read the queries' initial range from")
         readers = []
         for block, tokens in self.sized_blocks(sites, "tokens", self.blocks):

@@ -1,7 +1,1 @@
-"""Tasks: loss and metrics."""
-
-from .base import Task
-from .classification import Classification
-from .video_task import VideoClassification
-
-__all__ = ["Classification", "Task", "VideoClassification"]
+"""Tasks: each package here is one, whole: data, model, loss and metric, prediction, pictures."""

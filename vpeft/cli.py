@@ -1,0 +1,202 @@
+"""The ``vpeft`` command; ``tools/*.py`` are the same commands as files."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+from .errors import VpeftError
+
+
+def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .engine.config import load_config
+        from .engine.train import train
+
+        train(load_config(args.cfg, args.overrides))
+
+    return run
+
+
+def _pretrain(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .engine.config import load_config
+        from .engine.pretrain import pretrain
+
+        pretrain(load_config(args.cfg, args.overrides))
+
+    return run
+
+
+def _test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration (its model and data sections)")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--merge", action="store_true", help="fold the method into the weights first")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .engine.config import load_config
+        from .engine.test import test
+
+        test(load_config(args.cfg, args.overrides), args.ckpt, split=args.split, merge=args.merge)
+
+    return run
+
+
+def _predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="image or video files, or folders of them")
+    parser.add_argument("--topk", type=int, default=5, help="classes to report per file")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--checkpoint", metavar="FILE", help="backbone weights, where timm cannot find or download them")
+    parser.add_argument("--json", metavar="FILE", help="also write the predictions here")
+    parser.add_argument("--out", metavar="DIR", help="of masks and overlays, where the task has them")
+
+    def run(args: argparse.Namespace) -> None:
+        from .engine.predict import predict
+
+        predict(
+            args.ckpt, args.paths, topk=args.topk, batch_size=args.batch_size, weights=args.checkpoint,
+            json_file=args.json, out=args.out,
+        )  # fmt: skip
+
+    return run
+
+
+def _methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("name", nargs="?", help="describe this one; without it, list all")
+
+    def run(args: argparse.Namespace) -> None:
+        from .methods import METHODS, list_methods
+        from .tuning.description import describe
+
+        if args.name:
+            print(describe(args.name))
+        else:
+            for name in list_methods():
+                print(f"{name:16s} {METHODS[name].paper}")
+
+    return run
+
+
+def _table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, nargs="+", metavar="FILE", help="YAML configurations, one row each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/table", metavar="PATH", help="of the results, without .md, .json, .png")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="overrides for every configuration")
+
+    def run(args: argparse.Namespace) -> None:
+        from .engine.table import table
+
+        table(args.cfg, args.set, seeds=args.seeds, out=args.out)
+
+    return run
+
+
+def _docs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--out", default="docs", metavar="DIR", help="where the pages are written")
+    parser.add_argument("--compatibility", action="store_true", help="also try every method on every architecture (minutes)")
+
+    def run(args: argparse.Namespace) -> None:
+        from .docs.pages import write_pages
+
+        print(*write_pages(args.out, compatibility=args.compatibility), sep="\n")
+
+    return run
+
+
+def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration: backbone, batch, device and rows")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .bench.measure import bench
+
+        bench(args.cfg, args.overrides)
+
+    return run
+
+
+def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    from .engine.config import MotionConfig
+
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the clips are written")
+    for option in fields(MotionConfig):
+        parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=f"default {option.default}")
+
+    def run(args: argparse.Namespace) -> None:
+        from omegaconf import OmegaConf
+
+        from .tasks.video.motion import make_motion
+
+        motion = MotionConfig(**{option.name: getattr(args, option.name) for option in fields(MotionConfig)})
+        make_motion(args.out, OmegaConf.structured(motion))
+        print(f"{args.out}: {args.train} training and {args.test} test clips, with lists train.txt and test.txt")
+
+    return run
+
+
+def _bench_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("paths", nargs="*", metavar="FILE", help="videos or folders of them; made ones where none is given")
+    parser.add_argument("--clips", type=int, default=200, help="clips to read")
+    parser.add_argument("--frames", type=int, default=8, help="of each clip")
+    parser.add_argument("--stride", type=int, default=4, help="from one frame to the next")
+    parser.add_argument("--size", type=int, default=224, help="of the crop, in pixels")
+    parser.add_argument("--workers", type=int, default=0, help="of the loader")
+
+    def run(args: argparse.Namespace) -> None:
+        from .bench.decode import bench_decode
+
+        bench_decode(
+            args.paths, clips=args.clips, frames=args.frames, stride=args.stride, size=args.size, workers=args.workers
+        )
+
+    return run
+
+
+COMMANDS = {
+    "train": (_train, "train a method on a data set"),
+    "test": (_test, "evaluate a checkpoint on a data set"),
+    "predict": (_predict, "apply a checkpoint to image or video files"),
+    "table": (_table, "train configurations under several seeds and compare them"),
+    "methods": (_methods, "list the methods, or describe one"),
+    "bench": (_bench, "measure time and memory of methods on a backbone"),
+    "docs": (_docs, "write the pages in docs/ that are made from the registry"),
+    "motion-clips": (_motion_clips, "write video files whose label is how a garment moves"),
+    "bench-decode": (_bench_decode, "measure how many clips per second are decoded"),
+    "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
+}
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Run one command; a user's mistake ends in one line on stderr and exit status 2.
+
+    Args:
+        argv: arguments, those of the process where None.
+        command: the command, where the program stands for one (``tools/train.py``).
+    """
+    parser = argparse.ArgumentParser(prog=None if command else "vpeft", description=__doc__ if not command else None)
+    if command:
+        parser.set_defaults(run=COMMANDS[command][0](parser))
+    else:
+        parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        for name, (build, text) in COMMANDS.items():
+            child = parsers.add_parser(name, help=text, description=text)
+            child.set_defaults(run=build(child))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except VpeftError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

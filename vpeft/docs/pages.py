@@ -1,0 +1,61 @@
+"""Writes the pages in ``docs/``: ``methods.md`` from the registry, ``compatibility.md`` from trying every pair."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..methods import list_methods
+from ..methods.not_built import NOT_BUILT
+from ..tuning.description import Description, describe
+from .compatibility import compatibility_page, matrix
+
+HEAD = """# Methods
+
+Written by `vpeft docs` from the registry; do not edit. Parameters are those trained on ViT-B/16 (`vit_base_patch16_224`)
+with the defaults, the classifier left out; of a method that looks at data first (*calibrated*), those before it has.
+*Gradient* is the first module that a gradient must reach; what lies below it needs no graph and can be cached. VTAB-1k
+means are quoted as published, each with its source; none was measured here.
+"""
+
+
+def methods_page() -> str:
+    """The whole page as Markdown."""
+    found = [describe(name) for name in list_methods()]
+    lines = [HEAD, f"{len(found)} methods are registered.", ""]
+    lines += ["| method | paper | category | where | parameters | merges | gradient | at the start | calibrated | VTAB-1k |"]
+    lines += ["|---|---|---|---|---:|---|---|---|---|---|"]
+    lines += [_row(d) for d in found]
+    lines += ["", "## Not built", "", "| method | reason |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, reason in NOT_BUILT.items()]
+    for d in found:
+        lines += _section(d)
+    return "\n".join(lines) + "\n"
+
+
+def _row(d: Description) -> str:
+    venue = f"{d.paper.venue}" + (f", [{d.paper.arxiv}](https://arxiv.org/abs/{d.paper.arxiv})" if d.paper.arxiv else "")
+    cells = [
+        f"[`{d.name}`](#{d.name})", f"{d.paper.title}, {venue}", d.paper.category, d.where,
+        "refused" if d.parameters is None else f"{d.parameters:,}", "yes" if d.mergeable else "no", d.boundary or "–",
+        "bare model" if d.starts_as_identity else "perturbed", "yes" if d.needs_calibration else "no", d.paper.vtab or "–",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _section(d: Description) -> Iterator[str]:
+    yield from ("", f"### {d.name}", "", "```text", d.text, "```", "")
+    options = ", ".join(f"`{k}={v!r}`" for k, v in d.defaults.items()) or "none"
+    yield f"Defaults: {options}."
+    for name, values in d.presets.items():
+        yield f"Preset `{name}`: " + ", ".join(f"`{k}={v!r}`" for k, v in values.items()) + "."
+
+
+def write_pages(folder: str | Path = "docs", *, compatibility: bool = False) -> list[Path]:
+    """Write ``methods.md`` and, where asked for (minutes), ``compatibility.md``; returns their paths."""
+    folder = Path(folder)
+    pages = {folder / "methods.md": methods_page()}
+    if compatibility:
+        pages[folder / "compatibility.md"] = compatibility_page(matrix())
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in pages.items():
+        path.write_text(text)
+    return list(pages)

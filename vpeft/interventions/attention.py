@@ -1,0 +1,184 @@
+"""Further keys and values of a block's attention."""
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.attention import attend, attention_bias, attention_inputs, attention_output, check_attention
+from ..backbone.modules import BlockSite, ModuleRef
+from ..errors import MethodError
+from .base import Intervention
+
+
+class AttentionWithPrefixes(nn.Module):
+    """The forward of one attention, as all the methods that meet its keys and values together change it.
+
+    It is reached only through the attention's attribute ``forward``, so that it appears in no state dict.
+    """
+
+    def __init__(self, place: ModuleRef):
+        super().__init__()
+        self.place, self.prefixes = place, []
+
+    def run(self, x: Tensor, *args: Tensor, **kwargs) -> Tensor:
+        attn = self.place.module
+        guests = [guest for guest in self.prefixes if guest.enabled]
+        if not guests:
+            return type(attn).forward(attn, x, *args, **kwargs)
+        if args:  # by their names in timm: Swin's mask, BEiT's shared bias
+            names = type(attn).forward.__code__.co_varnames[2 : 2 + len(args)]
+            kwargs |= dict(zip(names, args, strict=True))
+        q, k, v = attention_inputs(attn, x, kwargs.get("rope"))
+        bias = attention_bias(attn, **{n: t for n, t in kwargs.items() if n != "rope"})
+        extra = [pair for guest in guests if (pair := guest.meet(x, k, v)) is not None]
+        if extra:
+            tokens = sum(key.shape[-2] for key, _ in extra)
+            if bias is not None:
+                fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
+                bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
+            keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
+            k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
+        return attention_output(attn, attend(attn, q, k, v, bias), x)
+
+
+class AttentionPrefix(Intervention):
+    """What meets the keys and values of a block's attention, whose forward is replaced for it.
+
+    ``meet(x, k, v)`` is called with the attention's input (B, N, D) and its own keys and values (B, heads, N, d), and
+    gives further ones or None.
+    """
+
+    def __init__(self, block: BlockSite, position: int):
+        super().__init__(position)
+        check_attention(block)
+        self.place = block.attn
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        raise NotImplementedError
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.place]
+
+    def install(self) -> None:
+        attn = self.place.module
+        if "forward" not in vars(attn):
+            attn.forward = AttentionWithPrefixes(self.place).run
+        elif not isinstance(getattr(attn.forward, "__self__", None), AttentionWithPrefixes):
+            raise MethodError(f"{self.place.path}: its forward is replaced already, by something that is not vpeft's")
+        attn.forward.__self__.prefixes.append(self)
+
+    def uninstall(self) -> None:
+        attn = self.place.module
+        here = getattr(vars(attn).get("forward"), "__self__", None)
+        if isinstance(here, AttentionWithPrefixes) and self in here.prefixes:
+            here.prefixes.remove(self)
+            if not here.prefixes:
+                del attn.forward
+
+
+class PrefixKeysValues(AttentionPrefix):
+    """Keys and values that every token attends to besides the tokens' own; they come in no position and make no rows.
+
+    ``forward(x)`` gives key and value, each (heads, P, d) or (B, heads, P, d), from the attention's input x (B, N, D)
+    (in Swin one window's tokens, windows in the batch). Relative-position bias and masks are 0 for them, rotary
+    embedding and q/k norm do not touch them. Several methods' keys on one attention are concatenated.
+    """
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block, block.index)
+
+    def meet(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x)
+
+
+class _Stored:
+    """What was made of some tensors, and how to tell whether they are still what they were.
+
+    A frozen tensor is told by its identity, address and version; a trained one by its value, since fused optimisers
+    leave the version as it is.
+    """
+
+    def __init__(self, sources: list[Tensor], made: tuple[Tensor, Tensor]):
+        self.sources, self.made = sources, made
+        self.half, self.states = self._half(), [self._state(t) for t in sources]
+
+    def _half(self) -> torch.dtype | None:
+        kind = self.sources[0].device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple:
+        value = tensor.detach().clone() if tensor.requires_grad else None
+        return tensor.data_ptr(), tensor._version, value
+
+    def holds(self, sources: list[Tensor]) -> bool:
+        """Whether the same would be made again."""
+        if self.half != self._half() or len(sources) != len(self.sources):
+            return False
+        for tensor, before, (address, version, value) in zip(sources, self.sources, self.states, strict=True):
+            if tensor is not before or tensor.data_ptr() != address or tensor._version != version:
+                return False
+            if tensor.requires_grad and (value is None or not torch.equal(tensor, value)):
+                return False
+        return True
+
+
+def _tells_changes(tensor: Tensor) -> bool:
+    """Whether a change of it can be told: not on meta, fake and inference tensors, nor, without a wait, a GPU's value."""
+    known = type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
+    return known and (tensor.device.type == "cpu" or not tensor.requires_grad)
+
+
+class ComputedKeysValues(PrefixKeysValues):
+    """Keys and values that are the same for every sample of a batch, and are made of other tensors.
+
+    ``make()`` gives them as in ``PrefixKeysValues``, once per forward, just before the block runs: hooks that hold
+    something from the modules that it calls then hold the block's own. In eval mode, while no gradient is recorded, what
+    was made is kept and used again until one of ``sources()`` changes (on a GPU: where none of them is set to train). torch
+    does not tell of a change of a frozen tensor through ``tensor.data``; a forward that records gradients forgets what was
+    kept.
+    """
+
+    held = frozenset({"_made", "_stored"})  # versions count the changes of one tensor, not of its copies
+
+    def __init__(self, block: BlockSite):
+        super().__init__(block)
+        self.block = block
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._stored: _Stored | None = None
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def sources(self) -> list[Tensor] | None:
+        """Every tensor that they depend on, or None where that cannot be said (hooks of other methods on the way)."""
+        raise NotImplementedError
+
+    def hooked(self) -> list[ModuleRef]:
+        return [*super().hooked(), self.block]
+
+    def install(self) -> None:
+        super().install()
+        self.block.module.register_forward_pre_hook(self._prepare)
+
+    def _prepare(self, module: nn.Module, args: tuple) -> None:
+        if self.enabled:
+            self._made = self._recall()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made, self._made = self._made, None
+        return self._recall() if made is None else made
+
+    def _recall(self) -> tuple[Tensor, Tensor]:
+        sources = None
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()):
+            sources = self.sources()
+        if sources is None or not all(_tells_changes(t) for t in sources):
+            self._stored = None
+            return self.make()
+        if self._stored is None or not self._stored.holds(sources):
+            self._stored = _Stored(sources, self.make())
+        return self._stored.made
+
+    def _apply(self, fn, recurse: bool = True) -> "ComputedKeysValues":
+        self._stored = None
+        return super()._apply(fn, recurse)

@@ -1,0 +1,123 @@
+"""Facts of the present forward: the size of the token map, the frames of a clip."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..backbone.maps import grid_of
+from ..backbone.modules import LAST, BlockSite, ModuleRef
+from ..backbone.sites import Sites
+from ..errors import MethodError, UnsupportedModelError
+from .base import Folded, Intervention
+
+
+class Watch(Intervention):
+    """Looks at what enters a module and keeps a fact of it for the method's other parts; changes nothing.
+
+    Subclasses say in ``_measure`` which fact.
+    """
+
+    mergeable = True
+
+    def __init__(self, place: ModuleRef):
+        super().__init__(LAST)
+        self.place = place
+
+    @property
+    def inert(self) -> bool:
+        return True
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.place]
+
+    def install(self) -> None:
+        self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise NotImplementedError
+
+    def fold(self) -> list[Folded]:
+        return []
+
+
+class Grid(Watch):
+    """Height and width of the token map in the present forward (``size``): of a block's own map, or of the patches."""
+
+    def __init__(self, sites: Sites, block: BlockSite | None = None):
+        maps = block is not None and block.maps
+        super().__init__(block if maps else sites.patch_embed)
+        self.maps = maps
+        self.size = (0, 0)
+        if not self.maps:
+            grid_of(self.place.module, sites.input_size[-2:])  # refuses a stem that cannot tell
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["x"]
+        self.size = tuple(x.shape[1:3]) if self.maps else grid_of(module, tuple(x.shape[-2:]))
+
+
+class Clip(Watch):
+    """Frames per clip in the present forward (``length``), for methods that act along time.
+
+    Rows are frames, those of one clip side by side: row b T + t. ``clips`` tells T for the forwards under it; else it is
+    ``default``.
+
+    Args:
+        sites: of the model.
+        default: T where nothing tells it.
+        fixed: a clip has ``default`` frames, or is a single image; anything else told is an error.
+    """
+
+    def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):
+        if len(sites.input_size) != 3:
+            raise UnsupportedModelError(
+                "the model's tokens span the clip already; this method is for models of single frames"
+            )
+        super().__init__(sites.patch_embed)
+        self.default, self.fixed = default, fixed
+        self.frames: int | None = None
+        self.length = default
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.enabled:
+            return
+        rows = (args[0] if args else kwargs["x"]).shape[0]
+        length = self.default if self.frames is None else self.frames
+        if self.fixed and length not in (1, self.default):
+            raise MethodError(
+                f"clips of {length} frames, but the method is made for {self.default}: give it frames={length}"
+            )
+        if rows % length:
+            raise MethodError(
+                f"{rows} rows are no whole number of clips of {length} frames; give the rows (clips * frames, C, H, W) and "
+                f"say how many frames a clip has: the method's option frames, or with vpeft.clips(model, frames=…)"
+            )
+        # It stays until the next forward: activation checkpointing runs blocks again in backward, not the stem.
+        self.length = length
+
+
+@contextmanager
+def clips(model: nn.Module, frames: int) -> Iterator[nn.Module]:
+    """``with clips(model, frames=8): model(rows)`` lets rows (B * 8, C, H, W) be the frames of B clips, clip by clip.
+
+    Methods that act along time read it; to all others it makes no difference.
+
+    Args:
+        model: a timm model with methods attached, or a module that holds one.
+        frames: T of each clip.
+
+    Raises:
+        MethodError: ``frames`` is no positive number.
+    """
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise MethodError(f"clips: frames={frames!r} is no number of frames")
+    found = [m for m in model.modules() if isinstance(m, Clip)]
+    before = [m.frames for m in found]
+    for clip in found:
+        clip.frames = frames
+    try:
+        yield model
+    finally:
+        for clip, told in zip(found, before, strict=True):
+            clip.frames = told

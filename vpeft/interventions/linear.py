@@ -1,0 +1,42 @@
+"""Additions to a frozen linear's output."""
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.modules import LinearSite, ModuleRef
+from .base import Folded, Intervention
+
+
+class AddToLinear(Intervention):
+    """``forward(x, y)`` gives the linear's new output from its input x and its frozen output y = x W^T + b.
+
+    The change is linear in x: y plus x times a low-rank or structured matrix (``delta``), added in activation space so
+    that autograd never forms a gradient of the whole weight.
+    """
+
+    mergeable = True
+
+    def __init__(self, site: LinearSite, position: int):
+        super().__init__(position)
+        self.site = site
+
+    def hooked(self) -> list[ModuleRef]:
+        return [self.site]
+
+    def calls_needed(self) -> list[ModuleRef]:
+        return [self.site.bias_outside] if self.site.bias_outside else []
+
+    def install(self) -> None:
+        self.site.module.register_forward_hook(self._update)
+
+    def _update(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self(args[0], output) if self.enabled else None
+
+    def delta(self) -> Tensor:
+        """The (rows, in) change of the whole linear's weight, in float32 or better."""
+        raise NotImplementedError
+
+    def fold(self) -> list[Folded]:
+        weight = self.site.module.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return [Folded(self.site, {"weight": weight.detach().to(wide) + self.delta().to(wide)})]

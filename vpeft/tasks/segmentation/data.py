@@ -1,0 +1,299 @@
+"""Segmentation data: pairs of an image and a mask of class ids, in the layouts that the field's data sets come in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from ...data.embedded import check_fashion_mnist
+from ...data.images import IGNORED, IMAGE_ENDINGS, read_image, read_mask
+from ...data.splits import Datasets
+from ...errors import DataError, did_you_mean
+from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+CITYSCAPES_CLASSES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pairs of one split.
+
+    Attributes:
+        images, masks: files, pair by pair.
+        classes: their names, in the order of the ids.
+        shift: ids in the files start at 1, and 0 means not labelled (ADE20K's ``reduce_zero_label``).
+    """
+
+    images: list[Path]
+    masks: list[Path]
+    classes: tuple[str, ...]
+    shift: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return self.images[index].stem
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) and class ids (H, W), uint8.
+
+        Raises:
+            DataError: a file that is no image, a mask of another size than its image, or an id that is no class.
+        """
+        image, mask = read_image(self.images[index]), read_mask(self.masks[index])
+        if image.shape[:2] != mask.shape:
+            raise DataError(
+                f"{self.masks[index]}: a mask of {mask.shape[1]}x{mask.shape[0]} pixels for an image of "
+                f"{image.shape[1]}x{image.shape[0]} ({self.images[index]})"
+            )
+        if self.shift:
+            mask = np.where(mask == 0, IGNORED, mask - 1)
+        wrong = np.unique(mask[(mask >= len(self.classes)) & (mask != IGNORED)])
+        if wrong.size:
+            raise DataError(
+                f"{self.masks[index]}: holds the ids {wrong[:5].tolist()}, but there are {len(self.classes)} classes: "
+                f"0 to {len(self.classes) - 1}, and {IGNORED} for what is not labelled"
+            )
+        return image, mask.astype(np.uint8)
+
+
+# ---- layouts ----
+
+
+def _pairs(images: Path, masks: Path, ending: str, cut: str = "") -> tuple[list[Path], list[Path]]:
+    """Images below a folder with the masks at the same places; ``cut`` is left off an image's stem before ``ending``."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(f"data.root: folder {folder} does not exist")
+    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+    if not found:
+        raise DataError(f"{images} holds no image ({', '.join(IMAGE_ENDINGS)})")
+    partners = [masks / p.relative_to(images).parent / f"{p.stem.removesuffix(cut)}{ending}" for p in found]
+    missing = [(p, m) for p, m in zip(found, partners, strict=True) if not m.is_file()]
+    if missing:
+        first, mask = missing[0]
+        raise DataError(f"{first} has no mask {mask} ({len(missing)} of {len(found)} images have none)")
+    return found, partners
+
+
+def folder(root: Path, split: str, data: Any) -> Source:
+    """ROOT/images/<split> and ROOT/masks/<split>, files of one stem; ids 0 … C-1, 255 where not labelled."""
+    if not (data.classes or data.num_classes):
+        raise DataError("data.num_classes: a folder of masks names no classes; say how many there are, or data.classes")
+    classes = tuple(data.classes or (str(i) for i in range(data.num_classes)))
+    return Source(*_pairs(root / "images" / split, root / "masks" / split, ".png"), classes)
+
+
+def ade20k(root: Path, split: str, data: Any) -> Source:
+    """ADEChallengeData2016: images/{training,validation} and annotations/…; 150 classes, 0 is not labelled."""
+    names = root / "objectInfo150.txt"
+    lines = names.read_text().splitlines()[1:151] if names.is_file() else []
+    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines) or tuple(str(i) for i in range(150))
+    return Source(*_pairs(root / "images" / split, root / "annotations" / split, ".png"), classes, shift=True)
+
+
+def voc(root: Path, split: str, data: Any) -> Source:
+    """VOC2012: JPEGImages, ImageSets/Segmentation/<split>.txt, SegmentationClass (``trainaug``: SegmentationClassAug)."""
+    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not listed.is_file():
+        have = [p.stem for p in listed.parent.glob("*.txt")] if listed.parent.is_dir() else []
+        raise DataError(f"data.root: {listed} does not exist{did_you_mean(split, have)}")
+    masks = root / ("SegmentationClassAug" if split.endswith("aug") else "SegmentationClass")
+    names = listed.read_text().split()
+    pairs = [(root / "JPEGImages" / f"{n}.jpg", masks / f"{n}.png") for n in names]
+    missing = next((p for pair in pairs for p in pair if not p.is_file()), None)
+    if missing:
+        raise DataError(f"{missing} does not exist, but {listed} names it")
+    return Source([a for a, _ in pairs], [b for _, b in pairs], VOC_CLASSES)
+
+
+def cityscapes(root: Path, split: str, data: Any) -> Source:
+    """leftImg8bit/<split>/<city>/…_leftImg8bit.png and gtFine/…_gtFine_labelTrainIds.png; 19 classes."""
+    images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
+    return Source(*_pairs(images, masks, "_gtFine_labelTrainIds.png", cut="_leftImg8bit"), CITYSCAPES_CLASSES)
+
+
+LAYOUTS: dict[str, Callable[[Path, str, Any], Source]] = {
+    "folder": folder, "ade20k": ade20k, "voc": voc, "cityscapes": cityscapes,
+}  # fmt: skip
+SOURCES = ("scenes", *LAYOUTS)
+
+
+# ---- transforms ----
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training augmentation of mmsegmentation's recipes, on an image and its mask together.
+
+    Args:
+        scale: smallest and largest factor of the random enlargement, both sides alike.
+        cat_max_ratio: a random crop is drawn anew, up to 10 times, while one class fills more of it than this.
+        hflip: probability of mirroring.
+        photometric: random brightness, contrast, saturation and hue.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+
+
+@dataclass
+class PairTransform:
+    """From arrays (H, W, 3) and (H, W) to a normalised image (3, h, w) and class ids (h, w).
+
+    Args:
+        mean, std: of the model, for values in 0 … 1.
+        crop: side of a training crop; smaller images are padded (the mask with 255). None keeps the size (evaluation).
+        short: the image's shorter side is brought to this first (evaluation; the mask stays as it is).
+        augment: None for a centre crop.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: int | None = None
+    short: int | None = None
+    augment: Augment | None = None
+    colour: v2.Transform = field(default_factory=v2.RandomPhotometricDistort)
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+        x = tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))
+        y = tv_tensors.Mask(torch.from_numpy(mask.copy()))
+        if self.crop:
+            x, y = self._crop(*self._scale(x, y))
+            if self.augment and torch.rand(()) < self.augment.hflip:
+                x, y = v2.functional.horizontal_flip(x), v2.functional.horizontal_flip(y)
+            if self.augment and self.augment.photometric:
+                x = self.colour(x)
+        elif self.short:
+            x = v2.functional.resize(x, [self.short], antialias=True)
+        x = v2.functional.normalize(v2.functional.to_dtype(x, torch.float32, scale=True), list(self.mean), list(self.std))
+        if self.crop:
+            x, y = self._pad(x, 0), self._pad(y, IGNORED)
+        return x.as_subclass(Tensor), y.as_subclass(Tensor).long()
+
+    def _scale(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.augment is None:
+            return x, y
+        low, high = self.augment.scale
+        factor = low + (high - low) * float(torch.rand(()))
+        size = [max(1, round(n * factor)) for n in y.shape[-2:]]
+        return v2.functional.resize(x, size, antialias=True), v2.functional.resize(y, size)
+
+    def _crop(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        room = [max(n - self.crop, 0) for n in y.shape[-2:]]
+        window = [n // 2 for n in room]
+        for _ in range(10 if self.augment else 0):
+            window = [int(torch.randint(n + 1, ())) for n in room]
+            part = self._cut(y, window)
+            counts = torch.bincount(part[part != IGNORED].flatten().long())
+            if (counts > 0).sum() > 1 and counts.max() / counts.sum() < self.augment.cat_max_ratio:
+                break
+        return self._cut(x, window), self._cut(y, window)
+
+    def _cut(self, t: Tensor, window: list[int]) -> Tensor:
+        return v2.functional.crop(t, *window, *(min(self.crop, n) for n in t.shape[-2:]))
+
+    def _pad(self, t: Tensor, fill: int) -> Tensor:
+        height, width = t.shape[-2:]
+        return v2.functional.pad(t, [0, 0, self.crop - width, self.crop - height], fill=fill)
+
+
+class SegmentationSet(Dataset):
+    """Pairs through one transform: image (3, H, W) float, class ids (H, W) int64 with 255 where not labelled.
+
+    Args:
+        source: a sequence of (image, ids) arrays with ``name(index)``, such as ``Source`` or ``Scenes``.
+        transform: see ``PairTransform``.
+    """
+
+    def __init__(self, source: Source | Scenes, transform: PairTransform):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(*self.source[index])
+
+    def collate(self, items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """A batch; images of several sizes cannot stand in one."""
+        sizes = {tuple(t.shape[-2:]) for pair in items for t in pair[:1]}
+        if len(sizes) > 1:
+            raise DataError(f"images of {len(sizes)} sizes in one batch; evaluate them one by one: data.batch_size=1")
+        return default_collate(items)
+
+
+# ---- building ----
+
+
+def check_segmentation(config: Any) -> None:
+    """Refuse a data section that cannot work, before any model is built.
+
+    Raises:
+        DataError: names the key.
+    """
+    data = config.data
+    if data.source not in SOURCES:
+        raise DataError(f"data.source: '{data.source}' is no source of masks{did_you_mean(data.source, SOURCES)}")
+    if data.source == "scenes":
+        check_fashion_mnist(data.root)
+        return
+    if not data.root or not Path(data.root).is_dir():
+        raise DataError(f"data.root: folder '{data.root}' does not exist; {LAYOUTS[data.source].__doc__.strip()}")
+    if data.val_size:
+        raise DataError("data.val_size: masks have splits of their own; give data.val_split")
+    for split in (data.train_split, data.val_split, data.test_split):
+        if split:
+            LAYOUTS[data.source](Path(data.root), split, data)
+
+
+def build_segmentation(config: Any, stats: dict) -> Datasets:
+    """The splits of a configuration with their transforms.
+
+    Args:
+        config: the experiment; its ``data`` and ``seg`` sections are read.
+        stats: timm's data config of the model: mean, std, input_size.
+    """
+    data, seg = config.data, config.seg
+    augment = Augment(tuple(seg.scale), seg.cat_max_ratio, seg.hflip, seg.photometric) if seg.augment else None
+    common = {"mean": stats["mean"], "std": stats["std"]}
+    train = PairTransform(**common, crop=seg.crop or stats["input_size"][-1], augment=augment)
+    evaluate = PairTransform(**common, short=seg.short)
+    splits = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    if data.source == "scenes":
+        size = {"train": seg.scenes.train, "val": seg.scenes.val, "test": seg.scenes.test}
+        options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
+        found = {k: Scenes(s, size[k], options, data.root) if s and size[k] else None for k, s in splits.items()}
+        classes = SCENE_CLASSES
+    else:
+        layout = LAYOUTS[data.source]
+        found = {k: layout(Path(data.root), s, data) if s else None for k, s in splits.items()}
+        classes = found["train"].classes
+    sets = {k: None if s is None else SegmentationSet(s, train if k == "train" else evaluate) for k, s in found.items()}
+    return Datasets(**sets, classes=tuple(classes))
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """A colour for each class id: Pascal VOC's, whose bits are an id's bits dealt out to red, green and blue."""
+    if classes == len(SCENE_CLASSES):
+        return list(SCENE_PALETTE)
+    bits = [[(i >> (3 * j + c)) & 1 for j in range(8)] for i in range(classes) for c in range(3)]
+    values = [sum(b << (7 - j) for j, b in enumerate(row)) for row in bits]
+    return [tuple(values[3 * i : 3 * i + 3]) for i in range(classes)]

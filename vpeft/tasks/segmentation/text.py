@@ -1,0 +1,89 @@
+"""Text embeddings of class names: read from a file, written to one, or computed by open_clip."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
+
+TENSOR, NAMES = "text", "class_names"
+
+# The sentences of ViLD (Gu et al., ICLR 2022, arXiv 2104.13921), over which CLIP's embeddings are averaged.
+# Full stops as in SAN's released list: they change the embeddings.
+_SIZES = ("small", "medium", "large")
+TEMPLATES = (
+    *(f"{start}{{}}{end}" for start, end in (
+        ("This is a photo of a ", ""), ("There is a ", " in the scene"), ("There is the ", " in the scene"),
+        ("a photo of a ", " in the scene"), ("a photo of a ", "."),
+    )),
+    *(f"a photo of a {size} {{}}." for size in _SIZES),
+    *(f"This is a photo of a {size} {{}}." for size in _SIZES),
+    *(f"There is a {size} {{}} in the scene." for size in _SIZES),
+)  # fmt: skip
+
+
+def read_text(path: str | Path) -> tuple[Tensor, list[str]]:
+    """Text embeddings (C, d) and the C class names of a safetensors file that ``save_text`` wrote.
+
+    Raises:
+        DataError: missing, damaged, or without embeddings or names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file of text embeddings")
+    try:
+        with safe_open(path, "pt") as file:
+            names = json.loads((file.metadata() or {}).get(NAMES, "[]"))
+            found = list(file.keys())
+            text = file.get_tensor(TENSOR) if TENSOR in found else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: no readable safetensors file with text embeddings ({error})") from error
+    if text is None or text.ndim != 2:
+        raise DataError(f"{path}: expected a tensor '{TENSOR}' (classes, width); it has {', '.join(found) or 'no tensors'}")
+    if not isinstance(names, list) or len(names) != len(text):
+        raise DataError(
+            f"{path}: {len(text)} text embeddings, but its metadata '{NAMES}' (a JSON list) has {len(names)} names"
+        )
+    return text, [str(name) for name in names]
+
+
+def save_text(path: str | Path, text: Tensor, names: Sequence[str]) -> None:
+    """Write text embeddings (C, d) with their class names.
+
+    Raises:
+        DataError: not as many names as embeddings.
+    """
+    if len(names) != len(text):
+        raise DataError(f"{len(text)} text embeddings for {len(names)} class names")
+    save_file({TENSOR: text.contiguous()}, str(path), {NAMES: json.dumps(list(names))})
+
+
+@torch.no_grad()
+def clip_text(
+    names: Sequence[str], model: str = "ViT-B-16", pretrained: str = "openai", templates: Iterable[str] = TEMPLATES
+) -> Tensor:
+    """Normalised text embeddings (C, d) of class names: CLIP's text tower over every template, averaged.
+
+    CacheNeeds ``pip install open_clip_torch``, which downloads the weights.
+
+    Raises:
+        ConfigError: open_clip is not installed, or there are no names.
+    """
+    if not names:
+        raise ConfigError("clip_text: no class names were given")
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            "text embeddings are computed by open_clip: pip install open_clip_torch, or read them from a file (read_text)"
+        ) from error
+    clip = open_clip.create_model(model, pretrained=pretrained).eval()
+    tokenizer = open_clip.get_tokenizer(model)
+    sums = [F.normalize(clip.encode_text(tokenizer([t.format(n) for n in names])), dim=-1) for t in templates]
+    return F.normalize(torch.stack(sums).mean(0), dim=-1)

@@ -1,0 +1,122 @@
+"""A map-style data set of clips cut from videos."""
+
+import copy
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ....errors import DataError
+from .decode import Timeline, read_folder, read_frames
+from .lists import Video
+from .sampling import fixed_clips, random_clip
+
+logger = logging.getLogger(__name__)
+
+
+class Clips(Dataset):
+    """Videos as clips with integer labels.
+
+    An item is ``(clip, label)``: for training one random clip ``(3, T, H, W)``; else the fixed views of the video,
+    ``(V, 3, T, H, W)`` with V = temporal views x crops.
+
+    A video that breaks after its timeline was made is an error; with ``skip`` its item is None, ``collate`` drops it
+    from the batch, and ``skipped`` counts it. Nothing is put in its place.
+
+    Args:
+        videos, timelines: of equal length.
+        transform: uint8 ``(T, H, W, 3)`` to float ``(3, T, H, W)``, or to ``(crops, 3, T, H, W)`` for the fixed views.
+        length: frames of a clip.
+        stride: frames from one to the next, for dense sampling.
+        sampling: ``uniform``, ``dense`` or ``videomae``.
+        training: random clips, or fixed views.
+        views: temporal views of each video.
+        template: the videos are folders of frames with these names.
+        skip: leave out what cannot be read.
+        left_out: why videos of the list are not in ``videos``, kept for reports.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        timelines: Sequence[Timeline],
+        transform: Callable[[np.ndarray], Tensor],
+        *,
+        length: int,
+        stride: int = 1,
+        sampling: str = "uniform",
+        training: bool = False,
+        views: int = 1,
+        template: str | None = None,
+        skip: bool = False,
+        left_out: Sequence[str] = (),
+    ):
+        self.videos, self.timelines, self.transform = list(videos), list(timelines), transform
+        self.length, self.stride, self.sampling, self.views = length, stride, sampling, views
+        self.training, self.template, self.skip = training, template, skip
+        self.left_out = list(left_out)
+        self.labels = [v.label for v in self.videos]
+        # Loader workers are processes: they add to one number in shared memory.
+        self._broken = multiprocessing.Value("q", 0)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        try:
+            return self.clip(index), self.labels[index]
+        except DataError as error:
+            if not self.skip:
+                raise
+            with self._broken.get_lock():
+                self._broken.value += 1
+            logger.warning("skipped: %s", error)
+            return None
+
+    def clip(self, index: int) -> Tensor:
+        """One random clip, or the fixed views of the video.
+
+        Raises:
+            DataError: the video cannot be read.
+        """
+        count = self.timelines[index].count
+        if self.training:
+            return self.transform(self._frames(index, random_clip(self.sampling, count, self.length, self.stride)))
+        chosen = fixed_clips(self.sampling, count, self.length, self.stride, self.views)
+        frames = self._frames(index, chosen.reshape(-1))  # one pass through the file for all views
+        return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), self.length, *frames.shape[1:])])
+
+    def _frames(self, index: int, numbers: np.ndarray) -> np.ndarray:
+        video = self.videos[index]
+        if self.template:
+            return read_folder(video.path, self.template, numbers)
+        return read_frames(video.path, numbers, self.timelines[index])
+
+    def subset(self, indices: Sequence[int], **changes) -> "Clips":
+        """Some of the videos, with other settings where given; skipped videos are counted together."""
+        part = copy.copy(self)
+        part.videos, part.timelines = [self.videos[i] for i in indices], [self.timelines[i] for i in indices]
+        part.labels = [v.label for v in part.videos]
+        for name, value in changes.items():
+            setattr(part, name, value)
+        return part
+
+    def skipped(self) -> int:
+        """How often a video could not be read so far, in all workers of this process."""
+        return self._broken.value
+
+    @staticmethod
+    def collate(items: list) -> tuple[Tensor, Tensor]:
+        """The default batch of the items that could be read.
+
+        Raises:
+            DataError: not one of them could.
+        """
+        kept = [item for item in items if item is not None]
+        if items and not kept:
+            raise DataError(f"none of the {len(items)} videos of a batch can be read")
+        return default_collate(kept)

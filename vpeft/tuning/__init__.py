@@ -1,0 +1,1 @@
+"""Attaching a method to a model: the handle, its files, and what it tells."""

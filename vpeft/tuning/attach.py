@@ -1,0 +1,209 @@
+"""``attach`` a method to a timm model, ``load`` one from a file, ``get_handle`` of a copy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.attention import needs_separate_bias_call
+from ..backbone.reading import prove_alive
+from ..backbone.sites import Sites
+from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
+from ..interventions.context import clips
+from ..methods.base import Method, create
+from . import checkpoint
+from .handle import Handle
+from .heads import _check_heads, _fit_classifier, _head_differences
+from .summary import _model_name
+from .tree import CONTAINER, Container, Root, _remove
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method | type[Method],
+    *,
+    name: str | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
+    **options: Any,
+) -> Handle:
+    """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
+
+    The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen.
+
+    Args:
+        model: a timm ViT, Swin or relative (see ``sites.py``).
+        method: a registered name (``vpeft.list_methods()``), or a method object.
+        name: for the handle and its file; the method's name where None.
+        heads: modules outside the model that train with the method, by name (a decode head): the handle trains, saves
+            and loads them as it does the classifier.
+        **options: the method's hyper-parameters; ``preset="…"`` starts from a published set.
+
+    Returns:
+        The handle.
+
+    Raises:
+        MethodError: unknown method or hyper-parameter, or ``name`` taken.
+        UnsupportedModelError: a structure that cannot be read, or a hook that would never fire; names the place.
+    """
+    method = create(method, **options)
+    _check_wrapper(model)
+    name = name or method.name
+    if not name.isidentifier():
+        raise MethodError(f"name: '{name}' must be letters, digits and underscores")
+    _check_heads(model, heads or {})
+    earlier = getattr(model, CONTAINER, None)
+    if earlier is not None and name in earlier._modules:
+        raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
+    enabled = [Handle(model, n) for n, r in earlier.named_children() if r.enabled] if earlier is not None else []
+    for handle in enabled:
+        if handle.merged:
+            raise MethodError(f"'{handle.name}' is merged into the weights; unmerge() or detach() it first")
+    for handle in enabled:
+        handle.disable()
+    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
+    try:
+        sites = Sites(model)
+        root = _build(name, method, sites)
+        if earlier is None:
+            model.add_module(CONTAINER, Container(model))
+        container = getattr(model, CONTAINER)
+        container.add_module(name, root)
+        model.requires_grad_(False)
+        for parameter in root.parameters():
+            parameter.requires_grad_(parameter.numel() > 0)
+        for head in sites.heads:
+            head.module.requires_grad_(method.trains_head)
+        for intervention in root.interventions:
+            intervention.install()
+            for place in intervention.calls_needed():
+                if needs_separate_bias_call(place.module):
+                    place.module.qkv_bias_separate = True
+                    container.patched.append(place)
+        root.heads = dict(heads or {})
+        root.train(model.training)
+        places = [p for i in root.interventions for p in i.hooked()]
+        with _named(method, model), clips(model, 1):  # one image is a clip of one frame
+            prove_alive(model, places, sites.input_size)
+    except BaseException:
+        if getattr(model, CONTAINER, None) is not None and name in getattr(model, CONTAINER)._modules:
+            _remove(model, name)
+        for n, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[n])
+        for handle in enabled:
+            handle.enable()
+        raise
+    return Handle(model, name)
+
+
+def get_handle(model: nn.Module, name: str | None = None) -> Handle:
+    """The handle of an attached method, e.g. on a deepcopy of the model.
+
+    Args:
+        model: the model.
+        name: the method's; None where only one is attached.
+
+    Raises:
+        MethodError: nothing of that name is attached.
+    """
+    container = getattr(model, CONTAINER, None)
+    names = list(container._modules) if container is not None else []
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        what = f"'{name}'" if name else "one method"
+        raise MethodError(f"{what} is not attached{did_you_mean(name or '', names) if names else ''}")
+    return Handle(model, name)
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    head: bool = True,
+    heads: Mapping[str, nn.Module] | None = None,
+    check_backbone: bool = True,
+) -> Handle:
+    """Attach the method that a file holds and put its values in.
+
+    The classifier is rebuilt where its number of classes differs. CacheNeeds no network.
+
+    Args:
+        model: a fresh model with the backbone weights that the file was trained on.
+        path: a file that ``Handle.save`` wrote.
+        name: for the handle; the one it was saved under where None.
+        head: also load the classifier and ``heads``.
+        heads: the modules outside the model that trained with the method, as given to ``attach``.
+        check_backbone: compare the frozen weights with those it was trained on.
+
+    Raises:
+        CheckpointError: damaged, foreign, or made for another backbone; the model is then as it was.
+    """
+    file = checkpoint.read(Path(path))
+    if check_backbone:
+        checkpoint.check_backbone(model, file)
+    head_tensors = {n: t for n, t in file.tensors.items() if n in file.head_names} if head else {}
+    try:
+        method = create(file.metadata["method"]["name"], **file.metadata["method"]["options"])
+    except VpeftError as error:
+        raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
+    outside = tuple(f"{n}." for n in heads or {})
+    # First the classifier: a method may hook it.
+    undo = _fit_classifier(model, {n: t for n, t in head_tensors.items() if not n.startswith(outside)})
+    handle = None
+    try:
+        handle = attach(model, method, name=name or file.metadata["name"], heads=heads)
+        handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
+        current = handle.head_state_dict()
+        found, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
+        if wanted and found != wanted:
+            raise CheckpointError(f"{path}: its head does not fit the model's: {_head_differences(wanted, found)}")
+        with torch.no_grad():
+            for n, t in head_tensors.items():
+                current[n].copy_(t)
+    except BaseException:
+        if handle is not None:
+            handle.detach()
+        undo()
+        raise
+    return handle
+
+
+def _build(name: str, method: Method, sites: Sites) -> Root:
+    root = Root(name, method, sites)
+    like = next(p for p in sites.model.parameters() if p.is_floating_point())
+    count = 0
+    with _named(method, sites.model), torch.random.fork_rng(devices=[], enabled=like.is_meta):
+        for path, module in method.build(sites):
+            module.to(device=like.device, dtype=like.dtype)
+            root.add_at(path, module)
+            count += 1
+    if not count:
+        raise MethodError(f"{method.name}: these hyper-parameters choose no place to act on")
+    return root
+
+
+class _named:
+    """Adds the method's and the model's names to an error."""
+
+    def __init__(self, method: Method, model: nn.Module):
+        self.text = f"{method.name} on {_model_name(model)}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, UnsupportedModelError):
+            raise UnsupportedModelError(f"{self.text}: {error}") from error
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a timm model, got {type(model).__name__}")
+    for wrapper, inner in (("OptimizedModule", "_orig_mod"), ("DistributedDataParallel", "module")):
+        if type(model).__name__ == wrapper:
+            raise UnsupportedModelError(
+                f"the model is wrapped in {wrapper}; attach to the model inside (.{inner}) and wrap it afterwards"
+            )

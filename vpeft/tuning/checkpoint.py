@@ -1,0 +1,182 @@
+"""Checkpoints: one safetensors file with what was trained, the head, and JSON metadata that rebuilds it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from ..backbone.modules import head_places
+from ..backbone.reading import input_size
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+FORMAT = 1
+KEY = "vpeft"
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+@dataclass
+class File:
+    """A checkpoint that was read and verified.
+
+    Attributes:
+        path: of the file.
+        about: its metadata.
+        tensors: by name; those of the head are named in ``head_names``.
+        head_names: names of the head's tensors.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    head_names: frozenset[str]
+
+
+def save(
+    handle: "Handle",
+    path: Path,
+    class_names: Iterable[str] | None,
+    metrics: dict | None,
+    data: dict | None,
+    config: dict | None,
+    training: bool = False,
+) -> Path:
+    """Write a handle's tensors and metadata; the file appears whole or not at all."""
+    model, head = handle.model, handle.head_state_dict()
+    method, own = (handle.method, handle.state_dict()) if training else handle.method.exported(handle)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in (own | head).items()}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    about = {
+        "format": FORMAT,
+        "name": handle.name,
+        "method": {"name": method.name, "options": method.options()},
+        "model": model_about(model),
+        "fingerprint": fingerprint(model, own.keys()),
+        "data": {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)} | (data or {}),
+        "num_classes": getattr(model, "num_classes", None),
+        "class_names": list(class_names) if class_names is not None else None,
+        "metrics": metrics or {},
+        "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
+        "config": config,
+        "head": sorted(head),
+    }
+    text = json.dumps(about, sort_keys=True)
+    blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(blob)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file, whoever wrote it.
+
+    Raises:
+        CheckpointError: missing, or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def read(path: Path) -> File:
+    """Read and verify a file.
+
+    Raises:
+        CheckpointError: missing, of another format, truncated, or changed by even one bit.
+    """
+    header, tensors = read_tensors(path)
+    if KEY not in header:
+        raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")
+    if header.get("sha256") != _checksum(header[KEY], tensors):
+        raise CheckpointError(f"{path} is damaged: its contents do not match the checksum inside")
+    about = json.loads(header[KEY])
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {about.get('format')}; this version of vpeft reads {FORMAT}")
+    return File(path, about, tensors, frozenset(about["head"]))
+
+
+def check_backbone(model: nn.Module, file: File) -> None:
+    """Refuse a model whose frozen weights are not those that the file was trained on.
+
+    Raises:
+        CheckpointError: names both backbones.
+    """
+    stored, here = file.metadata["model"], model_about(model)
+    own = file.tensors.keys() - file.head_names
+    if fingerprint(model, own) == file.metadata["fingerprint"]:
+        return
+    was, is_ = stored["name"] or stored["class"], here["name"] or here["class"]
+    if was == is_:
+        reason = f"this {is_} has other frozen weights (another pretrained tag, input size, dtype, or random ones)"
+    else:
+        reason = f"it was trained on {was}, this model is {is_}"
+    raise CheckpointError(f"{file.path}: made for another backbone: {reason}")
+
+
+def model_about(model: nn.Module) -> dict[str, Any]:
+    """What timm needs to build the model again."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if name and cfg.get("tag"):
+        name = f"{name}.{cfg['tag']}"
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "img_size": list(input_size(model)[1:]),
+        "in_chans": input_size(model)[0],
+    }
+
+
+def fingerprint(model: nn.Module, trained: Iterable[str]) -> str:
+    """SHA-256 over the model's frozen tensors: all but the head's, the methods' and those named in ``trained``.
+
+    Tensors on an accelerator are copied over one by one.
+    """
+    skip = (*tuple(f"{h.path}." for h in head_places(model)), "vpeft.")
+    trained = set(trained)
+    chosen = [(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(chosen, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
