@@ -261,7 +261,7 @@ def test_reading():
     sites = Sites(make("vit_reg"))
     assert [b.path for b in sites.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     assert (sites.prefix_tokens, sites.input_size) == (5, (3, 32, 32))
-    assert sites.patch_embed.path == "patch_embed.proj"
+    assert sites.patch_projection.path == "patch_embed.proj"
     assert sites.patch_norm is None
     assert [p.path for p in sites.final_norms] == ["norm"]
     assert [h.path for h in sites.heads] == ["head"]

@@ -186,5 +186,5 @@ def block_indices(blocks: Any, depth: int) -> list[int]:
 
 def patch_fan(sites: Sites) -> int:
     """Values of one patch of three channels: 3 * patch height * patch width, times its frames (VPT's initial bound)."""
-    weight = sites.patch_embed.module.weight
+    weight = sites.patch_projection.module.weight
     return 3 * math.prod(weight.shape[2:]) if weight.ndim > 2 else weight.shape[1]

@@ -89,7 +89,7 @@ def pruned_blocks(method: "LST", handle: "Handle", batches, layers: list[int]) -
         live = dict(handle.model.named_parameters())
         importance = {n: live[n].detach().abs() for n in names}
     width = method.width(sites)
-    kept = best(importance[f"{sites.patch_embed.path}.weight"].flatten(1).sum(1), width)
+    kept = best(importance[f"{sites.patch_projection.path}.weight"].flatten(1).sum(1), width)
     values: dict[str, Tensor] = {}
     for block in sites.blocks:
         hidden = block.linears("fc2")[0].in_features // method.reduction

@@ -32,13 +32,13 @@ class File:
 
     Attributes:
         path: of the file.
-        about: its metadata.
+        metadata: its metadata.
         tensors: by name; those of the head are named in ``head_names``.
         head_names: names of the head's tensors.
     """
 
     path: Path
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     tensors: dict[str, Tensor]
     head_names: frozenset[str]
 

@@ -63,7 +63,7 @@ class SideViT(nn.Module):
     ):
         super().__init__()
         self.grid = grid
-        self.patch_projection = nn.Conv2d(channels, width, patch, patch)
+        self.patch_embed = nn.Conv2d(channels, width, patch, patch)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02))
         self.queries = nn.Parameter(0.02 * torch.randn(1, queries, width))
         self.query_pos = nn.Parameter(0.02 * torch.randn(1, queries, width))
@@ -82,7 +82,7 @@ class SideViT(nn.Module):
 
         ``fuse(layer, grid)`` gives what is added to the patches after a layer (0: before the first), or None.
         """
-        patches = self.patch_projection(images)
+        patches = self.patch_embed(images)
         grid = tuple(patches.shape[-2:])
         count = self.queries.shape[1]
         x = torch.cat([self.queries.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
