@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vpeft
+from vpeft import checkpoint
 from vpeft.backbone import embedded
-from vpeft.tuning import checkpoint
 
 
 @pytest.fixture

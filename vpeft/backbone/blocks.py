@@ -64,15 +64,6 @@ def keys_and_values(block: BlockSite, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return attention_inputs(block.module.attn, h)[1:]
 
 
-def only_linears_hooked(block: BlockSite) -> bool:
-    """True where a block's parts may be called one by one: no hook or changed forward but on its linears."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
-        for m in block.module.modules()
-        if not isinstance(m, nn.Linear)
-    )
-
-
 def check_windows(block: BlockSite) -> None:
     """Raise where ``through_block`` does not restate this block.
 

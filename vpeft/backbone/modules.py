@@ -15,6 +15,7 @@ QKV_SLOTS = ("q", "k", "v")
 
 
 SLOTS = ("qkv", *QKV_SLOTS, "proj", "fc1", "fc2")
+CONTAINER = "vpeft"  # the submodule of a model that holds what methods brought to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +150,16 @@ def is_plain_norm(module: nn.Module) -> bool:
     return plain and module.weight is not None and not getattr(module, "_fast_norm", False)
 
 
-def head_places(model: nn.Module) -> list[ModuleRef]:
-    """The classifier module(s), as timm names them."""
+def classifier_modules(model: nn.Module) -> list[ModuleRef]:
+    """What stands where timm has the classifier(s) of a model; an Identity where there is none."""
     if not hasattr(model, "get_classifier"):
         return []
     found = model.get_classifier()
     found = found if isinstance(found, tuple | list) else (found,)
     paths = {id(m): n for n, m in model.named_modules()}
-    return [ModuleRef(paths[id(m)], m) for m in found if id(m) in paths and any(True for _ in m.parameters())]
+    return [ModuleRef(paths[id(m)], m) for m in found if id(m) in paths]
+
+
+def head_places(model: nn.Module) -> list[ModuleRef]:
+    """The classifier module(s), as timm names them."""
+    return [place for place in classifier_modules(model) if any(True for _ in place.module.parameters())]

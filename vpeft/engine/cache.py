@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.reading import input_size
+from ..checkpoint import fingerprint
 from ..errors import UnsupportedModelError, VpeftError
-from ..tuning.checkpoint import fingerprint
 from ..tuning.handle import Handle
 
 INPUT = FIRST  # the key of the first block's input
@@ -194,8 +194,6 @@ class FeatureCache:
         finally:
             for hook in hooks:
                 hook.remove()
-            for intervention in self.handle.root.interventions:
-                intervention.forget()
         self.computed_in = {key: value.dtype for key, value in found.items()}
         return found
 

@@ -14,11 +14,11 @@ from timm.data import create_transform
 from torch import nn
 from torch.utils.data import Dataset
 
+from .. import checkpoint
 from ..data.images import IMAGE_ENDINGS
 from ..errors import CheckpointError, DataError
 from ..tasks.protocol import Built
 from ..tasks.registry import kind_of
-from ..tuning import checkpoint
 from ..tuning.attach import load
 from .config import from_container
 

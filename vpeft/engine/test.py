@@ -5,11 +5,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from .. import checkpoint
 from ..data.loader import make_loader
 from ..errors import ConfigError
 from ..tasks.models import check_model_name
 from ..tasks.registry import kind_of
-from ..tuning import checkpoint
 from ..tuning.attach import load
 from .loop import make_accelerator
 

@@ -26,13 +26,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..backbone.modules import CONTAINER
+from ..checkpoint import fingerprint, read_tensors
 from ..errors import CheckpointError, MethodError, VpeftError
 from ..tasks.segmentation.features import FeatureMaps
 from ..tasks.segmentation.mmcv_ops import install
 from ..tuning.attach import attach
-from ..tuning.checkpoint import fingerprint, read_tensors
 from ..tuning.handle import Handle
-from ..tuning.tree import CONTAINER
 
 try:
     with warnings.catch_warnings():

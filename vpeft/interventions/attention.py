@@ -1,43 +1,33 @@
 """Further keys and values of a block's attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..backbone.attention import attend, attention_bias, attention_inputs, attention_output, check_attention
 from ..backbone.modules import BlockSite, ModuleRef
-from ..errors import MethodError
-from .base import Intervention
+from .base import Intervention, replacing
+from .junction import Inner
 
 
-class AttentionWithPrefixes(nn.Module):
-    """The forward of one attention, as all the methods that meet its keys and values together change it.
-
-    It is reached only through the attention's attribute ``forward``, so that it appears in no state dict.
-    """
-
-    def __init__(self, place: ModuleRef):
-        super().__init__()
-        self.place, self.prefixes = place, []
-
-    def run(self, x: Tensor, *args: Tensor, **kwargs) -> Tensor:
-        attn = self.place.module
-        guests = [guest for guest in self.prefixes if guest.enabled]
-        if not guests:
-            return type(attn).forward(attn, x, *args, **kwargs)
-        if args:  # by their names in timm: Swin's mask, BEiT's shared bias
-            names = type(attn).forward.__code__.co_varnames[2 : 2 + len(args)]
-            kwargs |= dict(zip(names, args, strict=True))
-        q, k, v = attention_inputs(attn, x, kwargs.get("rope"))
-        bias = attention_bias(attn, **{n: t for n, t in kwargs.items() if n != "rope"})
-        extra = [pair for guest in guests if (pair := guest.meet(x, k, v)) is not None]
-        if extra:
-            tokens = sum(key.shape[-2] for key, _ in extra)
-            if bias is not None:
-                fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
-                bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
-            keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
-            k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
-        return attention_output(attn, attend(attn, q, k, v, bias), x)
+def attend_with_prefixes(inner: Inner, prefixes: list["AttentionPrefix"], x: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:
+    """The forward of one attention, as all that meet its keys and values change it together."""
+    attn = inner.module
+    if args:  # by their names in timm: Swin's mask, BEiT's shared bias
+        names = type(attn).forward.__code__.co_varnames[2 : 2 + len(args)]
+        kwargs |= dict(zip(names, args, strict=True))
+    q, k, v = attention_inputs(attn, x, kwargs.get("rope"))
+    bias = attention_bias(attn, **{n: t for n, t in kwargs.items() if n != "rope"})
+    extra = [pair for prefix in prefixes if (pair := prefix.meet(x, k, v)) is not None]
+    if extra:
+        tokens = sum(key.shape[-2] for key, _ in extra)
+        if bias is not None:
+            fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
+            bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
+        keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
+        k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
+    return attention_output(attn, attend(attn, q, k, v, bias), x)
 
 
 class AttentionPrefix(Intervention):
@@ -59,20 +49,8 @@ class AttentionPrefix(Intervention):
         return [self.place]
 
     def install(self) -> None:
-        attn = self.place.module
-        if "forward" not in vars(attn):
-            attn.forward = AttentionWithPrefixes(self.place).run
-        elif not isinstance(getattr(attn.forward, "__self__", None), AttentionWithPrefixes):
-            raise MethodError(f"{self.place.path}: its forward is replaced already, by something that is not vpeft's")
-        attn.forward.__self__.prefixes.append(self)
-
-    def uninstall(self) -> None:
-        attn = self.place.module
-        here = getattr(vars(attn).get("forward"), "__self__", None)
-        if isinstance(here, AttentionWithPrefixes) and self in here.prefixes:
-            here.prefixes.remove(self)
-            if not here.prefixes:
-                del attn.forward
+        with replacing(self.place):
+            self.hub.at(self.place.module).join(self.owner, attend_with_prefixes, self)
 
 
 class PrefixKeysValues(AttentionPrefix):
@@ -138,19 +116,17 @@ class ComputedKeysValues(PrefixKeysValues):
     kept.
     """
 
-    held = frozenset({"_made", "_stored"})  # versions count the changes of one tensor, not of its copies
-
     def __init__(self, block: BlockSite):
         super().__init__(block)
         self.block = block
-        self._made: tuple[Tensor, Tensor] | None = None
+        # No state of a forward: it holds for all of them until a source changes. Threads may make it twice.
         self._stored: _Stored | None = None
 
     def make(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def sources(self) -> list[Tensor] | None:
-        """Every tensor that they depend on, or None where that cannot be said (hooks of other methods on the way)."""
+        """Every tensor that they depend on, or None where that cannot be said (other methods act on the way)."""
         raise NotImplementedError
 
     def hooked(self) -> list[ModuleRef]:
@@ -158,14 +134,13 @@ class ComputedKeysValues(PrefixKeysValues):
 
     def install(self) -> None:
         super().install()
-        self.block.module.register_forward_pre_hook(self._prepare)
+        self.act_before(self.block, self._prepare)
 
-    def _prepare(self, module: nn.Module, args: tuple) -> None:
-        if self.enabled:
-            self._made = self._recall()
+    def _prepare(self, args: tuple, kwargs: dict) -> None:
+        self.flow.put(self, "made", self._recall())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        made, self._made = self._made, None
+        made = self.flow.pop(self, "made")
         return self._recall() if made is None else made
 
     def _recall(self) -> tuple[Tensor, Tensor]:
@@ -175,10 +150,15 @@ class ComputedKeysValues(PrefixKeysValues):
         if sources is None or not all(_tells_changes(t) for t in sources):
             self._stored = None
             return self.make()
-        if self._stored is None or not self._stored.holds(sources):
-            self._stored = _Stored(sources, self.make())
-        return self._stored.made
+        stored = self._stored
+        if stored is None or not stored.holds(sources):
+            stored = self._stored = _Stored(sources, self.make())
+        return stored.made
 
     def _apply(self, fn, recurse: bool = True) -> "ComputedKeysValues":
         self._stored = None
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Versions count the changes of one tensor, not of its copies.
+        return {**self.__dict__, "_stored": None}

@@ -1,11 +1,15 @@
 """``Intervention``: the base of all ways to act on a frozen model."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..backbone.modules import ModuleRef
 from ..errors import MethodError
+from .flow import Flow
+from .hub import Hub
 
 
 @dataclass(frozen=True)
@@ -16,42 +20,88 @@ class Folded:
     tensors: dict[str, Tensor]
 
 
+@contextmanager
+def replacing(place: ModuleRef) -> Iterator[None]:
+    """Names the module whose operation something else has replaced already."""
+    try:
+        yield
+    except TypeError as error:
+        raise MethodError(f"{place.path}: {error}") from error
+
+
 class Intervention(nn.Module):
     """Base of all interventions.
+
+    It acts at the junctions of modules (``act_before``, ``act_after``, ``act_around``), through bound methods of its own:
+    these survive ``copy.deepcopy`` and pickling. What it keeps from one hook to a later one is in ``flow``, never in itself.
 
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
         routable: samples of one batch may use different instances of it.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
-        held: names of own attributes that hold something from one hook of a forward to a later one, None in between.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
-        enabled: hooks do nothing where False.
+        hub: of the model, once it is attached.
+        owner: name of the handle that it belongs to.
     """
 
     mergeable: bool = False
     routable: bool = True
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
-    held: frozenset[str] = frozenset()
     needs_unpooled: bool = False
 
     def __init__(self, position: int):
         super().__init__()
         self.position = position
-        self.enabled = True
+        self.hub: Hub | None = None
+        self.owner = ""
+
+    # ---- where it acts ----
+
+    def act_before(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
+        """``change(args, kwargs)`` sees the module's inputs, and gives others or None; ``first`` of all handles' changes."""
+        self.hub.at(place.module).add_before(self.owner, change, first=first)
+
+    def act_after(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
+        """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
+        self.hub.at(place.module).add_after(self.owner, change, first=first)
+
+    def act_around(self, place: ModuleRef, change: Callable) -> None:
+        """``change(inner, *args, **kwargs)`` stands in place of the module's operation ``inner``."""
+        with replacing(place):
+            self.hub.at(place.module).add_around(self.owner, change)
+
+    @property
+    def flow(self) -> Flow:
+        """The forward under way.
+
+        Raises:
+            MethodError: there is none on this thread.
+        """
+        flow = None if self.hub is None else self.hub.now()
+        if flow is None:
+            raise MethodError(
+                f"{type(self).__name__} acts within a forward of the model, and none is under way: call the model"
+            )
+        return flow
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it acts: in the forward under way, or in one that starts now."""
+        return self.hub is not None and self.owner in self.hub.acting_now()
 
     def hooked(self) -> list[ModuleRef]:
         """The modules it hooks; ``attach`` proves each of them alive."""
         raise NotImplementedError
 
     def install(self) -> None:
-        """Register the hooks."""
+        """Say what is done where (``act_before``, ``act_after``, ``act_around``), once ``hub`` and ``owner`` are known."""
         raise NotImplementedError
 
     def uninstall(self) -> None:
-        """Undo what ``install`` did besides hooks and attributes that are bound methods of this module."""
+        """Undo what ``install`` did besides acting at junctions."""
 
     def calls_needed(self) -> list[ModuleRef]:
         """Attentions that must be told to call their own qkv module, or hooks on it are dead."""
@@ -83,17 +133,11 @@ class Intervention(nn.Module):
         """It neither trains nor changes anything: no gradient has to reach it."""
         return False
 
-    def forget(self) -> None:
-        """Drop what is held between two hooks, after a forward that was stopped half-way."""
-        for name in self.held:
-            setattr(self, name, None)
-
-    def __getstate__(self) -> dict:
-        # Copies and pickles carry no activations.
-        return {**self.__dict__, **dict.fromkeys(self.held)}
-
     def on_toggle(self) -> None:
         """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
+
+    def follow_classifier(self, heads: list[ModuleRef]) -> None:
+        """Called when ``reset_classifier`` has put fresh classifiers into the model, for what acts at the old ones."""
 
     def owned_names(self) -> set[str]:
         """Names of what it replaces in the model while enabled, and no other enabled method may replace as well."""
@@ -102,10 +146,6 @@ class Intervention(nn.Module):
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         """Why these values of its ``resizable`` tensors, about to be loaded, do not fit together or here; or None."""
         return None
-
-
-def _checkpointing(model: nn.Module) -> bool:
-    return any(getattr(m, "grad_checkpointing", False) for m in model.modules())
 
 
 def set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:

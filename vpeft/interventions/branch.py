@@ -1,9 +1,9 @@
 """Additions to a residual branch."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone.modules import BlockSite, ModuleRef
-from ..errors import UnsupportedModelError
+from ..errors import MethodError, UnsupportedModelError
 from .base import Intervention
 
 
@@ -18,35 +18,30 @@ class AddToBranch(Intervention):
         output: u is the output of ``reads``.
     """
 
-    held = frozenset({"_read"})
-
     def __init__(self, block: BlockSite, reads: ModuleRef, adds: ModuleRef, *, after: bool = False, output: bool = False):
         super().__init__(block.index)
         if block.windowed and adds is block.branch1:
             raise UnsupportedModelError(f"{block.path}: what its attention adds to the stream is still cut into windows")
-        self.reads, self.adds, self.after, self.output = reads, adds, after, output
-        self._read: Tensor | None = None
+        self.reads, self.adds, self.joins, self.output = reads, adds, after, output
 
     def hooked(self) -> list[ModuleRef]:
         return [self.reads, self.adds]
 
     def install(self) -> None:
         if self.output:
-            self.reads.module.register_forward_hook(self._hold_output)
+            self.act_after(self.reads, self._keep_output)
         else:
-            self.reads.module.register_forward_pre_hook(self._hold)
-        self.adds.module.register_forward_hook(self._add)
+            self.act_before(self.reads, self._keep)
+        self.act_after(self.adds, self._add)
 
-    def _hold(self, module: nn.Module, args: tuple) -> None:
-        if self.enabled:
-            self._read = args[0]
+    def _keep(self, args: tuple, kwargs: dict) -> None:
+        self.flow.put(self, "read", args[0])
 
-    def _hold_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.enabled:
-            self._read = output
+    def _keep_output(self, args: tuple, output: Tensor) -> None:
+        self.flow.put(self, "read", output)
 
-    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if not self.enabled:
-            return None
-        u, self._read = self._read, None
-        return output + self(u + output if self.after else u)
+    def _add(self, args: tuple, output: Tensor) -> Tensor:
+        u = self.flow.pop(self, "read")
+        if u is None:
+            raise MethodError(f"{self.adds.path} was called, but {self.reads.path}, whose tokens are added there, was not")
+        return output + self(u + output if self.joins else u)

@@ -1,15 +1,16 @@
 """Facts of the present forward: the size of the token map, the frames of a clip."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbone.maps import grid_of
 from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from .base import Folded, Intervention
+from .hub import hubs
 
 
 class Watch(Intervention):
@@ -32,9 +33,12 @@ class Watch(Intervention):
         return [self.place]
 
     def install(self) -> None:
-        self.place.module.register_forward_pre_hook(self._measure, with_kwargs=True)
+        self.act_before(self.place, self._look)
 
-    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _look(self, args: tuple, kwargs: dict) -> None:
+        self._measure(args[0] if args else kwargs["x"])
+
+    def _measure(self, x: Tensor) -> None:
         raise NotImplementedError
 
     def fold(self) -> list[Folded]:
@@ -47,14 +51,18 @@ class Grid(Watch):
     def __init__(self, sites: Sites, block: BlockSite | None = None):
         maps = block is not None and block.maps
         super().__init__(block if maps else sites.patch_embed)
-        self.maps = maps
-        self.size = (0, 0)
-        if not self.maps:
-            grid_of(self.place.module, sites.input_size[-2:])  # refuses a stem that cannot tell
+        self.maps, self.usual = maps, ()
+        if not self.maps:  # refuses a patch embedding that cannot tell
+            self.usual = grid_of(self.place.module, sites.input_size[-2:])
 
-    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["x"]
-        self.size = tuple(x.shape[1:3]) if self.maps else grid_of(module, tuple(x.shape[-2:]))
+    def _measure(self, x: Tensor) -> None:
+        size = tuple(x.shape[1:3]) if self.maps else grid_of(self.place.module, tuple(x.shape[-2:]))
+        self.flow.put(self, "size", size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width); where a block is called by itself, what images of the model's own size have."""
+        return self.flow.get(self, "size") or self.usual
 
 
 class Clip(Watch):
@@ -76,14 +84,10 @@ class Clip(Watch):
             )
         super().__init__(sites.patch_embed)
         self.default, self.fixed = default, fixed
-        self.frames: int | None = None
-        self.length = default
 
-    def _measure(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.enabled:
-            return
-        rows = (args[0] if args else kwargs["x"]).shape[0]
-        length = self.default if self.frames is None else self.frames
+    def _measure(self, x: Tensor) -> None:
+        said, rows = self.flow.facts.get("frames"), x.shape[0]
+        length = self.default if said is None else said
         if self.fixed and length not in (1, self.default):
             raise MethodError(
                 f"clips of {length} frames, but the method is made for {self.default}: give it frames={length}"
@@ -93,15 +97,19 @@ class Clip(Watch):
                 f"{rows} rows are no whole number of clips of {length} frames; give the rows (clips * frames, C, H, W) and "
                 f"say how many frames a clip has: the method's option frames, or with vpeft.clips(model, frames=…)"
             )
-        # It stays until the next forward: activation checkpointing runs blocks again in backward, not the stem.
-        self.length = length
+
+    @property
+    def length(self) -> int:
+        """Frames of each clip."""
+        said = self.flow.facts.get("frames")
+        return self.default if said is None else said
 
 
 @contextmanager
 def clips(model: nn.Module, frames: int) -> Iterator[nn.Module]:
     """``with clips(model, frames=8): model(rows)`` lets rows (B * 8, C, H, W) be the frames of B clips, clip by clip.
 
-    Methods that act along time read it; to all others it makes no difference.
+    Methods that act along time read it; to all others it makes no difference. It holds for this thread.
 
     Args:
         model: a timm model with methods attached, or a module that holds one.
@@ -112,12 +120,7 @@ def clips(model: nn.Module, frames: int) -> Iterator[nn.Module]:
     """
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise MethodError(f"clips: frames={frames!r} is no number of frames")
-    found = [m for m in model.modules() if isinstance(m, Clip)]
-    before = [m.frames for m in found]
-    for clip in found:
-        clip.frames = frames
-    try:
+    with ExitStack() as stack:
+        for hub in hubs(model):
+            stack.enter_context(hub.saying(frames=frames))
         yield model
-    finally:
-        for clip, told in zip(found, before, strict=True):
-            clip.frames = told

@@ -1,7 +1,7 @@
 """Additions to a frozen linear's output."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone.modules import LinearSite, ModuleRef
 from .base import Folded, Intervention
@@ -27,10 +27,10 @@ class AddToLinear(Intervention):
         return [self.site.bias_outside] if self.site.bias_outside else []
 
     def install(self) -> None:
-        self.site.module.register_forward_hook(self._update)
+        self.act_after(self.site, self._update)
 
-    def _update(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return self(args[0], output) if self.enabled else None
+    def _update(self, args: tuple, output: Tensor) -> Tensor | None:
+        return self(args[0], output)
 
     def delta(self) -> Tensor:
         """The (rows, in) change of the whole linear's weight, in float32 or better."""

@@ -1,6 +1,6 @@
 """Maps of a module's output or input."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone.modules import ModuleRef
 from .base import Intervention
@@ -18,35 +18,34 @@ class MapOutput(Intervention):
 
     def install(self) -> None:
         if self.on_input:
-            self.place.module.register_forward_pre_hook(self._map_input)
+            self.act_before(self.place, self._map_input)
         else:
-            self.place.module.register_forward_hook(self._map_output)
+            self.act_after(self.place, self._map_output)
 
-    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return self(output) if self.enabled else None
+    def _map_output(self, args: tuple, output: Tensor) -> Tensor | None:
+        return self(output)
 
-    def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
-        return (self(args[0]), *args[1:]) if self.enabled else None
+    def _map_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (self(args[0]), *args[1:]), kwargs
 
 
 class ForPooling(MapOutput):
     """A ``MapOutput`` at the final norm that only sets right what the pooling makes of the features.
 
-    Feature maps are read without it (``reading_maps``).
+    It is left out where the features are read as maps.
     """
 
-    skipped = False
-
     def skip(self) -> None:
-        """What it has to do where it is left out: take what was held for it."""
+        """What it has to do where it is left out: take what was kept for it."""
 
     def _left_out(self) -> bool:
-        if self.enabled and self.skipped:
-            self.skip()
-        return self.skipped
+        if not self.flow.facts.get("maps"):
+            return False
+        self.skip()
+        return True
 
-    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return None if self._left_out() else super()._map_output(module, args, output)
+    def _map_output(self, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self._left_out() else super()._map_output(args, output)
 
-    def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
-        return None if self._left_out() else super()._map_input(module, args)
+    def _map_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return None if self._left_out() else super()._map_input(args, kwargs)

@@ -1,14 +1,15 @@
 """Tokens that stand in a block's sequence, or in a Swin's windows, while it runs."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone.attention import check_sequence, pad_pairs, pad_rope
 from ..backbone.blocks import check_windows, through_block, through_merging
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from .base import Intervention, _checkpointing
+from .base import Intervention
+from .junction import Inner
 
 
 class PromptTokens(Intervention):
@@ -20,11 +21,8 @@ class PromptTokens(Intervention):
     token is not rotated, is visible to all, and has bias 0.
     """
 
-    held = frozenset({"_left"})
-
     def __init__(
         self,
-        model: nn.Module,
         block: BlockSite,
         tokens: int,
         prefix: int,
@@ -33,37 +31,26 @@ class PromptTokens(Intervention):
     ):
         super().__init__(block.index)
         check_sequence(block)
-        self.model = ModuleRef("", model)
         self.block, self.tokens, self.prefix, self.keeps_outputs = block, tokens, prefix, keeps_outputs
         # Not registered as a submodule: each block's tokens are saved once, under their own name.
         object.__setattr__(self, "previous", previous)
-        self._left: Tensor | None = None
 
     def hooked(self) -> list[ModuleRef]:
         return [self.block]
 
     def install(self) -> None:
-        self.block.module.register_forward_pre_hook(self._insert, with_kwargs=True)
-        self.block.module.register_forward_hook(self._remove)
+        self.act_before(self.block, self._insert)
+        # The last one's tokens are the first to go: two methods' tokens in one block stand inside each other.
+        self.act_after(self.block, self._remove, first=True)
         attn = self.block.attn.module
         if getattr(attn, "relative_position_bias_table", None) is not None and hasattr(attn, "_get_rel_pos_bias"):
-            attn._get_rel_pos_bias = self._padded_bias
+            self.hub.at(attn).pad_bias(self.owner, self.prefix, self.tokens)
 
-    def _padded_bias(self) -> Tensor:
-        attn = self.block.attn.module
-        bias = type(attn)._get_rel_pos_bias(attn)
-        return pad_pairs(bias, self.prefix, self.tokens) if self.enabled else bias
-
-    def _insert(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.enabled:
-            return None
+    def _insert(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x, rest = (args[0], args[1:]) if args else (kwargs["x"], ())
         fresh = self(x.shape[0])
         if fresh is None:
-            fresh = self.previous._left
-            # Activation checkpointing runs this hook again in backward, and needs the same tokens then.
-            if not (torch.is_grad_enabled() and _checkpointing(self.model.module)):
-                self.previous._left = None
+            fresh = taken(self.previous, self.block)
         x = torch.cat([x[:, : self.prefix], fresh.to(x.dtype), x[:, self.prefix :]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
         if isinstance(kwargs.get("rope"), Tensor):
@@ -73,13 +60,23 @@ class PromptTokens(Intervention):
                 kwargs[key] = pad_pairs(kwargs[key], self.prefix, self.tokens)
         return (x, *rest), kwargs
 
-    def _remove(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if not self.enabled:
-            return None
+    def _remove(self, args: tuple, output: Tensor) -> Tensor:
         start, stop = self.prefix, self.prefix + self.tokens
         if self.keeps_outputs:
-            self._left = output[:, start:stop]
+            self.flow.put(self, "left", output[:, start:stop])
         return torch.cat([output[:, :start], output[:, stop:]], 1)
+
+
+def taken(source: "PromptTokens | JoinWindows", by: ModuleRef) -> Tensor:
+    """The tokens that left another block in this forward, which are then forgotten.
+
+    Raises:
+        MethodError: that block has not run, or they were taken already.
+    """
+    left = source.flow.pop(source, "left")
+    if left is None:
+        raise MethodError(f"{by.path} goes on with the tokens that leave {source.block.path}, which has not run before it")
+    return left
 
 
 class JoinWindows(Intervention):
@@ -89,48 +86,33 @@ class JoinWindows(Intervention):
     that left the block before it, brought to this stage's width by its patch merging.
     """
 
-    held = frozenset({"_left"})
-
     def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", keeps_outputs: bool):
         super().__init__(block.index)
         check_windows(block)
         self.block, self.tokens, self.keeps_outputs = block, tokens, keeps_outputs
-        self.model, self.merging = ModuleRef("", sites.model), sites.merging_before(block)
+        self.merging = sites.merging_before(block)
         object.__setattr__(self, "previous", previous)
-        self._left: Tensor | None = None
 
     def hooked(self) -> list[ModuleRef]:
         return [self.block]
 
     def install(self) -> None:
-        if "forward" in vars(self.block.module):
-            raise MethodError(f"{self.block.path}: another method already sends tokens through its windows")
-        self.block.module.forward = self._run
-        self.block.attn.module._get_rel_pos_bias = self._padded_bias
-
-    def _padded_bias(self) -> Tensor:
-        attn = self.block.attn.module
-        bias = type(attn)._get_rel_pos_bias(attn)
-        return pad_pairs(bias, 0, self.tokens) if self.enabled else bias
+        self.act_around(self.block, self._run)
+        self.hub.at(self.block.attn.module).pad_bias(self.owner, 0, self.tokens)
 
     def pop(self) -> Tensor:
-        """The tokens that left this block, which are then forgotten."""
-        left = self._left
-        # Activation checkpointing runs the next block again in backward, and needs the same tokens then.
-        if not (torch.is_grad_enabled() and _checkpointing(self.model.module)):
-            self._left = None
-        return left
+        """The tokens that left this block in this forward, which are then forgotten."""
+        return taken(self, self.block)
 
-    def _run(self, x: Tensor) -> Tensor:
-        block = self.block.module
-        if not self.enabled:
-            return type(block).forward(block, x)
+    def _run(self, inner: Inner, x: Tensor) -> Tensor:
+        if not inner.alone:
+            raise MethodError(f"{self.block.path}: two enabled methods send tokens through its windows; disable one of them")
         tokens = self(x.shape[0])
         if tokens is None:
             tokens = self.previous.pop()
             if self.merging is not None:
                 tokens = through_merging(self.merging.module, tokens)
-        x, left = through_block(block, x, tokens.to(x.dtype))
+        x, left = through_block(self.block.module, x, tokens.to(x.dtype))
         if self.keeps_outputs:
-            self._left = left
+            self.flow.put(self, "left", left)
         return x

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from ..backbone.attention import separate_bias
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
-from .base import Folded, Intervention
+from .base import Folded, Intervention, replacing
 
 
 class ReplaceTensor(Intervention):
-    """While its owner runs, a tensor of the model is ``forward(frozen)`` instead of its frozen value.
+    """In a forward, a tensor of the model is ``forward(frozen)`` instead of its frozen value; the model keeps its own.
 
     This is weight space: autograd forms the gradient of the whole tensor on the way. For what has no form in
-    activation space: masks over entries, products with the weight itself.
+    activation space: masks over entries, products with the weight itself. Several on one tensor act one after another.
 
     Args:
         sites: of the model.
@@ -27,22 +27,19 @@ class ReplaceTensor(Intervention):
 
     def __init__(self, sites: Sites, name: str):
         super().__init__(sites.position(name))
-        self.model = ModuleRef("", sites.model)
         self.enter, self.leave = sites.used_between(name)
-        owner, _, self.leaf = name.rpartition(".")
-        self.owner = ModuleRef(owner, sites.model.get_submodule(owner))
+        path, _, self.leaf = name.rpartition(".")
+        self.place = ModuleRef(path, sites.model.get_submodule(path))
         self.tensor_name = name
-        qkv_owner = owner.rpartition(".")[0] if owner.endswith(".qkv") else None
+        qkv_owner = path.rpartition(".")[0] if path.endswith(".qkv") else None
         attention = sites.model.get_submodule(qkv_owner) if qkv_owner else None
         outside = attention is not None and separate_bias(attention) is not None
         self.outside = ModuleRef(qkv_owner, attention) if outside else None
-        self._kept: Tensor | None = None
 
     @property
     def frozen(self) -> Tensor:
         """The tensor's value in the model."""
-        kept = self._kept
-        return getattr(self.owner.module, self.leaf) if kept is None else kept
+        return getattr(self.place.module, self.leaf)
 
     def hooked(self) -> list[ModuleRef]:
         return [self.enter, self.leave]
@@ -51,29 +48,13 @@ class ReplaceTensor(Intervention):
         return [self.outside] if self.outside else []
 
     def install(self) -> None:
-        self.enter.module.register_forward_pre_hook(self._put)
-        if self.leave is self.enter:
-            # Also after an error, or the model would keep the replaced tensor.
-            self.leave.module.register_forward_hook(self._put_back, always_call=True)
-        else:
-            self.leave.module.register_forward_pre_hook(self._put_back)
-            self.model.module.register_forward_hook(self._put_back, always_call=True)
-
-    def _put(self, module: nn.Module, args: tuple) -> None:
-        self._put_back(module, args)  # after an error on the way to ``leave``
-        if self.enabled:
-            self._kept = self.owner.module._parameters[self.leaf]
-            self.owner.module._parameters[self.leaf] = self(self._kept)
-
-    def _put_back(self, module: nn.Module, args: tuple, output: Tensor | None = None) -> None:
-        if self._kept is not None:
-            self.owner.module._parameters[self.leaf] = self._kept
-            self._kept = None
+        with replacing(self.place):
+            self.hub.at(self.place.module).replace(self.owner, self.leaf, self)
 
     def fold(self) -> list[Folded]:
         value = self.frozen.detach()
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        return [Folded(self.owner, {self.leaf: self(wide).detach()})]
+        return [Folded(self.place, {self.leaf: self(wide).detach()})]
 
 
 class ExistingTensors(Intervention):
@@ -94,9 +75,10 @@ class ExistingTensors(Intervention):
         for name in names:
             path, _, leaf = name.rpartition(".")
             self.slots[name] = (ModuleRef(path, model.get_submodule(path)), leaf)
-        # The set of values that is not in use: the originals while enabled, the trained ones while not. Kept in main
-        # memory, since a whole backbone can be behind it.
-        self.other = {name: _aside(p) for name, p in self.tensors()}
+        # The set of values that the model does not hold: the originals while the trained ones are in use, the trained ones
+        # while not. Kept in main memory, since a whole backbone can be behind it.
+        self.in_use = True
+        self.inactive = {name: _in_main_memory(p) for name, p in self.tensors()}
 
     def tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and live parameters."""
@@ -105,13 +87,13 @@ class ExistingTensors(Intervention):
 
     def values(self) -> dict[str, Tensor]:
         """The trained values, in use or not."""
-        return {n: p.detach() for n, p in self.tensors()} if self.enabled else dict(self.other)
+        return {n: p.detach() for n, p in self.tensors()} if self.in_use else dict(self.inactive)
 
     @torch.no_grad()
     def set_value(self, name: str, value: Tensor) -> None:
         """Replace one trained value."""
         place, leaf = self.slots[name]
-        (getattr(place.module, leaf) if self.enabled else self.other[name]).copy_(value)
+        (getattr(place.module, leaf) if self.in_use else self.inactive[name]).copy_(value)
 
     @property
     def inert(self) -> bool:
@@ -130,14 +112,15 @@ class ExistingTensors(Intervention):
     @torch.no_grad()
     def on_toggle(self) -> None:
         for name, parameter in self.tensors():
-            kept = _aside(parameter)
-            parameter.copy_(self.other[name])
-            self.other[name] = kept
+            kept = _in_main_memory(parameter)
+            parameter.copy_(self.inactive[name])
+            self.inactive[name] = kept
+        self.in_use = not self.in_use
 
     def fold(self) -> list[Folded]:
         return []
 
 
-def _aside(tensor: Tensor) -> Tensor:
+def _in_main_memory(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)

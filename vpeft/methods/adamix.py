@@ -1,17 +1,15 @@
 """AdaMix: a mixture of adapters that ends as one (Wang et al., EMNLP 2022, arXiv 2205.12410)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..errors import MethodError
 from .adapter import Adapter, Variant
 from .base import Method, Paper, create, register
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class Experts(nn.Module):
@@ -66,8 +64,8 @@ class AdaMix(Adapter):
             Experts(up, 1 if self.share == "up" else self.experts),
         )
 
-    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
+    def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
         own = set(self.options()) - {"experts", "share", "consistency"}
         plain = create("adapter", **{k: v for k, v in self.options().items() if k in own})
-        experts = {f"{n}." for n, m in handle.root.named_modules() if isinstance(m, Experts)}
-        return plain, {n: t.mean(0) if n.startswith(tuple(experts)) else t for n, t in handle.state_dict().items()}
+        experts = {f"{n}." for n, m in tree.named_modules() if isinstance(m, Experts)}
+        return plain, {n: t.mean(0) if n.startswith(tuple(experts)) else t for n, t in tree.state().items()}

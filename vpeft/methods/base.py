@@ -5,19 +5,17 @@ import types
 import typing
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from ..backbone.modules import LAST, BlockSite, LinearSite
+from ..attached.tree import Tree
+from ..backbone.modules import LAST, BlockSite, LinearSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, VpeftError, did_you_mean
 from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.weights import ExistingTensors
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]
@@ -78,7 +76,7 @@ class Method:
     def needs_calibration(self) -> bool:
         """It must look at data (``handle.calibrate``) before training.
 
-        A method that looks at data has a function ``calibrate(handle, batches)``, where ``batches`` yields
+        A method that looks at data has a function ``calibrate(tree, batches)``, where ``batches`` yields
         ``(images, labels)`` on the model's device and can be gone through several times.
         """
         return callable(getattr(self, "calibrate", None))
@@ -93,11 +91,11 @@ class Method:
         """The classifier trains too."""
         return True
 
-    def penalty(self, handle: "Handle") -> Tensor | None:
+    def penalty(self, tree: Tree) -> Tensor | None:
         """A term that the method adds to the task's loss, or None."""
         return None
 
-    def after_step(self, handle: "Handle") -> None:
+    def after_step(self, tree: Tree) -> None:
         """What the method does after each update, while the gradients are still there."""
 
     @property
@@ -105,13 +103,18 @@ class Method:
         """Weight of the divergence between two runs on one batch that the method's loss asks for; 0 for most."""
         return float(getattr(self, "consistency", 0.0))
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
         """Further lines of ``handle.summary()``, as (title, text)."""
         return []
 
-    def exported(self, handle: "Handle") -> "tuple[Method, dict[str, Tensor]]":
+    def exported(self, tree: Tree) -> "tuple[Method, dict[str, Tensor]]":
         """The method and tensors that a file holds; simpler ones than in training where those compute the same."""
-        return self, handle.state_dict()
+        return self, tree.state()
+
+    def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
+        """Take up fresh classifiers, which ``reset_classifier`` has put into the model."""
+        for intervention in tree.interventions:
+            intervention.follow_classifier(heads)
 
     def options(self) -> dict[str, Any]:
         """The hyper-parameters, as plain values."""

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..attached.tree import Tree
 from ..backbone.modules import FIRST, LAST
 from ..backbone.sites import Sites
 from ..errors import MethodError
@@ -14,9 +15,6 @@ from ..interventions.base import Folded, Intervention
 from ..interventions.weights import ReplaceTensor
 from .base import Method, Paper, register, tensors_of
 from .masks import Gradients, Masked, masked_parts, positions
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 _TITLE = "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning"
 
@@ -61,13 +59,13 @@ class ChildTuningD(Masked):
             (masked if inside else whole).append(name)
         return masked, whole
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        handle.model.train()
-        with handle.disable():
-            gradients = Gradients(handle)
+    def calibrate(self, tree: Tree, batches) -> None:
+        tree.model.train()
+        with tree.off():
+            gradients = Gradients(tree)
             total = gradients.summed(self.squares(gradients, batches))
         chosen = positions(total, self.above(torch.cat([t.flatten() for t in total.values()])))
-        for name, part in masked_parts(handle).items():
+        for name, part in masked_parts(tree).items():
             part.choose(chosen[name])
 
     def squares(self, gradients: Gradients, batches) -> Iterator[dict[str, Tensor]]:

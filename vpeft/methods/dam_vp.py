@@ -1,19 +1,18 @@
 """DAM-VP: a frame for each cluster of images (Huang et al., CVPR 2023, arXiv 2303.08138)."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..interventions.hub import bare
 from .base import Paper, register
 from .pixel import SIDES, PixelMethod, PixelPrompt, frame, frame_parts, frame_width
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class ClusterFrames(PixelPrompt):
@@ -34,23 +33,22 @@ class ClusterFrames(PixelPrompt):
             self.register_parameter(side, nn.Parameter(part.detach()[None]))
         self.register_buffer("prototypes", torch.zeros(1, features_width(sites)))
 
-    def _pick(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return super()._pick(module, args, args[0] if self.neurons else output)
+    def _pick(self, args: tuple, output: Tensor) -> Tensor | None:
+        return super()._pick(args, args[0] if self.neurons else output)
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """What the classifier would read of unprompted images: (B, D), in evaluation mode."""
         model = self.model.module
         dropping = [m for m in model.modules() if m.training] if model.training else []
-        self.enabled = False  # or this would call itself
         try:
             for module in dropping:
                 module.training = False
-            return model.forward_head(model.forward_features(x), pre_logits=True)
+            with bare(self.hub):  # a forward of the frozen model, inside or outside of another one
+                return model.forward_head(model.forward_features(x), pre_logits=True)
         finally:
             for module in dropping:
                 module.training = True
-            self.enabled = True
 
     def on_frames(self, x: Tensor) -> Tensor:
         return self(x)  # a clip is one image to the clusters: its frames have the same frame around them
@@ -137,10 +135,10 @@ class DAMVP(PixelMethod):
             chosen = torch.arange(self.classes or sites.model.num_classes)
         yield "dam_vp", ClusterFrames(sites, chosen, frame_width(self, sites), neurons=self.head == "active")
 
-    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        handle.objective.need_classifier(self.name)
-        handle.model.eval()
-        prompt = handle.root.get_submodule("dam_vp")
+    def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        tree.objective.need_classifier(self.name)
+        tree.model.eval()
+        prompt = tree.get_submodule("dam_vp")
         found: list[Tensor] = []
         for images, _ in batches:
             found.append(prompt.features(images))

@@ -26,14 +26,14 @@ class BranchGains(Intervention):
         return [self.block.branch1, self.block.branch2]
 
     def install(self) -> None:
-        self.block.branch1.module.register_forward_hook(self._first)
-        self.block.branch2.module.register_forward_hook(self._second)
+        self.act_after(self.block.branch1, self._first)
+        self.act_after(self.block.branch2, self._second)
 
-    def _first(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return output * self.gamma1 if self.enabled else None
+    def _first(self, args: tuple, output: Tensor) -> Tensor:
+        return output * self.gamma1
 
-    def _second(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return output * self.gamma2 if self.enabled else None
+    def _second(self, args: tuple, output: Tensor) -> Tensor:
+        return output * self.gamma2
 
     def ends(self) -> list[ModuleRef]:
         """The last module of each branch that mixes channels or shifts them; what follows is diagonal and commutes."""

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import LAST, BlockSite, ModuleRef, is_norm
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
@@ -16,9 +17,6 @@ from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
 from .base import Blocks, Method, Paper, grids, register
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class SideStep(Tap):
@@ -59,7 +57,7 @@ class Swish(SideOutput):
     def __init__(
         self, sites: Sites, block: BlockSite, tap: Tap, beta: float, fusion: DepthwiseFusion | None, grid: Grid | None
     ):
-        super().__init__(sites, block, block.index, tap)
+        super().__init__(block, block.index, tap)
         self.beta = beta
         # Unregistered: shared by the blocks of a stage, and saved once.
         object.__setattr__(self, "fusion", fusion)
@@ -192,8 +190,8 @@ class DTL(Method):
         if self.replaces_class_token(sites):
             yield "dtl_pool", PatchMean(sites.final_norm, sites.prefix_tokens)
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
-        sites = handle.sites
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        sites = tree.sites
         if self.replaces_class_token(sites):
             text = "mean of the patch tokens, then the final norm (the paper's; the class token is ignored)"
         else:

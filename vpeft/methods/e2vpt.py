@@ -3,24 +3,21 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import checkpoint
+from ..attached.objective import Objective
+from ..attached.tree import Tree
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import PrefixKeysValues
-from ..tuning import checkpoint
 from .base import Method, Paper, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ..tuning.calibration import Objective
-    from ..tuning.handle import Handle
 
 
 class Masks(nn.Module):
@@ -189,57 +186,55 @@ class E2VPT(VPTDeep):
             raise UnsupportedModelError(f"{self.name}: stages differ in heads, so share_blocks has no meaning")
         return self._parts(sites, int(torch.randint(2**62, ())))
 
-    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Choose what to mask by the trained prompts, and go back to the start."""
-        masks: Masks = handle.root.get_submodule("e2vpt")
+        masks: Masks = tree.get_submodule("e2vpt")
         head = masks.head
         if self.pruned_from is not None:
-            head = {n: t.clone() for n, t in handle.head_state_dict().items()}
-            handle.load_state_dict(_first_training(self.pruned_from, handle))
+            head = {n: t.clone() for n, t in tree.head_tensors().items()}
+            tree.load(_first_training(self.pruned_from, tree))
         masks.token_mask.fill_(1)
         masks.segment_mask.fill_(1)
-        handle.eval()
-        tokens, segments = importance(handle.objective, masks, batches)
+        tree.eval_all()
+        tokens, segments = importance(tree.objective, masks, batches)
         masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
         masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
-        self._rewind(handle, int(masks.seed))
-        now = handle.head_state_dict()  # of another shape after ``reset_classifier``
-        handle.load_state_dict({n: t for n, t in head.items() if n in now and now[n].shape == t.shape}, strict=False)
+        self._rewind(tree, int(masks.seed))
+        now = tree.head_tensors()  # of another shape after ``reset_classifier``
+        tree.load({n: t for n, t in head.items() if n in now and now[n].shape == t.shape}, strict=False)
 
     @torch.no_grad()
-    def _rewind(self, handle: "Handle", seed: int) -> None:
-        state = dict(handle.named_parameters())
-        for path, part in self._parts(handle.sites, seed):
+    def _rewind(self, tree: Tree, seed: int) -> None:
+        state = dict(tree.trained())
+        for path, part in self._parts(tree.sites, seed):
             for name, start in part.named_parameters():
                 state[f"{path}.{name}"].copy_(start)
 
-    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
-        return replace(self, pruned_from=None), handle.state_dict()
+    def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
+        return replace(self, pruned_from=None), tree.state()
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
-        masks: Masks = handle.root.get_submodule("e2vpt")
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        masks: Masks = tree.get_submodule("e2vpt")
         if masks.seed.is_meta or (masks.token_mask.all() and masks.segment_mask.all()):
             return [("masks", "none")]
         mask = masks.token_mask[:, None] * masks.segment_mask
-        prompts = [p.numel() for n, p in handle.named_parameters() if n.endswith("vpt.prompts")]
+        prompts = [p.numel() for n, p in tree.trained() if n.endswith("vpt.prompts")]
         share = masks.token_mask if self.project else mask  # what a projection makes is masked, not its input
         kept = round(share.mean().item() * sum(prompts))
-        own = sum(p.numel() for p in handle.parameters()) - sum(prompts) + kept
+        own = sum(p.numel() for _, p in tree.trained()) - sum(prompts) + kept
         text = f"{int(masks.token_mask.sum())} of {self.tokens} tokens and {int(mask.sum())} of {mask.numel()} segments kept"
         return [("masks", f"{text}: {own:,} numbers that count")]
 
 
-def _first_training(path: "str | Path", handle: "Handle") -> dict[str, Tensor]:
-    from pathlib import Path
-
+def _first_training(path: str | Path, tree: Tree) -> dict[str, Tensor]:
     file = checkpoint.read(Path(path))
     if file.metadata["method"]["name"] != E2VPT.name:
         raise MethodError(f"{E2VPT.name}.pruned_from: {path} holds {file.metadata['method']['name']}")
-    checkpoint.check_backbone(handle.model, file)
+    checkpoint.check_backbone(tree.model, file)
     return file.tensors
 
 
-def importance(objective: "Objective", masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Sum over the batches of the absolute gradients of the mean loss with respect to both masks."""
     both = [masks.token_mask, masks.segment_mask]
     tokens, segments = (torch.zeros_like(mask, dtype=torch.float32) for mask in both)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
+from ..interventions.junction import Inner
 from ..interventions.linear import AddToLinear
 from .base import Blocks, Method, Paper, linears_by_path, register
 
@@ -82,22 +83,17 @@ class FrozenLinearPlus(torch.autograd.Function):
 class FusedAddToLinear(AddToLinear):
     """An ``AddToLinear`` that can do the frozen product and its own addition as one operation (``fused``).
 
-    The linear's forward is replaced, unless another method has done so, or needs what the operation cannot give (a
-    gradient of the weight, autocast): then it is ``forward`` that adds.
+    It stands in the place of the linear's operation. Where another method changes that too, or something is needed that
+    the one operation cannot give (a gradient of the weight, autocast), it is ``forward`` that adds.
     """
 
     def install(self) -> None:
-        if "forward" in vars(self.site.module):
-            super().install()
-        else:
-            self.site.module.forward = self._run
+        self.act_around(self.site, self._run)
 
-    def _run(self, x: Tensor) -> Tensor:
-        module = self.site.module
-        if self.enabled and self.fusable(x):
+    def _run(self, inner: Inner, x: Tensor) -> Tensor:
+        if inner.alone and self.fusable(x):
             return self.fused(x)
-        y = type(module).forward(module, x)
-        return self(x, y) if self.enabled else y
+        return self(x, inner(x))
 
     def fusable(self, x: Tensor) -> bool:
         """Whether ``fused`` gives all that is asked for here."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
@@ -17,9 +18,6 @@ from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register, te
 from .lora import LoRA, LoraLinear
 from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
 from .selective import BitFit
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class _WithPrefix(Method):
@@ -37,8 +35,8 @@ class _WithPrefix(Method):
         if self.hidden < 1:
             raise MethodError(f"{self.name}.hidden: {self.hidden} is no width")
 
-    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
-        return type(self)(**(self.options() | {"form": "direct"})), fold_prefixes(handle)
+    def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
+        return type(self)(**(self.options() | {"form": "direct"})), fold_prefixes(tree)
 
 
 @register(
@@ -109,25 +107,26 @@ class UniPELTGates(Intervention):
         if "adapter" in names:
             nn.init.normal_(self.gate_adapter.weight, std=0.02)
             nn.init.zeros_(self.gate_adapter.bias)
-        self._open: dict[str, Tensor] = {}
 
     def hooked(self) -> list[ModuleRef]:
         return [self.read]
 
     def install(self) -> None:
         if self.on_output:
-            self.read.module.register_forward_hook(self._see_output)
+            self.act_after(self.read, self._see_output)
         else:
-            self.read.module.register_forward_pre_hook(self._see)
+            self.act_before(self.read, self._see_input)
 
-    def _see_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._see(module, (output,))
+    def _see_output(self, args: tuple, output: Tensor) -> None:
+        self._see(output)
 
-    def _see(self, module: nn.Module, args: tuple) -> None:
-        if self.enabled:
-            self._open = {
-                name: self.gate(name, args[0]) for name in ("prefix", "lora_q", "lora_v") if f"gate_{name}" in self._modules
-            }
+    def _see_input(self, args: tuple, kwargs: dict) -> None:
+        self._see(args[0])
+
+    def _see(self, x: Tensor) -> None:
+        for name in ("prefix", "lora_q", "lora_v"):
+            if f"gate_{name}" in self._modules:
+                self.flow.put(self, name, self.gate(name, x))
 
     def gate(self, name: str, x: Tensor) -> Tensor:
         """(B,) from x (B, …, D)."""
@@ -135,11 +134,8 @@ class UniPELTGates(Intervention):
 
     def pop(self, name: str, batch: int) -> Tensor:
         """A gate for ``batch`` windows, or whole samples, in their order; it is then forgotten."""
-        g = self._open.pop(name)
+        g = self.flow.pop(self, name)
         return g.repeat_interleave(batch // max(len(g), 1))
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
 
 
 class _Gated:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
@@ -14,9 +14,6 @@ from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
 from .lora import LoraLinear, check_targets
 from .lora_variants import Schedule
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 _EARLY = 1e-5  # e of a row that trains in advance
 _NO_DECAY = frozenset({"a", "b", "e"})  # rows that wait for their turn must stay as they are
@@ -215,18 +212,18 @@ class IncreLoRA(Method):
 
     # ---- training ----
 
-    def penalty(self, handle: "Handle") -> Tensor | None:
-        parts = _parts(handle)
+    def penalty(self, tree: Tree) -> Tensor | None:
+        parts = _parts(tree)
         return self.orthogonality / (2 * len(parts)) * sum(linear.distance(part) for linear, part in parts)
 
-    def after_step(self, handle: "Handle") -> None:
-        schedule, parts = handle.root.schedule, [part for _, part in _parts(handle)]
+    def after_step(self, tree: Tree) -> None:
+        schedule, parts = tree.schedule, [part for _, part in _parts(tree)]
         step = int(schedule.steps)
         schedule.steps += 1
         missing = schedule.total - int(torch.stack([p.rank for p in parts]).sum())
         if missing and self._observe(parts) and step > self.warmup and step % self.interval == 0:
             missing = self._grow(parts, missing)
-        for linear, part in _parts(handle):
+        for linear, part in _parts(tree):
             linear.scoring = missing > 0
             if not missing:
                 part.e.mul_(linear.trained(part)[0])  # what trained in advance will not be needed
@@ -255,6 +252,6 @@ class IncreLoRA(Method):
         return missing
 
 
-def _parts(handle: "Handle") -> list[tuple[GrowingLinear, nn.Module]]:
-    linears = [i for i in handle.root.interventions if isinstance(i, GrowingLinear)]
+def _parts(tree: Tree) -> list[tuple[GrowingLinear, nn.Module]]:
+    linears = [i for i in tree.interventions if isinstance(i, GrowingLinear)]
     return [(linear, part) for linear in linears for _, part in linear.parts()]

@@ -5,21 +5,19 @@ rsLoRA (Kalajdzievski, arXiv 2312.03732), DoRA (Liu et al., ICML 2024, arXiv 240
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from .base import Paper, register
 from .lora import LoRA, LoraLinear
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 _WHERE = "output of frozen linears, from their input"
 _PEFT = {"peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0}}
@@ -301,10 +299,10 @@ class DeltaLoRA(_NoDropout):
         more = {"schedule": self._schedule, "ratio": self.ratio, "start": self.start}
         return DeltaLinear(sites, position, rank, self.scale_for(rank), **more)
 
-    def after_step(self, handle: "Handle") -> None:
-        steps = handle.root.schedule.steps
+    def after_step(self, tree: Tree) -> None:
+        steps = tree.schedule.steps
         steps += 1
         if int(steps) == self.start:
-            for linear in handle.root.interventions:
+            for linear in tree.interventions:
                 if isinstance(linear, DeltaLinear):
                     linear.remember()

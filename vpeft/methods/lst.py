@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import FIRST
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
@@ -17,9 +18,6 @@ from ..interventions.base import Intervention
 from ..interventions.side import SideFeatures, Tap
 from .base import Blocks, Method, Paper, register
 from .lst_prune import pruned_blocks
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 TEMPERATURE = 0.1
 
@@ -205,15 +203,15 @@ class LST(Method):
         yield "lst.norm", norm
         yield "lst.up", Up(sites, tap, norm, gates, self.merge_last)
 
-    def calibrate(self, handle: "Handle", batches) -> None:
+    def calibrate(self, tree: Tree, batches) -> None:
         if self.init == "prune":
-            with handle.disable():
-                values = pruned_blocks(self, handle, batches, self.layers(handle.sites))
+            with tree.off():
+                values = pruned_blocks(self, tree, batches, self.layers(tree.sites))
             for name, value in values.items():
-                handle.root.get_parameter(name).data.copy_(value)
+                tree.get_parameter(name).data.copy_(value)
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
-        sites, root = handle.sites, handle.root
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        sites, root = tree.sites, tree
         layers = self.layers(sites)
         inside = sum(p.numel() for p in root.get_submodule("lst.blocks").parameters())
         notes = [("side", f"{len(layers)} blocks of width {self.width(sites)}: {inside:,} parameters")]

@@ -7,19 +7,15 @@ importances entry by entry. The chain goes through blocks without a side block t
 stream are not matched with each other across a branch. LayerScale, which a side block has none of, is multiplied in.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.attention import separate_bias
 from ..backbone.modules import BlockSite, LinearSite
 from ..errors import UnsupportedModelError
+from .base import Method
 from .masks import Gradients
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
-    from .lst import LST
 
 Importance = dict[str, Tensor]
 
@@ -27,9 +23,9 @@ Importance = dict[str, Tensor]
 class _Fisher(Gradients):
     """Gradients of the tensors of these names."""
 
-    def __init__(self, handle: "Handle", names: set[str]):
-        self.model, self.objective, self.name = handle.model, handle.objective, handle.method.name
-        live = dict(handle.model.named_parameters())
+    def __init__(self, tree: Tree, names: set[str]):
+        self.model, self.objective, self.name = tree.model, tree.objective, tree.method.name
+        live = dict(tree.model.named_parameters())
         self.leaves = {name: live[name].detach().requires_grad_() for name in sorted(names)}
 
     def squares(self, batches, samples: int):
@@ -72,21 +68,21 @@ def check_block(block: BlockSite) -> None:
         raise UnsupportedModelError(f"init='prune': no plain block can be cut out of {block.path}")
 
 
-def pruned_blocks(method: "LST", handle: "Handle", batches, layers: list[int]) -> dict[str, Tensor]:
+def pruned_blocks(method: Method, tree: Tree, batches, layers: list[int]) -> dict[str, Tensor]:
     """The side blocks' tensors by their names in the state dict."""
-    sites = handle.sites
+    sites = tree.sites
     if sites.patch_projection is None:
         raise UnsupportedModelError("init='prune': no patch embedding to begin the choice of channels with")
     for block in sites.blocks:
         check_block(block)
     linears = [s for b in sites.blocks for slot in ("qkv", "proj", "fc1", "fc2") for s in b.linears(slot)]
     names = {f"{place.path}.weight" for place in [sites.patch_projection, *linears]}
-    handle.model.eval()
+    tree.model.eval()
     if method.importance == "fisher":
-        fisher = _Fisher(handle, names)
+        fisher = _Fisher(tree, names)
         importance = fisher.summed(fisher.squares(batches, method.samples))
     else:
-        live = dict(handle.model.named_parameters())
+        live = dict(tree.model.named_parameters())
         importance = {n: live[n].detach().abs() for n in names}
     width = method.width(sites)
     kept = best(importance[f"{sites.patch_projection.path}.weight"].flatten(1).sum(1), width)

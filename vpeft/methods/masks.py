@@ -8,7 +8,7 @@ the way, so memory and time of a step are near those of full fine-tuning.
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision import transforms
 
+from ..attached.tree import Tree
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.weights import ReplaceTensor
 from .base import Method, Paper, register, tensors_of
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class SparseTensor(ReplaceTensor):
@@ -75,9 +73,9 @@ class Masked(Method):
 # ---- tools ----
 
 
-def masked_parts(handle: "Handle") -> dict[str, SparseTensor]:
-    """The masked tensors of a handle by their names in the model."""
-    return {i.tensor_name: i for i in handle.root.interventions if isinstance(i, SparseTensor)}
+def masked_parts(tree: Tree) -> dict[str, SparseTensor]:
+    """The masked tensors of a method by their names in the model."""
+    return {i.tensor_name: i for i in tree.interventions if isinstance(i, SparseTensor)}
 
 
 def largest(scores: dict[str, Tensor], count: int, most: bool = True) -> dict[str, Tensor]:
@@ -99,10 +97,10 @@ def positions(like: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
 class Gradients:
     """Gradients of the bare model's tensors, which stay as they are: no flag, value or ``grad`` of theirs changes."""
 
-    def __init__(self, handle: "Handle"):
-        self.model, self.objective, self.name = handle.model, handle.objective, handle.method.name
-        live = dict(handle.model.named_parameters())
-        self.leaves = {name: live[name].detach().requires_grad_() for name in masked_parts(handle)}
+    def __init__(self, tree: Tree):
+        self.model, self.objective, self.name = tree.model, tree.objective, tree.method.name
+        live = dict(tree.model.named_parameters())
+        self.leaves = {name: live[name].detach().requires_grad_() for name in masked_parts(tree)}
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The task's mean loss of a batch."""
@@ -249,12 +247,12 @@ class GPS(Masked):
             columns = score.topk(count, dim=1).indices.sort(1).values
         return (columns + width * torch.arange(len(score), device=score.device)[:, None]).flatten().int()
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        handle.model.train()
-        with handle.disable():
-            gradients = Gradients(handle)
+    def calibrate(self, tree: Tree, batches) -> None:
+        tree.model.train()
+        with tree.off():
+            gradients = Gradients(tree)
             total = gradients.summed(gradients.of(self.value(gradients, *batch)) for batch in batches)
-        for name, part in masked_parts(handle).items():
+        for name, part in masked_parts(tree).items():
             part.choose(self.rows(total[name].abs()))
 
     def value(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor:
@@ -298,21 +296,21 @@ class FISH(Masked):
         if self.samples < 1:
             raise MethodError(f"{self.name}.samples: {self.samples} is no number of examples")
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        head = sum(p.numel() for place in handle.sites.heads for p in place.module.parameters())
-        every = head + sum(p.numel() for _, p in handle.sites.parameters())
+    def calibrate(self, tree: Tree, batches) -> None:
+        head = sum(p.numel() for place in tree.sites.heads for p in place.module.parameters())
+        every = head + sum(p.numel() for _, p in tree.sites.parameters())
         count = int(self.ratio * every) - head
         if count < 1:
             raise MethodError(
                 f"{self.name}.ratio: {self.ratio} of {every:,} parameters is less than the {head:,} of the head, which "
                 f"count too; it must be above {(head + 1) / every:.4g}"
             )
-        handle.eval()  # the heads too: single examples say nothing to a batch norm
-        with handle.disable():
-            gradients = Gradients(handle)
+        tree.eval_all()  # the heads too: single examples say nothing to a batch norm
+        with tree.off():
+            gradients = Gradients(tree)
             information = gradients.summed(self.squares(gradients, batches))
         chosen = largest(information, count)
-        for name, part in masked_parts(handle).items():
+        for name, part in masked_parts(tree).items():
             part.choose(chosen[name])
 
     def squares(self, gradients: Gradients, batches) -> Iterator[dict[str, Tensor]]:

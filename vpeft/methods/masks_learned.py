@@ -5,30 +5,28 @@ its head stay as they were, and keeps the mask. The second phase is the usual tr
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..attached.tree import Tree
 from ..errors import MethodError
 from .base import Paper, register
 from .masks import Masked, check_ratio, largest, masked_parts
 
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
-
 Tensors = dict[str, Tensor]
 
 
-def copies(handle: "Handle") -> tuple[Tensors, Tensors]:
+def copies(tree: Tree) -> tuple[Tensors, Tensors]:
     """The masked tensors as they are in the model, and trainable copies of the head's."""
-    live = dict(handle.model.named_parameters())
-    head = {n: p.detach().clone().requires_grad_() for n, p in handle.head_parameters()}
-    return {n: live[n].detach() for n in masked_parts(handle)}, head
+    live = dict(tree.model.named_parameters())
+    head = {n: p.detach().clone().requires_grad_() for n, p in tree.head_parameters()}
+    return {n: live[n].detach() for n in masked_parts(tree)}, head
 
 
 def dense_phase(
-    handle: "Handle",
+    tree: Tree,
     batches,
     epochs: int,
     weights: Callable[[], Tensors],
@@ -40,20 +38,20 @@ def dense_phase(
     Learning rates fall linearly from pass to pass; each group's gradient is cut to norm 1.
 
     Args:
-        handle: of the model; its method must be switched off.
+        tree: of the method, which must be switched off.
         batches: of the training set, gone through once per epoch.
         epochs: how often.
         weights: the model's tensors by name, computed from those that are trained.
         groups: the trained tensors, with their learning rates.
         penalty: added to the loss.
     """
-    handle.model.train()
+    tree.model.train()
     optimizer = torch.optim.AdamW([{"params": tensors, "lr": lr} for tensors, lr in groups], weight_decay=0.0)
     for epoch in range(epochs):
         for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = lr * (1 - epoch / epochs)
         for images, labels in batches:
-            loss = handle.objective.loss(images, labels, weights())
+            loss = tree.objective.loss(images, labels, weights())
             if penalty is not None:
                 loss = loss + penalty()
             optimizer.zero_grad()
@@ -62,7 +60,7 @@ def dense_phase(
                 torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             optimizer.step()
         if not torch.isfinite(loss):
-            raise MethodError(f"{handle.method.name}.lr: the loss of the dense phase is {loss.item()}; lower it")
+            raise MethodError(f"{tree.method.name}.lr: the loss of the dense phase is {loss.item()}; lower it")
 
 
 class _Learned(Masked):
@@ -95,15 +93,15 @@ class LTSFT(_Learned):
     epochs: int = 3
     lr: float = 5e-5
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        with handle.disable():
-            frozen, head = copies(handle)
+    def calibrate(self, tree: Tree, batches) -> None:
+        with tree.off():
+            frozen, head = copies(tree)
             moved = {n: t.clone().requires_grad_() for n, t in frozen.items()}
             trained = [*moved.values(), *head.values()]
             count = self.entries or int(self.ratio * sum(t.numel() for t in frozen.values()))
-            dense_phase(handle, batches, self.epochs, lambda: moved | head, [(trained, self.lr)])
+            dense_phase(tree, batches, self.epochs, lambda: moved | head, [(trained, self.lr)])
             chosen = largest({n: (moved[n].detach() - t).abs() for n, t in frozen.items()}, count)
-        for name, part in masked_parts(handle).items():
+        for name, part in masked_parts(tree).items():
             part.choose(chosen[name])
 
 
@@ -154,9 +152,9 @@ class DiffPruning(_Learned):
     def starts_as_identity(self) -> bool:
         return self.start == "pretrained"
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        with handle.disable():
-            frozen, head = copies(handle)
+    def calibrate(self, tree: Tree, batches) -> None:
+        with tree.off():
+            frozen, head = copies(tree)
             w = {n: torch.zeros_like(t, requires_grad=True) for n, t in frozen.items()}
             entry = {n: torch.full_like(t, 5.0, requires_grad=True) for n, t in frozen.items()}
             whole = {n: t.new_tensor(5.0).requires_grad_() for n, t in frozen.items()}
@@ -170,11 +168,11 @@ class DiffPruning(_Learned):
 
             count = int(self.ratio * sum(t.numel() for t in frozen.values()))
             groups = [([*w.values(), *head.values()], self.lr), (alphas, self.gate_lr)]
-            dense_phase(handle, batches, self.epochs, weights, groups, penalty)
+            dense_phase(tree, batches, self.epochs, weights, groups, penalty)
             with torch.no_grad():
                 scores = {n: (settled(whole[n]) * settled(entry[n]) * w[n]).abs() for n in frozen}
             chosen = largest(scores, count)
-        for name, part in masked_parts(handle).items():
+        for name, part in masked_parts(tree).items():
             index = chosen[name].long()
             value = (frozen[name] + w[name].detach()).flatten()[index] if self.start == "learned" else None
             part.choose(chosen[name], value)

@@ -1,6 +1,7 @@
 """PATT: parallel attention adapters (Yu et al., V-PETL, arXiv 2210.00788)."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,14 +33,11 @@ class ParallelAttention(Intervention):
         return [s.bias_outside for s in self.hooked() if s.bias_outside]
 
     def install(self) -> None:
-        for place in self.hooked():
-            place.module.register_forward_hook(self._add)
+        for path, sites in self.linears.items():
+            self.act_after(sites[0], partial(self._add, path))
 
-    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if not self.enabled:
-            return None
-        sites = next(s for s in self.linears.values() if s[0].module is module)
-        update = F.linear(self.down(args[0]).tanh(), *self.rows(sites))
+    def _add(self, path: str, args: tuple, output: Tensor) -> Tensor:
+        update = F.linear(self.down(args[0]).tanh(), *self.rows(self.linears[path]))
         return torch.add(output, update, alpha=self.scale)
 
     def rows(self, sites: list[LinearSite]) -> tuple[Tensor, Tensor]:

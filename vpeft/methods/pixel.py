@@ -4,15 +4,18 @@ ILM-VP and EVP, which shrink the image first, are in ``pixel_raw.py``; DAM-VP is
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
+from ..interventions.base import set_tensor
 from ..interventions.output import MapOutput
 from .base import Method, Paper, register
 
@@ -30,20 +33,27 @@ class PixelPrompt(MapOutput):
         super().__init__(sites.patch_embed, FIRST, on_input=True)
         self.size = sites.image_size[1:]
         self.heads = sites.heads if chosen is not None else []
-        self.picks = True
         self.register_buffer("map", chosen)
 
     def hooked(self) -> list[ModuleRef]:
         return [self.place, *self.heads]
 
     def install(self) -> None:
-        # In front of other methods' hooks: they see the image that the model sees.
-        self.place.module.register_forward_pre_hook(self._map_input, prepend=True)
+        # In front of other methods' changes: they see the image that the model sees.
+        self.act_before(self.place, self._map_input, first=True)
         for head in self.heads:
-            head.module.register_forward_hook(self._pick)
+            self.act_after(head, self._pick)
 
-    def _map_input(self, module: nn.Module, args: tuple) -> tuple | None:
-        return (self.on_frames(args[0]), *args[1:]) if self.enabled else None
+    def follow_classifier(self, heads: list[ModuleRef]) -> None:
+        """The new classes are the new outputs, one for one, until they are mapped again."""
+        if self.map is not None:
+            self.heads = heads
+            set_tensor(self, "map", torch.arange(heads[0].module.out_features if heads else 0))
+            for head in heads:
+                self.act_after(head, self._pick)
+
+    def _map_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (self.on_frames(args[0]), *args[1:]), kwargs
 
     def on_frames(self, x: Tensor) -> Tensor:
         """``forward`` of an image (B, 3, H, W), or of all frames of a clip (B, 3, T, H, W)."""
@@ -52,8 +62,8 @@ class PixelPrompt(MapOutput):
         images, frames = as_images(x)
         return self(images).unflatten(0, (-1, frames)).transpose(1, 2)
 
-    def _pick(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return output[:, self.map] if self.enabled and self.picks else None
+    def _pick(self, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self.flow.facts.get("all_outputs") else output[:, self.map]
 
     def check_size(self, x: Tensor) -> None:
         """Refuse an image that the prompt does not fit on."""
@@ -86,6 +96,13 @@ class PixelMethod(Method):
             value = getattr(self, option, None)
             if value is not None and value < 1:
                 raise MethodError(f"{self.name}.{option}: {value} must be at least 1")
+
+    def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
+        """The new outputs stand for the new classes, one for one, until ``calibrate`` maps them again."""
+        super().follow_classifier(tree, heads)
+        tree.calibrated = False
+        if self.classes is not None:
+            tree.method = replace(self, classes=tree.model.num_classes)
 
     def target_classes(self, sites: Sites, outputs: int) -> int:
         """How many classes there are to be, of so many outputs that can stand for them."""

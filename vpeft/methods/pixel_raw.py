@@ -6,19 +6,17 @@ deviation of the model's data config, which the state dict holds.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from .base import Paper, register
 from .pixel import PixelMethod, PixelPrompt
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class Surround(PixelPrompt):
@@ -129,21 +127,19 @@ class RawMethod(PixelMethod):
         return found
 
     @torch.no_grad()
-    def count(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> Tensor:
+    def count(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> Tensor:
         """(C_source, C): how many training images of each class are taken for each pretrained class."""
-        handle.objective.need_classifier(self.name)
-        handle.model.eval()
-        prompt = handle.root.get_submodule(self.name)
-        table = torch.zeros(handle.model.num_classes, len(prompt.map), dtype=torch.long)
-        prompt.picks, prompt.enabled = False, prompted
-        try:
-            for images, labels in batches:
-                if labels.max() >= table.shape[1]:
-                    raise MethodError(f"{self.name}.classes: {table.shape[1]}, but there is a label {int(labels.max())}")
-                pairs = handle.model(images).argmax(-1).cpu(), labels.cpu()
-                table.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
-        finally:
-            prompt.picks = prompt.enabled = True
+        tree.objective.need_classifier(self.name)
+        tree.model.eval()
+        prompt = tree.get_submodule(self.name)
+        table = torch.zeros(tree.model.num_classes, len(prompt.map), dtype=torch.long)
+        for images, labels in batches:
+            if labels.max() >= table.shape[1]:
+                raise MethodError(f"{self.name}.classes: {table.shape[1]}, but there is a label {int(labels.max())}")
+            with tree.hub.running(None if prompted else (), all_outputs=True):
+                logits = tree.model(images)
+            pairs = logits.argmax(-1).cpu(), labels.cpu()
+            table.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
         return table
 
 
@@ -212,10 +208,10 @@ class ILMVP(RawMethod):
             chosen = torch.randperm(sites.model.num_classes)[: len(chosen)]
         yield "ilm_vp", GreyFrame(self, sites, chosen)
 
-    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         if self.mapping != "rlm":
-            table = self.count(handle, batches, prompted=True)
-            handle.root.get_submodule("ilm_vp").map.copy_(greedy_map(table))
+            table = self.count(tree, batches, prompted=True)
+            tree.get_submodule("ilm_vp").map.copy_(greedy_map(table))
 
 
 @register(
@@ -253,6 +249,6 @@ class EVP(RawMethod):
     def build(self, sites: Sites) -> Iterator[tuple[str, FreeFrame]]:
         yield "evp", FreeFrame(self, sites, self.first_outputs(sites))
 
-    def calibrate(self, handle: "Handle", batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        table = self.count(handle, batches, prompted=False)
-        handle.root.get_submodule("evp").map.copy_(first_come_map(table))
+    def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        table = self.count(tree, batches, prompted=False)
+        tree.get_submodule("evp").map.copy_(first_come_map(table))

@@ -1,20 +1,18 @@
 """Keys and values beside the tokens' own: prefix tuning (Li and Liang, ACL 2021, arXiv 2101.00190)."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, create, register
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class Prefix(PrefixKeysValues):
@@ -60,10 +58,10 @@ class MadePrefix(ComputedKeysValues):
         return {"key": key, "value": value}
 
 
-def fold_prefixes(handle: "Handle") -> dict[str, Tensor]:
+def fold_prefixes(tree: Tree) -> dict[str, Tensor]:
     """A method's tensors with keys and values in place of what makes them."""
-    state = handle.state_dict()
-    for path, part in handle.root.named_modules():
+    state = tree.state()
+    for path, part in tree.named_modules():
         if isinstance(part, MadePrefix):
             for name, _ in part.named_parameters():
                 del state[f"{path}.{name}"]
@@ -116,5 +114,5 @@ class PrefixTuning(Method):
             else:
                 yield f"{block.path}.prefix", MadePrefix(block, tokens, self.hidden, self.dropout)
 
-    def exported(self, handle: "Handle") -> tuple[Method, dict[str, Tensor]]:
-        return create(self.name, tokens=self.tokens, blocks=self.blocks), fold_prefixes(handle)
+    def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
+        return create(self.name, tokens=self.tokens, blocks=self.blocks), fold_prefixes(tree)

@@ -1,21 +1,19 @@
 """SCT: salient channel tuning (Zhao et al., IJCV 2023, arXiv 2309.08513)."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention, set_tensor
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, PerBlock, register
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 
 class Salient:
@@ -148,19 +146,19 @@ class SCT(Method):
             kind = SalientStream if self.place == "attn" else SalientMLP
             yield f"{block.path}.sct", kind(self, block, size)
 
-    def calibrate(self, handle: "Handle", batches) -> None:
-        handle.model.eval()
-        parts = [i for i in handle.root.interventions if isinstance(i, Salient)]
-        prefix = handle.sites.prefix_tokens if self.tokens == "patches" else 0
+    def calibrate(self, tree: Tree, batches) -> None:
+        tree.model.eval()
+        parts = [i for i in tree.interventions if isinstance(i, Salient)]
+        prefix = tree.sites.prefix_tokens if self.tokens == "patches" else 0
         norms = [_Norms(part, self.place, prefix) for part in parts]
         try:
-            with handle.disable(), torch.no_grad():
+            with tree.off(), torch.no_grad():
                 for images, labels in batches:
                     if labels.ndim > 1:
-                        handle.objective.need_classifier(self.name)
+                        tree.objective.need_classifier(self.name)
                     for norm in norms:
                         norm.labels = labels
-                    handle.objective.forward(images)
+                    tree.objective.forward(images)
         finally:
             for norm in norms:
                 norm.hook.remove()

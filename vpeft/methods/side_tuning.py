@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.modules import IMAGE, LAST
 from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean
@@ -15,9 +15,6 @@ from ..interventions.base import Intervention
 from ..interventions.side import SideOutput, Tap
 from .base import Method, Paper, register
 from .pixel import as_images
-
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
 
 WIDTHS = (64, 128, 256, 256)
 
@@ -56,7 +53,7 @@ class Blend(SideOutput):
     """a y + (1 - a) S(image) with a = sigmoid(alpha) and y the backbone's pooled features."""
 
     def __init__(self, sites: Sites, image: Tap, method: "SideTuning"):
-        super().__init__(sites, sites.pooled, LAST, image, on_input=True)
+        super().__init__(sites.pooled, LAST, image, on_input=True)
         self.alpha = nn.Parameter(torch.full((1,), method.alpha_init))
         self.side = side_model(method.side, sites.image_size, pooled_width(sites))
         exempt = getattr(self.side, "no_weight_decay", set)()
@@ -109,6 +106,6 @@ class SideTuning(Method):
             blend = Blend(sites, image, self)
         yield "side_tuning", blend
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
-        alpha = handle.root.get_parameter("side_tuning.alpha")
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        alpha = tree.get_parameter("side_tuning.alpha")
         return [] if alpha.is_meta else [("backbone", f"a = {torch.sigmoid(alpha).item():.3f} of the blend")]

@@ -11,6 +11,7 @@ from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_p
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
+from ..interventions.junction import Inner
 from ..interventions.output import MapOutput
 from .base import Blocks, Method, Paper, linears_by_path, register
 
@@ -78,20 +79,17 @@ class ScalesNearZero:
 
     def __init__(self) -> None:
         self.parts: list[ScaleAndShift] = []
-        self._asked: set[int] = set()
-        self._near: set[int] = set()
 
     @torch.no_grad()
     def has(self, part: "ScaleAndShift") -> bool:
         """Whether this one has."""
-        key = self.parts.index(part)
-        if not self._asked or key in self._asked:  # a new forward; versions do not tell, fused optimisers leave them
-            scales = [p.vectors()[0] for p in self.parts]
-            self._asked, self._near = set(), set()
+        near = part.flow.get(self, "near")
+        if near is None:
+            scales, near = [p.vectors()[0] for p in self.parts], frozenset()
             if torch.cat(scales).abs().min() < self.BOUND:
-                self._near = {i for i, scale in enumerate(scales) if scale.abs().min() < self.BOUND}
-        self._asked.add(key)
-        return key in self._near
+                near = frozenset(i for i, scale in enumerate(scales) if scale.abs().min() < self.BOUND)
+            part.flow.put(self, "near", near)
+        return self.parts.index(part) in near
 
 
 class ScaleAndShift(MapOutput):
@@ -121,26 +119,24 @@ class ScaleAndShift(MapOutput):
         return [self.outside] if self.outside else []
 
     def install(self) -> None:
-        module = self.place.module
-        if is_plain_norm(module) and "forward" not in vars(module):
-            module.forward = self._run_norm
+        if is_plain_norm(self.place.module):
+            self.act_around(self.place, self._run_norm)
         else:
-            module.register_forward_hook(self._map_output)
+            self.act_after(self.place, self._map_output)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """scale and shift, each (C,)."""
         raise NotImplementedError
 
-    def _run_norm(self, x: Tensor) -> Tensor:
-        norm = self.place.module
-        if not self.enabled:
-            return type(norm).forward(norm, x)
-        scale, shift = self.vectors()
+    def _run_norm(self, inner: Inner, x: Tensor) -> Tensor:
+        if not inner.alone:
+            return self(inner(x), x)
+        norm, (scale, shift) = self.place.module, self.vectors()
         bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, scale)
         return F.layer_norm(x, norm.normalized_shape, norm.weight * scale, bias, norm.eps)
 
-    def _map_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return self(output, args[0]) if self.enabled else None
+    def _map_output(self, args: tuple, output: Tensor) -> Tensor:
+        return self(output, args[0])
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The module's new output from its output y and its input x."""
@@ -158,8 +154,7 @@ class ScaleAndShift(MapOutput):
 
     def _alone(self) -> bool:
         """Whether y is what the frozen module makes of x, with no other method's hook in between."""
-        module = self.place.module
-        return len(module._forward_hooks) == 1 and not module._forward_pre_hooks and "forward" not in vars(module)
+        return self.hub.untouched(self.place.module, besides=self.owner)
 
     def _once_more(self, x: Tensor) -> Tensor:
         return type(self.place.module).forward(self.place.module, x)

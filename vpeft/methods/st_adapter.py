@@ -23,30 +23,26 @@ class EditStream(Intervention):
     No module stands there: the change enters the second branch at its first module and the final sum at its end.
     """
 
-    held = frozenset({"_change"})
-
     def __init__(self, block: BlockSite):
         super().__init__(block.index)
         self.enter, self.leave = block.mlp_input, block.branch2
-        self._change: Tensor | None = None
 
     def hooked(self) -> list[ModuleRef]:
         return [self.enter, self.leave]
 
     def install(self) -> None:
-        self.enter.module.register_forward_pre_hook(self._edit)
-        self.leave.module.register_forward_hook(self._add)
+        self.act_before(self.enter, self._edit)
+        self.act_after(self.leave, self._add)
 
-    def _edit(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not self.enabled:
-            return None
-        self._change = self(args[0])
-        return args[0] + self._change, *args[1:]
+    def _edit(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        change = self(args[0])
+        self.flow.put(self, "change", change)
+        return (args[0] + change, *args[1:]), kwargs
 
-    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if not self.enabled:
-            return None
-        change, self._change = self._change, None
+    def _add(self, args: tuple, output: Tensor) -> Tensor:
+        change = self.flow.pop(self, "change")
+        if change is None:
+            raise MethodError(f"{self.leave.path} was called, but {self.enter.path} before it was not")
         return output + change
 
 

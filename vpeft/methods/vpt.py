@@ -59,7 +59,7 @@ class Prompts(_Inserted, PromptTokens):
     """In front of one block's patches."""
 
     def __init__(self, method, sites, block, *, own, source, proj, previous, keeps_outputs):
-        super().__init__(sites.model, block, method.tokens, sites.prefix_tokens, previous, keeps_outputs)
+        super().__init__(block, method.tokens, sites.prefix_tokens, previous, keeps_outputs)
         self.add_prompts(method, sites, block, own, source, proj)
 
 
@@ -90,9 +90,8 @@ class PromptKeys(_Tokens, ComputedKeysValues):
 
     def sources(self) -> list[Tensor] | None:
         norm, attn = self.block.norm1.module, self.block.attn.module
-        for part in (*norm.modules(), *(m for m in attn.modules() if m is not attn)):
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-                return None
+        if not all(self.hub.untouched(m) for m in (*norm.modules(), *(m for m in attn.modules() if m is not attn))):
+            return None
         return [*self.made_of(), *(t for m in (norm, attn) for t in (*m.parameters(), *m.buffers()))]
 
 

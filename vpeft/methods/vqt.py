@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attached.tree import Tree
 from ..backbone.blocks import check_rows, rows_through_block
 from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
@@ -16,27 +17,20 @@ from ..interventions.attention import AttentionPrefix
 from ..interventions.base import Intervention
 from .base import Blocks, Method, Paper, PerBlock, register
 
-if TYPE_CHECKING:
-    from ..tuning.handle import Handle
-
 
 class ExtraQueries(AttentionPrefix):
     """Rows that read a block's tokens without being read: they attend to the tokens' keys and values, and go through
     the rest of the frozen block by themselves.
 
-    ``forward(batch)`` gives the rows (B, T, D); ``take()`` gives what the block made of them in the present forward.
+    ``forward(batch)`` gives the rows (B, T, D); ``pop()`` gives what the block made of them in the present forward.
     The block's own path stays what it is, and carries no graph: what the rows read of it is detached. While gradients
-    are recorded, the rows run only when they are taken, so that activation checkpointing never sees them; what they
-    read is held until then (a run that stops at the features holds it until the next one).
+    are recorded, the rows run only when they are taken, so that activation checkpointing never sees them.
     """
-
-    held = frozenset({"_held"})
 
     def __init__(self, block: BlockSite):
         super().__init__(block, LAST)  # no gradient enters any block's own path
         check_rows(block)
         self.block = block
-        self._held: tuple[Tensor, Tensor] | Tensor | None = None
 
     @property
     def runs_from(self) -> int:
@@ -50,36 +44,42 @@ class ExtraQueries(AttentionPrefix):
 
     def install(self) -> None:
         super().install()
-        self.block.module.register_forward_hook(self._leave)
+        self.act_after(self.block, self._leave)
 
     def meet(self, x: Tensor, k: Tensor, v: Tensor) -> None:
-        self._held = k.detach(), v.detach()
+        self.flow.put(self, "read", (k.detach(), v.detach()), carried=True)
 
-    def _leave(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.enabled and not torch.is_grad_enabled():
-            self._held = self._read(*self._held)
+    def _leave(self, args: tuple, output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            self.flow.put(self, "rows", self._rows(*self.flow.pop(self, "read")), carried=True)
 
-    def _read(self, k: Tensor, v: Tensor) -> Tensor:
+    def _rows(self, k: Tensor, v: Tensor) -> Tensor:
         return rows_through_block(self.block, self(len(k)), k, v)
 
     def pop(self) -> Tensor:
-        """The rows (B, T, D) after the block; they are then forgotten."""
-        held, self._held = self._held, None
-        if held is None:
-            raise MethodError(f"{self.block.path} has not run since its rows were taken: call the model, or its head once")
-        return held if isinstance(held, Tensor) else self._read(*held)
+        """The rows (B, T, D) after the block; they are then forgotten.
+
+        Raises:
+            MethodError: the block has not run in this forward, or the rows were taken.
+        """
+        rows, read = self.flow.pop(self, "rows"), self.flow.pop(self, "read")
+        if rows is None and read is None:
+            raise MethodError(
+                f"{self.block.path} has not run in this forward: call the model, or its head with what forward_features gave"
+            )
+        return self._rows(*read) if rows is None else rows
 
 
 class WideHead(Intervention):
-    """A linear classifier of more inputs, which stands in the place and under the name of the model's own.
+    """A linear classifier of more inputs, which stands in the place and under the name of the handle's classifier.
 
-    ``forward(x)`` makes its inputs from what the own classifier would get. It counts as the model's head: it is trained,
-    saved and decayed as one, ``get_classifier`` gives it, and ``reset_classifier`` makes it anew, with ``width`` inputs.
-    The own classifier waits aside, untouched, and is back in its place while this is switched off.
+    ``forward(x)`` makes its inputs from what an ordinary classifier would get. It counts as the handle's head: it is
+    trained, saved and decayed as one, ``get_classifier`` gives it, and ``reset_classifier`` makes it anew, with ``width``
+    inputs.
 
     Args:
         sites: of the model.
-        more: inputs beyond the own classifier's.
+        more: inputs beyond the ordinary classifier's.
     """
 
     routable = False
@@ -92,77 +92,31 @@ class WideHead(Intervention):
             raise UnsupportedModelError(f"one linear classifier is widened; this model has {found}")
         self.model, self.path = ModuleRef("", sites.model), sites.heads[0].path
         self.width = sites.heads[0].module.in_features + more
-        self._set_inactive(None)
-
-    # The classifier that is not in use. Unregistered: it is saved and trained by nobody.
-    def _set_inactive(self, module: nn.Module | None) -> None:
-        object.__setattr__(self, "inactive", module)
-
-    def _apply(self, fn, recurse: bool = True) -> "WideHead":
-        if self.inactive is not None:
-            self.inactive._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
     @property
     def current(self) -> ModuleRef:
         """What stands in the classifier's place."""
         return ModuleRef(self.path, self.model.module.get_submodule(self.path))
 
-    def _exchange(self, module: nn.Module) -> None:
-        parent, _, leaf = self.path.rpartition(".")
-        self._set_inactive(self.current.module)
-        setattr(self.model.module.get_submodule(parent), leaf, module)
-
-    def _widened(self, own: nn.Module) -> nn.Module:
-        """A fresh classifier with as many outputs, or, where there are none, what gives its inputs."""
-        wide: nn.Module = nn.Identity()
-        if isinstance(own, nn.Linear):
-            like = {"device": own.weight.device, "dtype": own.weight.dtype}
-            wide = nn.Linear(self.width, own.out_features, bias=own.bias is not None, **like)
-        wide.register_forward_pre_hook(self._widen)
-        return wide.train(own.training)
-
-    def _widen(self, module: nn.Module, args: tuple) -> tuple:
-        return self(args[0]), *args[1:]
-
     def hooked(self) -> list[ModuleRef]:
         return [self.current]
 
-    def owned_names(self) -> set[str]:
-        return {self.path}
-
     def install(self) -> None:
-        self._exchange(self._widened(self.current.module))
-        if "reset_classifier" not in vars(self.model.module):
-            self.model.module.reset_classifier = self._reset
+        """Widen the classifier that stands in the model: what comes out has as many outputs, and fresh values."""
+        own, wide = self.current.module, nn.Identity()
+        if isinstance(own, nn.Linear):
+            like = {"device": own.weight.device, "dtype": own.weight.dtype}
+            wide = nn.Linear(self.width, own.out_features, bias=own.bias is not None, **like)
+            wide.requires_grad_(own.weight.requires_grad)
+        parent, _, leaf = self.path.rpartition(".")
+        setattr(self.model.module.get_submodule(parent), leaf, wide.train(own.training))
+        self.act_before(ModuleRef(self.path, wide), self._widen)
 
-    def uninstall(self) -> None:
-        if self.enabled and self.inactive is not None:
-            self._exchange(self.inactive)
-        model = self.model.module
-        if getattr(vars(model).get("reset_classifier"), "__self__", None) is self:
-            del model.reset_classifier
-            others = [m for m in model.modules() if isinstance(m, WideHead) and m is not self]
-            if others:
-                model.reset_classifier = others[0]._reset
+    def _widen(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (self(args[0]), *args[1:]), kwargs
 
-    def on_toggle(self) -> None:
-        self._exchange(self.inactive)
-
-    def _reset(self, num_classes: int, *args, **kwargs) -> None:
-        model = self.model.module
-        type(model).reset_classifier(model, num_classes, *args, **kwargs)
-        for part in model.modules():
-            if isinstance(part, WideHead):
-                part.follow()
-
-    def follow(self) -> None:
-        """Take up the number of classes of the classifier that now stands in the model."""
-        wide = self._widened(self.current.module)
-        if self.enabled:
-            self._exchange(wide)
-        else:
-            self._set_inactive(wide)
+    def follow_classifier(self, heads: list[ModuleRef]) -> None:
+        self.install()
 
 
 class Queries(ExtraQueries):
@@ -261,9 +215,9 @@ class VQT(Method):
         if readers:
             yield "vqt", Features(sites, readers, self.normalize)
 
-    def notes(self, handle: "Handle") -> list[tuple[str, str]]:
-        own, head = sum(p.numel() for p in handle.parameters()), sum(p.numel() for _, p in handle.head_parameters())
-        features = next(m for m in handle.root.modules() if isinstance(m, Features))
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        own, head = sum(p.numel() for _, p in tree.trained()), sum(p.numel() for _, p in tree.head_parameters())
+        features = next(m for m in tree.modules() if isinstance(m, Features))
         inputs = features.width - sum(r.width for r in features.readers)
         return [
             ("queries", f"{own:,}"),

@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from .. import checkpoint
 from ..data.splits import Datasets
-from ..tuning import checkpoint
 
 
 class Task(Protocol):

@@ -1,23 +1,28 @@
 """``attach`` a method to a timm model, ``load`` one from a file, ``get_handle`` of a copy."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import checkpoint
+from ..attached.classifier import Classifier, fresh_classifier
+from ..attached.tree import Tree
 from ..backbone.attention import needs_separate_bias_call
+from ..backbone.modules import CONTAINER
 from ..backbone.reading import prove_alive
 from ..backbone.sites import Sites
 from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
 from ..interventions.context import clips
+from ..interventions.hub import Hub
 from ..methods.base import Method, create
-from . import checkpoint
+from .container import Container, container_of, remove
 from .handle import Handle
-from .heads import _check_heads, _fit_classifier, _head_differences
-from .summary import _model_name
-from .tree import CONTAINER, Container, Root, _remove
+from .heads import check_heads, head_differences
+from .summary import model_name
 
 
 def attach(
@@ -30,10 +35,11 @@ def attach(
 ) -> Handle:
     """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
 
-    The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen.
+    The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen. The
+    handle trains a copy of the classifier; the model's own is back where it is disabled or detached.
 
     Args:
-        model: a timm ViT, Swin or relative (see ``sites.py``).
+        model: a timm ViT, Swin or relative (see ``vpeft.backbone``).
         method: a registered name (``vpeft.list_methods()``), or a method object.
         name: for the handle and its file; the method's name where None.
         heads: modules outside the model that train with the method, by name (a decode head): the handle trains, saves
@@ -47,54 +53,7 @@ def attach(
         MethodError: unknown method or hyper-parameter, or ``name`` taken.
         UnsupportedModelError: a structure that cannot be read, or a hook that would never fire; names the place.
     """
-    method = create(method, **options)
-    _check_wrapper(model)
-    name = name or method.name
-    if not name.isidentifier():
-        raise MethodError(f"name: '{name}' must be letters, digits and underscores")
-    _check_heads(model, heads or {})
-    earlier = getattr(model, CONTAINER, None)
-    if earlier is not None and name in earlier._modules:
-        raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
-    enabled = [Handle(model, n) for n, r in earlier.named_children() if r.enabled] if earlier is not None else []
-    for handle in enabled:
-        if handle.merged:
-            raise MethodError(f"'{handle.name}' is merged into the weights; unmerge() or detach() it first")
-    for handle in enabled:
-        handle.disable()
-    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
-    try:
-        sites = Sites(model)
-        root = _build(name, method, sites)
-        if earlier is None:
-            model.add_module(CONTAINER, Container(model))
-        container = getattr(model, CONTAINER)
-        container.add_module(name, root)
-        model.requires_grad_(False)
-        for parameter in root.parameters():
-            parameter.requires_grad_(parameter.numel() > 0)
-        for head in sites.heads:
-            head.module.requires_grad_(method.trains_head)
-        for intervention in root.interventions:
-            intervention.install()
-            for place in intervention.calls_needed():
-                if needs_separate_bias_call(place.module):
-                    place.module.qkv_bias_separate = True
-                    container.patched.append(place)
-        root.heads = dict(heads or {})
-        root.train(model.training)
-        places = [p for i in root.interventions for p in i.hooked()]
-        with _named(method, model), clips(model, 1):  # one image is a clip of one frame
-            prove_alive(model, places, sites.input_size)
-    except BaseException:
-        if getattr(model, CONTAINER, None) is not None and name in getattr(model, CONTAINER)._modules:
-            _remove(model, name)
-        for n, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[n])
-        for handle in enabled:
-            handle.enable()
-        raise
-    return Handle(model, name)
+    return _attach(model, create(method, **options), name, heads or {})
 
 
 def get_handle(model: nn.Module, name: str | None = None) -> Handle:
@@ -107,7 +66,7 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
     Raises:
         MethodError: nothing of that name is attached.
     """
-    container = getattr(model, CONTAINER, None)
+    container = container_of(model)
     names = list(container._modules) if container is not None else []
     if name is None and len(names) == 1:
         name = names[0]
@@ -150,46 +109,125 @@ def load(
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
     outside = tuple(f"{n}." for n in heads or {})
-    # First the classifier: a method may hook it.
-    undo = _fit_classifier(model, {n: t for n, t in head_tensors.items() if not n.startswith(outside)})
-    handle = None
+    wanted = _Wanted.of({n: t for n, t in head_tensors.items() if not n.startswith(outside)})
+    handle = _attach(model, method, name or file.metadata["name"], heads or {}, wanted)
     try:
-        handle = attach(model, method, name=name or file.metadata["name"], heads=heads)
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         current = handle.head_state_dict()
-        found, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
-        if wanted and found != wanted:
-            raise CheckpointError(f"{path}: its head does not fit the model's: {_head_differences(wanted, found)}")
+        found, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
+        if expected and found != expected:
+            raise CheckpointError(f"{path}: its head does not fit the model's: {head_differences(expected, found)}")
         with torch.no_grad():
             for n, t in head_tensors.items():
                 current[n].copy_(t)
     except BaseException:
-        if handle is not None:
-            handle.detach()
-        undo()
+        handle.detach()
         raise
     return handle
 
 
-def _build(name: str, method: Method, sites: Sites) -> Root:
-    root = Root(name, method, sites)
+@dataclass(frozen=True)
+class _Wanted:
+    """What a file's classifier is like: the shapes of its tensors by name, and how many classes it has."""
+
+    shapes: dict[str, tuple[int, ...]]
+    classes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "_Wanted | None":
+        """From the classifier's tensors; None where there are none."""
+        ends = [t for n, t in tensors.items() if n.endswith(("bias", "weight"))]
+        return cls({n: tuple(t.shape) for n, t in tensors.items()}, ends[0].shape[0]) if ends else None
+
+
+def _attach(
+    model: nn.Module, method: Method, name: str | None, heads: Mapping[str, nn.Module], wanted: _Wanted | None = None
+) -> Handle:
+    """See ``attach``; ``wanted`` says what the classifier must be like, where it is not to be a copy of the model's own."""
+    _check_wrapper(model)
+    name = name or method.name
+    if not name.isidentifier():
+        raise MethodError(f"name: '{name}' must be letters, digits and underscores")
+    check_heads(model, heads)
+    earlier = container_of(model)
+    if earlier is not None and name in earlier._modules:
+        raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
+    enabled = [Handle(model, n) for n, tree in earlier.trees.items() if tree.enabled] if earlier is not None else []
+    for handle in enabled:
+        if handle.merged:
+            raise MethodError(f"'{handle.name}' is merged into the weights; unmerge() or detach() it first")
+    for handle in enabled:
+        handle.disable()
+    frozen, own = {n: p.requires_grad for n, p in model.named_parameters()}, Classifier.of(model)
+    try:
+        _install(model, method, name, heads, wanted)
+    except BaseException:
+        if container_of(model) is not None and name in container_of(model)._modules:
+            remove(model, name)
+        own.put_into(model)
+        for n, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[n])
+        for handle in enabled:
+            handle.enable()
+        raise
+    return Handle(model, name)
+
+
+def _install(model: nn.Module, method: Method, name: str, heads: Mapping[str, nn.Module], wanted: _Wanted | None) -> None:
+    """Make the method's tree and let it act; what is half done at an error is taken back by the caller."""
+    container = container_of(model) or Container(model, Hub(model, [block.module for block in Sites(model).blocks]))
+    classifier = container.classifier.twin()
+    if wanted and classifier.shapes() != wanted.shapes and Classifier.of(model).num_classes != wanted.classes:
+        classifier = fresh_classifier(model, wanted.classes)
+    classifier.put_into(model)
+    sites = Sites(model)
+    tree = _tree(name, method, sites, container.hub)
+    if CONTAINER not in model._modules:
+        model.add_module(CONTAINER, container)
+        container.hub.install()
+        model.reset_classifier = container.reset_classifier
+    container.add_module(name, tree)
+    model.requires_grad_(False)
+    for parameter in tree.parameters():
+        parameter.requires_grad_(parameter.numel() > 0)
+    for head in sites.heads:
+        head.module.requires_grad_(method.trains_head)
+    for intervention in tree.interventions:
+        intervention.hub, intervention.owner = container.hub, name
+        intervention.install()
+        for place in intervention.calls_needed():
+            if needs_separate_bias_call(place.module):
+                place.module.qkv_bias_separate = True
+                container.patched.append(place)
+    tree.classifier = Classifier.of(model)  # a method may have put another one there
+    tree.heads = dict(heads)
+    tree.tell()
+    container.order.append(name)
+    tree.train(model.training)
+    places = [p for i in tree.interventions for p in i.hooked()]
+    with _named(method, model), clips(model, 1):  # one image is a clip of one frame
+        prove_alive(model, places, sites.input_size)
+
+
+def _tree(name: str, method: Method, sites: Sites, hub: Hub) -> Tree:
+    tree = Tree(name, method, sites, hub)
     like = next(p for p in sites.model.parameters() if p.is_floating_point())
     count = 0
     with _named(method, sites.model), torch.random.fork_rng(devices=[], enabled=like.is_meta):
         for path, module in method.build(sites):
             module.to(device=like.device, dtype=like.dtype)
-            root.add_at(path, module)
+            tree.add_at(path, module)
             count += 1
     if not count:
         raise MethodError(f"{method.name}: these hyper-parameters choose no place to act on")
-    return root
+    return tree
 
 
 class _named:
     """Adds the method's and the model's names to an error."""
 
     def __init__(self, method: Method, model: nn.Module):
-        self.text = f"{method.name} on {_model_name(model)}"
+        self.text = f"{method.name} on {model_name(model)}"
 
     def __enter__(self) -> None:
         return None

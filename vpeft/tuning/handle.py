@@ -1,7 +1,6 @@
 """The handle of an attached method."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone.modules import IMAGE, ModuleRef, head_places
+from .. import checkpoint
+from ..attached.objective import Batches, Criterion, Objective
+from ..attached.tree import Tree
+from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
-from ..errors import CheckpointError, MethodError, did_you_mean
-from ..interventions.base import Folded, Intervention, set_tensor
-from ..interventions.weights import ExistingTensors
+from ..errors import MethodError, some
 from ..methods.base import Method
-from . import checkpoint
-from .calibration import Criterion, Objective, _Batches
-from .summary import _model_name, _sites_table, _some
-from .tree import CONTAINER, Root, _remove
-
-
-@dataclass(frozen=True)
-class CacheNeeds:
-    """What a method needs of the frozen features below its first trained site; everything else there can be left out.
-
-    Attributes:
-        first: the first block that must really run; the number of blocks where only what follows them must.
-        heads_only: the classifiers' inputs are all that is needed.
-        taps: blocks whose outputs are read; -1 is the input of the first block.
-        image: the image itself is read too.
-    """
-
-    first: int
-    heads_only: bool
-    taps: tuple[int, ...]
-    image: bool
+from . import merging
+from .container import Container, container_of, remove
+from .needs import CacheNeeds, boundary, cache_needs
+from .summary import summary
 
 
 class _Switch:
@@ -63,10 +46,11 @@ class Handle:
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
-        self._root: Root | None = getattr(model, CONTAINER)._modules[name]
+        self._root: Tree | None = container_of(model)._modules[name]
 
     @property
-    def root(self) -> Root:
+    def root(self) -> Tree:
+        """The method's modules, and what belongs to them."""
         if self._root is None:
             raise MethodError(f"'{self.name}' was detached")
         return self._root
@@ -95,14 +79,8 @@ class Handle:
 
         The head is not among them; ``save`` adds it.
         """
-        state = dict(self.root.state_dict())  # parameters and persistent buffers
-        for existing in self.root.existing:
-            state |= existing.values()
-        # While merged, a trained tensor of the model may hold a folded value.
-        folded = {f"{place.path}.{n}": value for place, n, value in self.root.unmerged or ()}
-        return state | {n: folded[n] for n in folded.keys() & state.keys() if folded[n] is not None}
+        return self.root.state()
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copy tensors in, by the names of ``state_dict``; the head's are taken too where they are given.
 
@@ -111,68 +89,26 @@ class Handle:
         """
         if self.merged:
             raise MethodError(f"'{self.name}' is merged; unmerge() before loading other values")
-        own = self.state_dict()
-        heads = self.head_state_dict()
-        missing = sorted(own.keys() - state.keys())
-        unknown = sorted(state.keys() - own.keys() - heads.keys())
-        if strict and (missing or unknown):
-            parts = []
-            if missing:
-                parts.append(f"missing {_some(missing)}")
-            if unknown:
-                parts.append(f"unknown {_some(unknown)}{did_you_mean(unknown[0], missing) if missing else ''}")
-            raise CheckpointError(f"tensors do not fit {self.method.name} on this model: {'; '.join(parts)}")
-        known = own | heads
-        resizable = {
-            f"{path}.{leaf}".lstrip("."): (module, leaf)
-            for path, module in self.root.named_modules()
-            for leaf in getattr(module, "resizable", ())
-        }
-        for name, value in state.items():
-            if name in resizable and value.ndim == known[name].ndim:
-                continue
-            if name in known and value.shape != known[name].shape:
-                raise CheckpointError(
-                    f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
-                )
-        for path, module in self.root.named_modules():
-            if isinstance(module, Intervention) and module.resizable:
-                names = {leaf: f"{path}.{leaf}".lstrip(".") for leaf in module.resizable}
-                problem = module.why_not({leaf: state.get(n, known[n]) for leaf, n in names.items()})
-                if problem:
-                    raise CheckpointError(f"{path}: {problem}")
-        existing = {n: e for e in self.root.existing for n in e.slots}
-        self.root.calibrated = self.root.calibrated or not missing
-        for name, value in state.items():
-            if name in existing:
-                existing[name].set_value(name, value)
-            elif name in resizable and value.shape != known[name].shape:
-                module, leaf = resizable[name]
-                set_tensor(module, leaf, value)
-            elif name in known:
-                known[name].copy_(value)
+        self.root.load(state, strict)
 
     @property
     def heads(self) -> list[ModuleRef]:
-        """What trains beside the method: the model's classifier(s), and modules outside it given to ``attach``."""
-        return [*head_places(self.model), *(ModuleRef(name, module) for name, module in self.root.heads.items())]
+        """What trains beside the method: a classifier of its own, and the modules outside the model given to ``attach``.
+
+        The classifier stands in the model while the handle is the one last enabled, and waits aside else.
+        """
+        return self.root.head_places
 
     def head_state_dict(self) -> dict[str, Tensor]:
         """The heads' tensors: a classifier's under the model's names, others' under the names given to ``attach``."""
-        return {
-            f"{head.path}.{name}": value
-            for head in self.heads
-            for name, value in head.module.state_dict(keep_vars=False).items()
-        }
+        return self.root.head_tensors()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The method's parameters under the names of ``state_dict``; the head's are not among them.
 
         A parameter of no entries (a mask that chose none of a tensor's) is left out.
         """
-        yield from ((n, p) for n, p in self.root.named_parameters() if p.numel())
-        for existing in self.root.existing:
-            yield from existing.tensors()
+        return self.root.trained()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See ``named_parameters``."""
@@ -180,9 +116,7 @@ class Handle:
 
     def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The heads' parameters, named as in ``head_state_dict``."""
-        for head in self.heads:
-            for name, parameter in head.module.named_parameters():
-                yield f"{head.path}.{name}", parameter
+        return self.root.head_parameters()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that an optimiser should see: the method's and the head's that require gradients."""
@@ -264,7 +198,7 @@ class Handle:
         return _Switch(self, was)
 
     def _switch(self, on: bool) -> None:
-        root = self.root
+        root, container = self.root, self._container
         if on == root.enabled:
             return
         if self.merged:
@@ -274,21 +208,23 @@ class Handle:
             for other in self._others():
                 shared = mine & {name for i in other.interventions for name in i.owned_names()}
                 if other.enabled and shared:
-                    raise MethodError(f"'{other.name}' is enabled and has its own values of {_some(sorted(shared))}")
-        root.enabled = on
-        for intervention in root.interventions:
-            intervention.on_toggle()
-            intervention.enabled = on
+                    raise MethodError(f"'{other.name}' is enabled and has its own values of {some(sorted(shared))}")
+        root.switch(on)
+        container.order = [name for name in container.order if name != self.name] + [self.name] * on
+        container.show()
 
-    def _others(self) -> list[Root]:
-        return [r for r in getattr(self.model, CONTAINER).children() if r.name != self.name]
+    @property
+    def _container(self) -> Container:
+        return container_of(self.model)
+
+    def _others(self) -> list[Tree]:
+        return [tree for name, tree in self._container.trees.items() if name != self.name]
 
     @property
     def mergeable(self) -> bool:
         """Whether ``merge`` is exact here."""
         return all(i.mergeable for i in self.root.interventions)
 
-    @torch.no_grad()
     def merge(self) -> "Handle":
         """Fold the method into the backbone's weights, computed in float32 (or float64) and cast once.
 
@@ -298,61 +234,16 @@ class Handle:
             MethodError: already merged, switched off, not exactly mergeable (with the reason), or another enabled
                 method acts on the same modules.
         """
-        root = self.root
-        if self.merged:
-            raise MethodError(f"'{self.name}' is merged already")
-        if not root.enabled:
-            raise MethodError(f"'{self.name}' is disabled; enable() it before merging")
-        for i in root.interventions:
-            if not i.mergeable:
-                i.fold()  # raises with the reason
-        # All folds are computed before the first is written, so that a failure changes nothing.
-        folds: list[Folded] = [f for i in root.interventions for f in i.fold()]
-        touched = {id(f.place.module) for f in folds} | {id(p.module) for i in root.interventions for p in i.hooked()}
-        for other in self._others():
-            for place in (p for i in other.interventions if other.enabled for p in i.hooked()):
-                if id(place.module) in touched:
-                    raise MethodError(f"cannot merge '{self.name}': another enabled method also acts on {place.path}")
-        seen: set[tuple[int, str]] = set()
-        for fold in folds:
-            for name in fold.tensors:
-                if (id(fold.place.module), name) in seen:
-                    raise MethodError(f"cannot merge: two parts of {self.method.name} change {fold.place.path}.{name}")
-                seen.add((id(fold.place.module), name))
-        root.unmerged = []
-        for fold in folds:
-            for name, value in fold.tensors.items():
-                current = getattr(fold.place.module, name)
-                root.unmerged.append((fold.place, name, None if current is None else current.detach().clone()))
-                if current is None:
-                    like = fold.place.module.weight
-                    new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
-                    setattr(fold.place.module, name, new)
-                else:
-                    current.copy_(value)
-        for intervention in root.interventions:
-            if not isinstance(intervention, ExistingTensors):
-                intervention.enabled = False
+        merging.merge(self.root, self._others())
         return self
 
-    @torch.no_grad()
     def unmerge(self) -> "Handle":
         """Put the original weights back, bit for bit, and let the hooks act again.
 
         Raises:
             MethodError: not merged.
         """
-        root = self.root
-        if root.unmerged is None:
-            raise MethodError(f"'{self.name}' is not merged")
-        for place, name, value in reversed(root.unmerged):
-            if value is None:
-                setattr(place.module, name, None)
-            else:
-                getattr(place.module, name).copy_(value)
-        root.unmerged = None
-        for intervention in root.interventions:
-            intervention.enabled = True
+        merging.unmerge(self.root)
         return self
 
     def detach(self, keep_merged: bool = False) -> nn.Module:
@@ -368,12 +259,13 @@ class Handle:
         root = self.root
         if keep_merged and not self.merged:
             raise MethodError("detach(keep_merged=True): merge() first")
-        if not keep_merged:
+        if keep_merged:
+            self._container.classifier = root.classifier
+        else:
             if self.merged:
                 self.unmerge()
-            if root.enabled:
-                self._switch(False)  # original values of trained tensors
-        _remove(self.model, self.name)
+            self._switch(False)  # original values of trained tensors
+        remove(self.model, self.name)
         self._root = None
         return self.model
 
@@ -382,22 +274,12 @@ class Handle:
     @property
     def boundary(self) -> str:
         """Path of the first module, in forward order, that a gradient must reach; below it nothing needs a graph."""
-        positions = [i.position for i in self._acting()]
-        if not positions:
-            return next((h.path for h in self.sites.heads), "head")
-        return self.sites.boundary(min(positions))
+        return boundary(self.root)
 
     @property
     def cache_needs(self) -> CacheNeeds:
         """What of the frozen features the method needs, for a cache of them."""
-        parts, depth = self._acting(), len(self.sites.blocks)
-        taps = {t for i in parts for t in i.taps()}
-        first = min([depth, *(i.runs_from for i in parts)])
-        return CacheNeeds(first, not parts, tuple(sorted(t for t in taps if IMAGE < t < first)), IMAGE in taps)
-
-    def _acting(self) -> list[Intervention]:
-        """The interventions that train or change something, or read features."""
-        return [i for i in self.root.interventions if i.taps() or not i.inert]
+        return cache_needs(self.root)
 
     def calibrate(
         self,
@@ -429,11 +311,11 @@ class Handle:
         training = {m: m.training for m in (self.model if outer is None else outer).modules()}
         try:
             self.root.calibrated = False
-            self.root.objective = Objective(self.model, self.root.heads, outer, criterion)
-            self.method.calibrate(self, _Batches(loader, device, self.name if progress else None))
+            self.root.task = Objective(self.model, self.root.heads, outer, criterion)
+            self.method.calibrate(self.root, Batches(loader, device, self.name if progress else None))
             self.root.calibrated = True
         finally:
-            self.root.objective = None
+            self.root.task = None
             for module, mode in training.items():
                 module.training = mode
             for parameter in (*self.model.parameters(), *(p for _, p in self.head_parameters())):
@@ -443,11 +325,11 @@ class Handle:
     @property
     def objective(self) -> Objective:
         """The task's loss, for a method's own ``calibrate``."""
-        return self.root.objective or Objective(self.model, self.root.heads)
+        return self.root.objective
 
     def penalty(self) -> Tensor:
         """What the method adds to the task's loss (a number; 0 for most), from its present parameters."""
-        value = self.method.penalty(self)
+        value = self.method.penalty(self.root)
         return torch.zeros((), device=next(self.model.parameters()).device) if value is None else value
 
     def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor:
@@ -460,29 +342,12 @@ class Handle:
     @torch.no_grad()
     def after_step(self) -> None:
         """To be called after each ``optimizer.step()``, before gradients are cleared; few methods do anything here."""
-        self.method.after_step(self)
+        self.method.after_step(self.root)
 
     def summary(self) -> str:
         """Sites, parameters, properties and paper, as text for people."""
-        root, method = self.root, self.method
-        own = sum(p.numel() for p in self.parameters())
-        head = sum(p.numel() for _, p in self.head_parameters()) if method.trains_head else 0
-        inside = sum(p.numel() for n, p in self.model.named_parameters() if not n.startswith(f"{CONTAINER}."))
-        added = sum(p.numel() for p in root.parameters())
-        total = inside + added
-        merge = "yes" if self.mergeable else "no"
-        state = "merged" if self.merged else ("enabled" if root.enabled else "disabled")
-        options = ", ".join(f"{k}={v!r}" for k, v in method.options().items())
-        lines = [
-            f"{self.name}: {method.name}({options}) on {_model_name(self.model)}, {state}",
-            f"  paper      {method.paper}",
-            f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
-            *(f"  {title:10} {text}" for title, text in method.notes(self)),
-            f"  mergeable  {merge}",
-            f"  gradient   reaches back to {self.boundary}",
-            "  sites",
-        ]
-        return "\n".join(lines + [f"    {line}" for line in _sites_table(root)])
+        state = "merged" if self.merged else ("enabled" if self.enabled else "disabled")
+        return summary(self.root, self.boundary, self.mergeable, state)
 
     def __repr__(self) -> str:
         if self._root is None:
@@ -516,5 +381,7 @@ class Handle:
         """
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
-        with self.enable():
-            return checkpoint.save(self, Path(path), class_names, metrics, data, config, training)
+        method, own = (self.method, self.state_dict()) if training else self.method.exported(self.root)
+        described = {"class_names": class_names, "metrics": metrics, "data": data, "config": config}
+        with self.enable():  # the model then has this handle's classifier, and original values of what others train
+            return checkpoint.save(Path(path), self.name, method, self.model, own, self.head_state_dict(), described)

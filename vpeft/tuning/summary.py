@@ -4,12 +4,13 @@ import math
 
 from torch import nn
 
+from ..attached.tree import Tree
 from ..interventions.base import Intervention
 from ..interventions.weights import ExistingTensors
-from .tree import Root
 
 
-def _model_name(model: nn.Module) -> str:
+def model_name(model: nn.Module) -> str:
+    """timm's name of a model with its pretrained tag; its class where it has none."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture"), cfg.get("tag")
     if not name:
@@ -17,10 +18,10 @@ def _model_name(model: nn.Module) -> str:
     return f"{name}.{tag}" if tag else name
 
 
-def _sites_table(root: Root) -> list[str]:
+def sites_table(tree: Tree) -> list[str]:
     """One line per kind of site, with how often it stands."""
     groups: dict[str, list[int]] = {}
-    for path, module in root.named_modules():
+    for path, module in tree.named_modules():
         if isinstance(module, ExistingTensors):
             if module.slots:
                 count = sum(math.prod(p.shape) for _, p in module.tensors())
@@ -33,5 +34,21 @@ def _sites_table(root: Root) -> list[str]:
     return [f"{kind} x{n}: {count:,} parameters" for kind, (n, count) in groups.items()] or ["none but the head"]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
+    """Sites, parameters, properties and paper, as text for people."""
+    method, prefix = tree.method, "vpeft."
+    own = sum(p.numel() for _, p in tree.trained())
+    head = sum(p.numel() for _, p in tree.head_parameters()) if method.trains_head else 0
+    inside = sum(p.numel() for n, p in tree.model.named_parameters() if not n.startswith(prefix))
+    total = inside + sum(p.numel() for p in tree.parameters())
+    options = ", ".join(f"{k}={v!r}" for k, v in method.options().items())
+    lines = [
+        f"{tree.name}: {method.name}({options}) on {model_name(tree.model)}, {state}",
+        f"  paper      {method.paper}",
+        f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
+        *(f"  {title:10} {text}" for title, text in method.notes(tree)),
+        f"  mergeable  {'yes' if mergeable else 'no'}",
+        f"  gradient   reaches back to {boundary}",
+        "  sites",
+    ]
+    return "\n".join(lines + [f"    {line}" for line in sites_table(tree)])

@@ -8,10 +8,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.splits import Datasets
 from ...errors import CheckpointError
-from ...tuning import checkpoint
 from ..models import build_model, check_classes, check_outputs, data_stats, pretrained_cfg
 from ..protocol import Built
 from .data import build_datasets, check_source

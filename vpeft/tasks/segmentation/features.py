@@ -11,9 +11,9 @@ from ...backbone.maps import has_class_token, map_count, read_maps
 from ...backbone.modules import is_norm
 from ...backbone.reading import dry_forward, input_size, never_called
 from ...errors import MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from ...interventions.side import reading_maps
+from ...interventions.hub import running
+from ...tuning.container import container_of
 from ...tuning.handle import Handle
-from ...tuning.tree import CONTAINER
 
 PYRAMIDS = ("beit", "feature2pyramid")
 FACTORS = (4, 2, 1, 0.5)
@@ -166,8 +166,8 @@ class FeatureMaps(nn.Module):
 
     def _check_attached(self) -> None:
         """``check`` what was attached since the last time, for those who did not."""
-        container = getattr(self.backbone, CONTAINER, None)
-        roots = [(n, r) for n, r in container.named_children() if r.enabled] if container is not None else []
+        container = container_of(self.backbone)
+        roots = [(n, r) for n, r in container.trees.items() if r.enabled] if container is not None else []
         now = tuple((n, id(r)) for n, r in roots)
         if now != self._proven:
             for name, _ in roots:
@@ -175,7 +175,7 @@ class FeatureMaps(nn.Module):
             self._proven = now
 
     def _read(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        with reading_maps(self.backbone):
+        with running(self.backbone, maps=True):
             return read_maps(self.backbone, x, self.out_indices, self.norm == "final", self.class_token)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:

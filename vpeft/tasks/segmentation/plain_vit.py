@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...backbone.maps import grid_of
 from ...errors import UnsupportedModelError
+from ...interventions.hub import as_it_acts
 
 
 def check_plain_vit(model: nn.Module) -> None:
@@ -49,7 +50,7 @@ def image_tokens(model: nn.Module, images: Tensor, positions: Tensor | None = No
         images: (B, C, H, W).
         positions: in place of the model's position embedding, of its shape.
     """
-    stem = model.patch_embed
+    model, stem = as_it_acts(model), model.patch_embed
     strict, stem.strict_img_size = stem.strict_img_size, False  # The module itself is called, for the hooks on it.
     try:
         x = stem(images)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ...backbone.blocks import keys_and_values, only_linears_hooked, rows_through_block
+from ...backbone.blocks import keys_and_values, rows_through_block
 from ...backbone.sites import Sites
 from ...errors import ConfigError, DataError, VpeftError
+from ...interventions.hub import running, untouched
 from .mask_loss import IGNORED, SetLoss
 from .plain_vit import check_plain_vit, finished_rows, image_tokens, resized_positions
 from .text import read_text
@@ -330,10 +331,11 @@ class SAN(nn.Module):
         Images that are no whole number of strides high or wide are padded with zeros at the bottom and right.
         """
         images = self._pad(images, 0.0)
-        taps, tokens, grid = self._lower(images)
-        masks, biases = self.san.propose(images, taps, grid)
-        # Rows of one pass do not see each other: both layers' proposals are recognised together.
-        features = self.recognise(tokens, torch.cat(biases, 2))
+        with running(self.backbone):
+            taps, tokens, grid = self._lower(images)
+            masks, biases = self.san.propose(images, taps, grid)
+            # Rows of one pass do not see each other: both layers' proposals are recognised together.
+            features = self.recognise(tokens, torch.cat(biases, 2))
         return Proposals(masks, list(self.san.classify(features).chunk(len(masks), 1)))
 
     def semantic(self, images: Tensor) -> Tensor:
@@ -367,7 +369,8 @@ class SAN(nn.Module):
         """
         form = self.recognition
         if form == "auto":
-            form = "cross" if all(only_linears_hooked(b) for b in self.upper) else "joint"
+            parts = (m for block in self.upper for m in block.module.modules() if not isinstance(m, nn.Linear))
+            form = "cross" if all(untouched(self.backbone, m) for m in parts) else "joint"
         sos = tokens[:, :1].expand(-1, bias.shape[2], -1)
         rows = (self._cross if form == "cross" else self._joint)(tokens, sos, bias)
         rows = finished_rows(self.backbone, rows)

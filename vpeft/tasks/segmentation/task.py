@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
+from ... import checkpoint
 from ...backbone.maps import map_count
 from ...backbone.modules import head_places
 from ...backbone.reading import input_size
 from ...data.images import overlay, read_image, write_mask
 from ...data.splits import Datasets
 from ...errors import ConfigError, VpeftError
-from ...tuning import checkpoint
 from ..models import build_model, data_stats, make_method, pretrained_cfg
 from ..protocol import Built
 from . import model as heads

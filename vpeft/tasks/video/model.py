@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VpeftError
 from ...interventions.base import Intervention
-from ...interventions.context import clips
+from ...interventions.hub import running
 
 
 class FramewiseModel(nn.Module):
@@ -60,7 +60,7 @@ class FramewiseModel(nn.Module):
         if clip.ndim != 5:
             raise VpeftError(f"expected clips (B, 3, T, H, W), got {tuple(clip.shape)}")
         frames = clip.shape[2]
-        with clips(self.backbone, frames):
+        with running(self.backbone, frames=frames):
             if self.pool == "before":
                 return self.backbone.get_classifier()(self._drop(self._before(clip), 1))
             features = self.backbone.forward_features(rearrange(clip, "b c t h w -> (b t) c h w"))

@@ -11,10 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.splits import Datasets
 from ...errors import CheckpointError, ConfigError
-from ...tuning import checkpoint
 from ..models import build_model, check_classes, check_outputs, data_stats, pretrained_cfg
 from ..protocol import Built
 from .data import Clips, build_clips, check_video_source, find_videos, open_files

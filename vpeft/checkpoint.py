@@ -3,27 +3,33 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from ..backbone.modules import head_places
-from ..backbone.reading import input_size
-from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from .handle import Handle
+from .backbone.modules import head_places
+from .backbone.reading import input_size
+from .errors import CheckpointError
 
 FORMAT = 1
 KEY = "vpeft"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+class Saved(Protocol):
+    """A method, as far as a file knows it."""
+
+    name: str
+
+    def options(self) -> dict[str, Any]:
+        """Its hyper-parameters, as plain values."""
 
 
 @dataclass
@@ -44,31 +50,40 @@ class File:
 
 
 def save(
-    handle: "Handle",
     path: Path,
-    class_names: Iterable[str] | None,
-    metrics: dict | None,
-    data: dict | None,
-    config: dict | None,
-    training: bool = False,
+    name: str,
+    method: Saved,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    described: Mapping[str, Any],
 ) -> Path:
-    """Write a handle's tensors and metadata; the file appears whole or not at all."""
-    model, head = handle.model, handle.head_state_dict()
-    method, own = (handle.method, handle.state_dict()) if training else handle.method.exported(handle)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in (own | head).items()}
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    """Write a method's tensors and metadata; the file appears whole or not at all.
+
+    Args:
+        path: of the file.
+        name: of the handle.
+        method: its name and options rebuild it.
+        model: the timm model, whose frozen weights are told by a fingerprint.
+        own: the method's tensors.
+        head: the heads' tensors.
+        described: what the user says of it: ``class_names``, ``metrics``, ``data``, ``config``.
+    """
+    tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
+    cfg, class_names = getattr(model, "pretrained_cfg", None) or {}, described.get("class_names")
+    preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
     about = {
         "format": FORMAT,
-        "name": handle.name,
+        "name": name,
         "method": {"name": method.name, "options": method.options()},
         "model": model_about(model),
         "fingerprint": fingerprint(model, own.keys()),
-        "data": {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)} | (data or {}),
+        "data": preprocessing | (described.get("data") or {}),
         "num_classes": getattr(model, "num_classes", None),
         "class_names": list(class_names) if class_names is not None else None,
-        "metrics": metrics or {},
+        "metrics": described.get("metrics") or {},
         "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
-        "config": config,
+        "config": described.get("config"),
         "head": sorted(head),
     }
     text = json.dumps(about, sort_keys=True)

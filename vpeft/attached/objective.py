@@ -1,4 +1,4 @@
-"""Calibration: the task's loss as a method sees it, and the batches it looks at."""
+"""The task's loss as an attached method sees it, and the batches that it looks at before training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -75,7 +75,7 @@ class _Loss(nn.Module):
         return self.criterion(self.outer, images, labels)
 
 
-class _Batches:
+class Batches:
     """A loader's batches on the model's device, under a progress bar; can be gone through several times."""
 
     def __init__(self, loader: Iterable, device: torch.device, title: str | None):

@@ -1,0 +1,196 @@
+"""All that one attached method brought to a model, as a tree of modules, and what a method may do with it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.modules import ModuleRef
+from ..backbone.sites import Sites
+from ..errors import CheckpointError, VpeftError, did_you_mean, some
+from ..interventions.base import Intervention, set_tensor
+from ..interventions.hub import Hub
+from ..interventions.weights import ExistingTensors
+from .classifier import Classifier
+from .objective import Objective
+
+
+class Tree(nn.Module):
+    """A method's modules under the method cards' names. It is what a method sees of itself once it is attached.
+
+    Attributes:
+        name: of the handle.
+        method: the method with its hyper-parameters.
+        sites: what was read of the model.
+        hub: of the model.
+        classifier: the classifier that belongs to this handle, in the model or waiting for its turn.
+        heads: modules outside the model that train with it, by name.
+        enabled: it was not switched off by ``disable``.
+        calibrated: it has looked at data.
+        unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
+    """
+
+    def __init__(self, name: str, method: Any, sites: Sites, hub: Hub):
+        super().__init__()
+        self.name, self.method, self.sites, self.hub = name, method, sites, hub
+        self.classifier = Classifier.of(sites.model)
+        self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
+        self.enabled, self.calibrated = True, False
+        self.task: Objective | None = None
+        self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None
+
+    def add_at(self, path: str, module: nn.Module) -> None:
+        """Put a module at a dotted path, with empty modules on the way."""
+        node: nn.Module = self
+        *way, leaf = path.split(".")
+        for part in way:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node._modules[part]
+        if leaf in node._modules:
+            # An earlier path went through here: the new module takes over what already hangs there.
+            for name, child in node._modules[leaf].named_children():
+                module.add_module(name, child)
+        node._modules[leaf] = module
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model."""
+        return self.sites.model
+
+    @property
+    def interventions(self) -> list[Intervention]:
+        """All of them, in the order of their names' first appearance."""
+        return [m for m in self.modules() if isinstance(m, Intervention)]
+
+    @property
+    def existing(self) -> list[ExistingTensors]:
+        """Those that train the model's own tensors."""
+        return [m for m in self.interventions if isinstance(m, ExistingTensors)]
+
+    @property
+    def objective(self) -> Objective:
+        """The task's loss: what calibration was told, else the cross-entropy of the model's logits."""
+        return self.task or Objective(self.model, self.heads)
+
+    def forward(self) -> None:
+        raise VpeftError("this module holds a method's parts; call the model itself")
+
+    # ---- on and off ----
+
+    def switch(self, on: bool) -> None:
+        """Let its parts act, or not; the classifier is another matter."""
+        if on != self.enabled:
+            self.enabled = on
+            for intervention in self.interventions:
+                intervention.on_toggle()
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the hub whether it acts."""
+        acting = [name for name in self.hub.acting if name != self.name]
+        self.hub.acting = (*acting, self.name) if self.enabled and self.unmerged is None else tuple(acting)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Under here the backbone computes what it would without the method; the classifier stays."""
+        was = self.enabled
+        self.switch(False)
+        try:
+            yield
+        finally:
+            self.switch(was)
+
+    def eval_all(self) -> None:
+        """Evaluation mode for the model, the method and every head."""
+        for module in (self.model, *self.heads.values()):
+            module.eval()
+
+    # ---- tensors ----
+
+    def state(self) -> dict[str, Tensor]:
+        """The method's tensors by the method cards' names, and tensors of the model that it trains by their own."""
+        state = dict(self.state_dict())  # parameters and persistent buffers
+        for existing in self.existing:
+            state |= existing.values()
+        # While merged, a trained tensor of the model may hold a folded value.
+        folded = {f"{place.path}.{n}": value for place, n, value in self.unmerged or ()}
+        return state | {n: folded[n] for n in folded.keys() & state.keys() if folded[n] is not None}
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The method's parameters by the names of ``state``; one of no entries (an empty mask) is left out."""
+        yield from ((n, p) for n, p in self.named_parameters() if p.numel())
+        for existing in self.existing:
+            yield from existing.tensors()
+
+    @property
+    def head_places(self) -> list[ModuleRef]:
+        """What trains beside the method: its classifier(s), and the modules outside the model."""
+        return [*self.classifier.heads, *(ModuleRef(name, module) for name, module in self.heads.items())]
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The heads' tensors: a classifier's by the model's names, others' by the names given to ``attach``."""
+        return {
+            f"{head.path}.{name}": value
+            for head in self.head_places
+            for name, value in head.module.state_dict(keep_vars=False).items()
+        }
+
+    def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The heads' parameters, named as in ``head_tensors``."""
+        for head in self.head_places:
+            for name, parameter in head.module.named_parameters():
+                yield f"{head.path}.{name}", parameter
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Copy tensors in, by the names of ``state``; the heads' are taken too where they are given.
+
+        Raises:
+            CheckpointError: a missing or unknown name (where ``strict``) or a wrong shape; then nothing was changed.
+        """
+        own, heads = self.state(), self.head_tensors()
+        missing = sorted(own.keys() - state.keys())
+        if strict:
+            self._check_names(missing, sorted(state.keys() - own.keys() - heads.keys()))
+        known = own | heads
+        resizable = {
+            f"{path}.{leaf}".lstrip("."): (module, leaf)
+            for path, module in self.named_modules()
+            for leaf in getattr(module, "resizable", ())
+        }
+        self._check_shapes(state, known, resizable.keys())
+        existing = {n: e for e in self.existing for n in e.slots}
+        self.calibrated = self.calibrated or not missing
+        for name, value in state.items():
+            if name in existing:
+                existing[name].set_value(name, value)
+            elif name in resizable and value.shape != known[name].shape:
+                module, leaf = resizable[name]
+                set_tensor(module, leaf, value)
+            elif name in known:
+                known[name].copy_(value)
+
+    def _check_names(self, missing: list[str], unknown: list[str]) -> None:
+        parts = [f"missing {some(missing)}"] if missing else []
+        if unknown:
+            parts.append(f"unknown {some(unknown)}{did_you_mean(unknown[0], missing) if missing else ''}")
+        if parts:
+            raise CheckpointError(f"tensors do not fit {self.method.name} on this model: {'; '.join(parts)}")
+
+    def _check_shapes(self, state: Mapping[str, Tensor], known: dict[str, Tensor], resizable: Any) -> None:
+        for name, value in state.items():
+            if name not in known or (name in resizable and value.ndim == known[name].ndim):
+                continue
+            if value.shape != known[name].shape:
+                raise CheckpointError(
+                    f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
+                )
+        for path, module in self.named_modules():
+            if isinstance(module, Intervention) and module.resizable:
+                names = {leaf: f"{path}.{leaf}".lstrip(".") for leaf in module.resizable}
+                problem = module.why_not({leaf: state.get(n, known[n]) for leaf, n in names.items()})
+                if problem:
+                    raise CheckpointError(f"{path}: {problem}")

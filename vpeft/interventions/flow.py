@@ -1,0 +1,82 @@
+"""The state of one forward: who acts in it, and what interventions keep from one module's hook to a later one's."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Flow:
+    """One forward under way: made when it starts, gone when it ends or fails, of one thread alone (see ``Hub``).
+
+    Attributes:
+        acting: names of the handles that act in it.
+        facts: what its caller says of it: ``frames`` of a clip; ``maps``, where feature maps are read and nothing is pooled.
+        state: what interventions keep, by intervention and name.
+        carried: of these, what ``forward_head`` still needs behind ``forward_features``.
+        starter: the module whose call it is.
+        outer: the flow that goes on when this one has ended.
+        checkpointed: blocks will run again in backward.
+        task: the backward pass whose blocks run again in it, or None.
+    """
+
+    def __init__(
+        self,
+        acting: tuple[str, ...],
+        facts: dict[str, Any] | None = None,
+        *,
+        starter: nn.Module | None = None,
+        outer: "Flow | None" = None,
+        checkpointed: bool = False,
+    ):
+        self.acting, self.facts = acting, facts or {}
+        self.state: dict[tuple[int, str], Any] = {}
+        self.carried: set[tuple[int, str]] = set()
+        self.starter, self.outer, self.checkpointed = starter, outer, checkpointed
+        self.task: int | None = None
+        self.closed = False
+
+    def put(self, owner: object, name: str, value: Any, *, carried: bool = False) -> None:
+        """Keep something for a later hook of this forward; ``carried`` beyond the features, for the classifier's side."""
+        self.state[id(owner), name] = value
+        if carried:
+            self.carried.add((id(owner), name))
+
+    def get(self, owner: object, name: str) -> Any:
+        """What was put; None where nothing was."""
+        return self.state.get((id(owner), name))
+
+    def pop(self, owner: object, name: str) -> Any:
+        """What was put, which is then forgotten; None where nothing was."""
+        return self.state.pop((id(owner), name), None)
+
+    def after_features(self) -> "Flow | None":
+        """What the classifier's side goes on with, or None where it needs nothing."""
+        kept = {key: value for key, value in self.state.items() if key in self.carried}
+        if not kept:
+            return None
+        flow = Flow(self.acting, self.facts)
+        flow.state, flow.carried = kept, set(self.carried)
+        return flow
+
+    def snapshot(self) -> "Flow":
+        """Its present state without graphs: the same values, which require a gradient where these do."""
+        flow = Flow(self.acting, self.facts)
+        flow.state, flow.carried = {key: _leaf(value) for key, value in self.state.items()}, set(self.carried)
+        return flow
+
+    def again(self) -> "Flow":
+        """A flow that goes on from this one's state, which stays as it is."""
+        flow = Flow(self.acting, self.facts)
+        flow.state, flow.carried = dict(self.state), set(self.carried)
+        return flow
+
+    def close(self) -> None:
+        """End it, and drop what it holds."""
+        self.closed = True
+        self.state.clear()
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_leaf(v) for v in value)
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value

@@ -1,0 +1,280 @@
+"""The hub of a model: its junctions, and on each thread the forward that is under way."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..backbone.modules import CONTAINER
+from .flow import Flow
+from .junction import Junction, unhook, with_tensors
+
+# timm's functions that start a forward when they are called by themselves.
+STARTS = ("forward_features", "forward_intermediates", "forward_head")
+
+
+class Hub:
+    """Makes a ``Flow`` when a forward of the model starts, and drops it when that ends or fails.
+
+    A forward is started by the outermost of these calls: the model, ``forward_features``, ``forward_intermediates``,
+    ``forward_head``, one block. Two kinds of state outlive the call that made them, each kept beside a tensor that is
+    handed on, and gone with it: what the classifier's side still needs goes with the features; what a checkpointed block
+    found when it was entered goes with its input, and is found again in backward, on whatever thread.
+
+    Attributes:
+        model: the timm model.
+        blocks: its transformer blocks.
+        acting: names of the handles that act in a forward that starts now.
+        junctions: by module.
+        top: the junction of the model itself, for its own tensors (class token, position embedding).
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]):
+        self.model, self.blocks = model, blocks
+        self.acting: tuple[str, ...] = ()
+        self.junctions: dict[nn.Module, Junction] = {}
+        self.top = Junction(self, model, stands_in=False)
+        self.checkpointing = [m for m in model.modules() if hasattr(m, "grad_checkpointing")]
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        self.local = threading.local()
+        self.carried, self.entered = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "carried", "entered")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_empty()  # copies and pickles are in no forward
+
+    # ---- on and off the model ----
+
+    def install(self) -> None:
+        """Hook the calls that start a forward."""
+        self.model.register_forward_pre_hook(self._start, with_kwargs=True)
+        self.model.register_forward_hook(self._end, always_call=True)
+        for block in self.blocks:
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True, prepend=True)
+            block.register_forward_hook(self._end, always_call=True)
+        for name in STARTS:
+            if callable(getattr(type(self.model), name, None)):
+                setattr(self.model, name, getattr(self, f"_{name}"))
+
+    def uninstall(self) -> None:
+        """Take its hooks and attributes off the model."""
+        for module in (self.model, *self.blocks):
+            unhook(module, self)
+        for name in STARTS:
+            vars(self.model).pop(name, None)
+
+    def at(self, module: nn.Module) -> Junction:
+        """The junction of a module."""
+        if module is self.model:
+            return self.top
+        if module not in self.junctions:
+            self.junctions[module] = Junction(self, module)
+        return self.junctions[module]
+
+    def remove(self, owner: str) -> None:
+        """Take off all that one handle does, at every junction."""
+        for module, junction in [*self.junctions.items(), (self.model, self.top)]:
+            junction.remove(owner)
+            if junction.empty:
+                self.junctions.pop(module, None)
+
+    def end_last(self, module: nn.Module) -> None:
+        """Where a forward may end with a module, it ends behind all other hooks that are there."""
+        for key in [k for k, hook in module._forward_hooks.items() if getattr(hook, "__self__", None) is self]:
+            module._forward_hooks.move_to_end(key)
+
+    def forget(self, module: nn.Module) -> None:
+        """A module has left the model: nothing is done there any more."""
+        junction = self.junctions.pop(module, None)
+        for owner in junction.owners() if junction is not None else ():
+            junction.remove(owner)
+
+    def untouched(self, module: nn.Module, besides: str | None = None) -> bool:
+        """Whether a module computes what its class does: nobody acts there (``besides`` may), and no one else hooks it."""
+        junction = self.junctions.get(module)
+        known = (self, junction)
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module):
+            hooks.append(vars(module)["forward"])
+        if any(getattr(hook, "__self__", None) not in known for hook in hooks):
+            return False
+        return junction is None or not (junction.owners() - {besides}) & set(self.acting_now())
+
+    # ---- the forward under way ----
+
+    def now(self) -> Flow | None:
+        """The forward under way on this thread, or None."""
+        flow = getattr(self.local, "flow", None)
+        return None if flow is None or flow.closed else flow
+
+    def acting_now(self) -> tuple[str, ...]:
+        """Names of the handles that act in the forward under way, or would in one that starts now."""
+        flow = self.now()
+        return self.acting if flow is None else flow.acting
+
+    def fact(self, name: str) -> Any:
+        """What was said of the forward under way, or of those to come; None where nothing was."""
+        flow = self.now()
+        facts = getattr(self.local, "facts", None) if flow is None else flow.facts
+        return facts.get(name) if facts else None
+
+    def _new(self, starter: nn.Module | None = None) -> Flow:
+        checkpointed = False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            checkpointed = any(m.grad_checkpointing for m in self.checkpointing)
+        facts = getattr(self.local, "facts", None)
+        return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+
+    @contextmanager
+    def running(self, acting: tuple[str, ...] | None = None, **facts: Any) -> Iterator[Flow]:
+        """Under here this thread runs one forward, whole or in parts.
+
+        Args:
+            acting: names of the handles that act in it; None for those that are enabled.
+            facts: see ``Flow``.
+        """
+        before = getattr(self.local, "flow", None)
+        flow = self._new()
+        if acting is not None:
+            flow.acting = acting
+        said = flow.facts if flow.outer is None else flow.outer.facts
+        flow.facts = {**said, **facts}
+        self.local.flow = flow
+        try:
+            yield flow
+        finally:
+            self.local.flow = before
+
+    @contextmanager
+    def saying(self, **facts: Any) -> Iterator[None]:
+        """Forwards that start under here, on this thread, have these facts."""
+        before = getattr(self.local, "facts", None)
+        self.local.facts = {**(before or {}), **facts}
+        try:
+            yield
+        finally:
+            self.local.facts = before
+
+    # ---- hooks ----
+
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        flow = self.now()
+        if flow is None or flow.task is not None:
+            self.local.flow = self._new(model)
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        flow = self.now()
+        if flow is not None and flow.starter is module:
+            self.local.flow = flow.outer
+
+    def _enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        flow = self.now()
+        if flow is not None and flow.task is None:
+            if flow.checkpointed:
+                self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
+            return
+        if torch.compiler.is_compiling():
+            self.local.flow = self._new(block)
+            return
+        task = torch._C._current_graph_task_id()
+        if task == -1:  # a block called by itself
+            self.local.flow = self._new(block)
+        else:
+            self._enter_again(args[0] if args else kwargs["x"], task)
+
+    def _enter_again(self, x: Tensor, task: int) -> None:
+        """A block that runs a second time, in backward: with what it found the first time."""
+        found, flow = self.entered.get(x), self.now()
+        if found is None and flow is not None and flow.task == task:
+            return  # a further block of one checkpointed part
+        flow = self._new() if found is None else found.again()
+        flow.task = task
+        self.local.flow = flow
+        torch.autograd.Variable._execution_engine.queue_callback(flow.close)
+
+    # ---- timm's functions, as attributes of the model ----
+
+    def _forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part("forward_features", args, kwargs)
+
+    def _forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part("forward_intermediates", args, kwargs)
+
+    def _forward_head(self, *args: Any, **kwargs: Any) -> Any:
+        carried = None
+        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+            carried = self.carried.get(args[0])
+        return self._part("forward_head", args, kwargs, carried)
+
+    def _part(self, name: str, args: tuple, kwargs: dict[str, Any], carried: Flow | None = None) -> Any:
+        """One of the model's own functions, in the forward under way or as one of its own."""
+        function, flow = getattr(type(self.model), name), self.now()
+        if flow is not None and flow.task is None:
+            return function(with_tensors(self.model, self.top.tensors(flow)), *args, **kwargs)
+        before = getattr(self.local, "flow", None)
+        flow = self._new() if carried is None else carried.again()
+        self.local.flow = flow
+        try:
+            output = function(with_tensors(self.model, self.top.tensors(flow)), *args, **kwargs)
+        finally:
+            self.local.flow = before
+        features = output[0] if isinstance(output, tuple) else output
+        if flow.carried and isinstance(features, Tensor) and not torch.compiler.is_compiling():
+            self._carry(features, flow)
+        return output
+
+    def _carry(self, features: Tensor, flow: Flow) -> None:
+        kept = flow.after_features()
+        if kept is not None:
+            self.carried[features] = kept
+
+
+def hub_of(model: nn.Module) -> Hub | None:
+    """The hub of a model with methods attached, or None."""
+    return getattr(getattr(model, CONTAINER, None), "hub", None)
+
+
+def hubs(module: nn.Module) -> list[Hub]:
+    """The hubs of all models with methods attached in a module."""
+    return [hub for m in module.modules() if isinstance(hub := hub_of(m), Hub)]
+
+
+@contextmanager
+def running(module: nn.Module, **facts: Any) -> Iterator[None]:
+    """Under here this thread runs one forward of each adapted model in ``module``, whole or in parts; see ``Hub``."""
+    with ExitStack() as stack:
+        for hub in hubs(module):
+            stack.enter_context(hub.running(**facts))
+        yield
+
+
+@contextmanager
+def bare(hub: Hub | None) -> Iterator[None]:
+    """Under here nobody acts on this thread: a forward of the frozen model."""
+    if hub is None:
+        yield
+        return
+    with hub.running(()):
+        yield
+
+
+def untouched(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module of a model computes what its class does; see ``Hub.untouched``."""
+    hub = hub_of(model) or Hub(model, [])
+    return hub.untouched(module)
+
+
+def as_it_acts(model: nn.Module) -> nn.Module:
+    """A model with the tensors of its own that it has in the forward under way, for who reads them beside its forward."""
+    hub = hub_of(model)
+    flow = None if hub is None else hub.now()
+    return model if flow is None else with_tensors(model, hub.top.tensors(flow))

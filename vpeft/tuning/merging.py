@@ -1,0 +1,82 @@
+"""Folding a method into the backbone's weights, and back."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..attached.tree import Tree
+from ..errors import MethodError
+from ..interventions.base import Folded
+
+
+@torch.no_grad()
+def merge(tree: Tree, others: Iterable[Tree]) -> None:
+    """Write what the hooks do into the weights, computed in float32 (or float64) and cast once; the hooks then rest.
+
+    Args:
+        tree: of the method.
+        others: of the other attached methods.
+
+    Raises:
+        MethodError: already merged, switched off, not exactly mergeable (with the reason), or another enabled method acts
+            on the same modules; then nothing was changed.
+    """
+    if tree.unmerged is not None:
+        raise MethodError(f"'{tree.name}' is merged already")
+    if not tree.enabled:
+        raise MethodError(f"'{tree.name}' is disabled; enable() it before merging")
+    folds = _folds(tree)
+    _check_alone(tree, folds, others)
+    tree.unmerged = []
+    for fold in folds:
+        for name, value in fold.tensors.items():
+            current = getattr(fold.place.module, name)
+            tree.unmerged.append((fold.place, name, None if current is None else current.detach().clone()))
+            if current is None:
+                like = fold.place.module.weight
+                new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
+                setattr(fold.place.module, name, new)
+            else:
+                current.copy_(value)
+    tree.tell()
+
+
+def _folds(tree: Tree) -> list[Folded]:
+    """All folds, computed before the first is written, so that a failure changes nothing."""
+    for intervention in tree.interventions:
+        if not intervention.mergeable:
+            intervention.fold()  # raises with the reason
+    folds = [fold for intervention in tree.interventions for fold in intervention.fold()]
+    seen: set[tuple[int, str]] = set()
+    for fold in folds:
+        for name in fold.tensors:
+            if (id(fold.place.module), name) in seen:
+                raise MethodError(f"cannot merge: two parts of {tree.method.name} change {fold.place.path}.{name}")
+            seen.add((id(fold.place.module), name))
+    return folds
+
+
+def _check_alone(tree: Tree, folds: list[Folded], others: Iterable[Tree]) -> None:
+    touched = {id(f.place.module) for f in folds} | {id(p.module) for i in tree.interventions for p in i.hooked()}
+    for place in (p for other in others if other.enabled for i in other.interventions for p in i.hooked()):
+        if id(place.module) in touched:
+            raise MethodError(f"cannot merge '{tree.name}': another enabled method also acts on {place.path}")
+
+
+@torch.no_grad()
+def unmerge(tree: Tree) -> None:
+    """Put the original weights back, bit for bit, and let the hooks act again.
+
+    Raises:
+        MethodError: not merged.
+    """
+    if tree.unmerged is None:
+        raise MethodError(f"'{tree.name}' is not merged")
+    for place, name, value in reversed(tree.unmerged):
+        if value is None:
+            setattr(place.module, name, None)
+        else:
+            getattr(place.module, name).copy_(value)
+    tree.unmerged = None
+    tree.tell()
