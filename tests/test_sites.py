@@ -313,8 +313,10 @@ def test_per_block_sizes(kind):
         vpeft.attach(model, "lora", rank=[1, 2])
     with pytest.raises(vpeft.MethodError, match="choose no place"):
         vpeft.attach(model, "lora", rank=0)
-    with pytest.raises(vpeft.VpeftError, match="unknown slot 'qk'; did you mean 'qkv'"):
+    with pytest.raises(vpeft.MethodError, match=r"lora\.targets\[0\]: 'qk' is not one of qkv.*; did you mean 'qkv'"):
         vpeft.attach(model, "lora", targets=["qk"])
+    with pytest.raises(vpeft.VpeftError, match="unknown slot 'qk'; did you mean 'qkv'"):
+        Sites(model).blocks[0].linears("qk")
     assert not hasattr(model, "vpeft")
 
 

@@ -14,7 +14,7 @@ from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.output import MapOutput
-from .base import Method, Paper, register
+from .base import Method, Paper, count, register
 
 SIDES = ("up", "down", "left", "right")
 
@@ -79,13 +79,6 @@ class PixelMethod(Method):
     @property
     def trains_head(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        for option in ("classes", "pad", "inner", "samples", "n_clusters"):
-            value = getattr(self, option, None)
-            if value is not None and value < 1:
-                raise MethodError(f"{self.name}.{option}: {value} must be at least 1")
 
     def target_classes(self, sites: Sites, outputs: int) -> int:
         """How many classes there are to be, of so many outputs that can stand for them."""
@@ -190,9 +183,9 @@ class VP(PixelMethod):
     """
 
     variant: Literal["pad", "fixed_patch", "random_patch"] = "pad"
-    pad: int | None = None
+    pad: int | None = count(None, "pixels")
     draw_in_eval: bool = False
-    classes: int | None = None
+    classes: int | None = count(None, "classes")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, PixelPrompt]]:
         chosen = None if self.classes is None else self.first_outputs(sites)
