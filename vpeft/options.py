@@ -12,7 +12,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Option:
         unit: what a number counts, in the plural.
         length: the least and the largest number of a list's entries.
         free: what a text that has no choices is, or what a mapping of free keywords is for.
+        words: what it may be, for the reference page, where types and bounds say it badly.
         pattern: a regular expression that a free text fulfils as a whole.
         help: a short phrase for the reference page, where the class's docstring does not explain the option.
     """
@@ -50,6 +51,7 @@ class Option:
     unit: str = ""
     length: tuple[int, int] = (0, LONGEST)
     free: str = ""
+    words: str = ""
     pattern: str = ""
     help: str = ""
 
@@ -100,12 +102,13 @@ def option(
     unit: str = "",
     length: int | tuple[int, int] = (0, LONGEST),
     free: str = "",
+    words: str = "",
     pattern: str = "",
     help: str = "",
 ) -> Any:
     """A dataclass field that knows what it may be; see ``Option``. ``length`` may be one number, for exactly as many."""
     length = (length, length) if isinstance(length, int) else length
-    spec = Option(ge, gt, le, lt, tuple(choices), unit, length, free, pattern, help)
+    spec = Option(ge, gt, le, lt, tuple(choices), unit, length, free, words, pattern, help)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(copy.deepcopy, default), metadata={_KEY: spec})
     return dataclasses.field(default=default, metadata={_KEY: spec})
@@ -201,8 +204,11 @@ def section_of(hint: Any) -> type | None:
 
 def allowed(this: Declared) -> str:
     """What an option may be, as Markdown: its choices, or its bounds with the unit."""
-    parts = [text for hint in _members(this.hint) for text in _allowed(hint, this.option)]
-    return " or ".join(dict.fromkeys(parts))
+    if this.option.words:
+        return this.option.words
+    members = _members(this.hint)
+    parts = [_allowed(h, this.option, members) for h in sorted(members, key=lambda h: h in (str, type(None)))]
+    return ", or ".join(dict.fromkeys(parts))
 
 
 def readable(hint: Any) -> str:
@@ -316,32 +322,33 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}" if value is not None else ""
 
 
-def _allowed(hint: Any, spec: Option) -> Iterator[str]:
-    """What one member of a type may be."""
-    origin = typing.get_origin(hint)
-    plain: dict[Any, Callable[[], str]] = {
-        bool: lambda: "true or false",
-        int: lambda: _range(spec),
-        float: lambda: _range(spec),
-        str: lambda: ", ".join(f"`{c}`" for c in spec.choices) or spec.free or "text",
-        type(None): lambda: "none",
-    }
+def _allowed(hint: Any, spec: Option, beside: tuple[Any, ...] = ()) -> str:
+    """What one member of a type may be; ``beside`` are all of its members."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        yield ", ".join(f"`{c}`" for c in typing.get_args(hint))
-    elif origin is list:
-        (inner,) = typing.get_args(hint)
-        entries = " or ".join(t for h in _members(inner) for t in _allowed(h, spec))
+        return _quoted(args)
+    if origin is list:
         low, high = spec.length
-        yield f"a list{f' of {low}' if low == high else ''}, each {entries}"
-    elif origin is dict:
-        inner = typing.get_args(hint)[1]
-        yield spec.free + ("" if inner is Any else f", each {' or '.join(_allowed(inner, spec))}")
-    elif hint in plain:
-        yield plain[hint]()
+        many = f"a list of {low}" if low == high else "a list"
+        return f"{many} of such" if args[0] in beside else f"{many}, each {_allowed(args[0], spec)}"
+    if origin is dict:
+        return spec.free + ("" if args[1] is Any else f", each {_allowed(args[1], spec)}")
+    if hint is str:
+        return _quoted(spec.choices) or spec.free or "text"
+    return {bool: "true or false", type(None): "none"}.get(hint) or _range(spec)
+
+
+def _quoted(choices: Sequence[str]) -> str:
+    *most, last = (f"`{c}`" for c in choices or ("",))
+    return f"{', '.join(most)} or {last}" if most else last if choices else ""
 
 
 def _range(spec: Option) -> str:
-    text = spec.bounds.replace(" and ", ", ")
-    if text.startswith("at least "):
-        text = text.removeprefix("at least ").replace(", at most ", " to ")
-    return text + (f" {spec.unit}" if spec.unit and spec.unit not in ("probability", "fraction") else "")
+    low = f"{_number(spec.ge)}" if spec.ge is not None else f"above {_number(spec.gt)}" if spec.gt is not None else ""
+    high = f"to {_number(spec.le)}" if spec.le is not None else f"to below {_number(spec.lt)}" if spec.lt is not None else ""
+    if spec.gt is not None and high:
+        low += ","
+    elif not high:  # the general bound, which the page's head tells
+        high = "or more" if spec.ge is not None else ""
+    unit = "" if spec.unit in ("probability", "fraction") else spec.unit
+    return " ".join(filter(None, (low, high, unit))) or "any number"

@@ -60,7 +60,7 @@ class BenchConfig:
     num_classes: int = option(100, ge=1, unit="classes")
     rounds: int = option(10, ge=1, unit="rounds")
     warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
-    update: bool = True
+    update: bool = option(True, help="a step includes the optimiser's")
     experiment: str | None = option(None, free="a file's path")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)

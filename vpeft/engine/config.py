@@ -16,6 +16,7 @@ from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 __all__ = [
     "PRECISIONS", "AugmentConfig", "CacheConfig", "Config", "DataConfig", "MethodConfig", "ModelConfig", "MotionConfig",
@@ -32,11 +33,11 @@ class ModelConfig:
     """
 
     name: str = option("vit_micro_patch4_28.vpeft_fashion", free="a timm model, with the tag of its weights")
-    pretrained: bool = True
-    checkpoint: str | None = option(None, free="a file's path")
-    keep_head: bool = False
-    img_size: int | None = option(None, ge=1, le=SIZE, unit="pixels")
-    drop_path: float = probability(0.0)
+    pretrained: bool = option(True, help="with the weights of the name")
+    checkpoint: str | None = option(None, free="a file's path", help="weights in place of timm's")
+    keep_head: bool = option(False, help="the classifier of the weights")
+    img_size: int | None = option(None, ge=1, le=SIZE, unit="pixels", help="the model's own where none")
+    drop_path: float = probability(0.0, help="stochastic depth in the backbone")
     drop: float = probability(0.0, help="dropout in the backbone")
     kwargs: dict[str, Any] = option({}, free="further keywords of timm's factory")
 
@@ -54,22 +55,26 @@ class DataConfig:
     """Where images come from; mean, std, interpolation and size are the model's own unless set here."""
 
     source: str = option("digits", free="a data set's name, or `folder`")
-    root: str | None = option(None, free="a folder's path")
+    root: str | None = option(None, free="a folder's path", help="of the data")
     train_split: str = option("train", free="a split's name")
     val_split: str | None = option(None, free="a split's name")
     val_size: int = option(0, ge=0, le=10**9, unit="samples", help="of the training split, where there is no `val_split`")
     test_split: str | None = option("test", free="a split's name")
-    num_classes: int | None = option(None, ge=1, unit="classes")
-    classes: list[str] | None = option(None, length=(1, LARGEST), free="a class's name")
-    num_samples: int | None = option(None, ge=1, le=10**12, unit="samples", help="of a stream that does not know its length")
-    download: bool = False
+    num_classes: int | None = option(None, ge=1, unit="classes", help="to be checked against the data")
+    classes: list[str] | None = option(
+        None, length=(1, LARGEST), free="a class's name", help="names, in the order of the labels"
+    )
+    num_samples: int | None = option(None, ge=1, le=10**12, unit="samples", help="that are used; a stream's length")
+    download: bool = option(False, help="where the data set allows it")
     batch_size: int = option(256, ge=1, unit="samples", help="outside training")
-    workers: int = option(0, ge=0, le=1024, unit="processes")
-    mean: list[float] | None = option(None, length=(1, 1000))
-    std: list[float] | None = option(None, ge=1e-6, length=(1, 1000))
-    interpolation: str | None = option(None, choices=("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"))
-    crop_pct: float | None = option(None, ge=0.01, le=1)
-    crop_mode: str | None = option(None, choices=("center", "squash", "border"))
+    workers: int = option(0, ge=0, le=1024, unit="processes", help="that load data; 0 loads in the main one")
+    mean: list[float] | None = option(None, length=(1, 1000), help="of each channel")
+    std: list[float] | None = option(None, ge=1e-6, length=(1, 1000), help="of each channel")
+    interpolation: str | None = option(
+        None, choices=("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"), help="with which images are resized"
+    )
+    crop_pct: float | None = option(None, ge=0.01, le=1, help="share of the resized image that tests see")
+    crop_mode: str | None = option(None, choices=("center", "squash", "border"), help="of test images")
 
 
 @dataclass
@@ -80,15 +85,15 @@ class AugmentConfig:
     so that the short side is a random multiple of the input's, within these bounds, and cut at a random place.
     """
 
-    enabled: bool = False
-    scale: list[float] = option([0.08, 1.0], gt=0, length=2)
-    ratio: list[float] = option([0.75, 1.3333], gt=0, length=2)
-    scale_jitter: list[float] | None = option(None, gt=0, length=2)
-    hflip: float = option(0.5, ge=0, le=1, unit="probability")
-    vflip: float = option(0.0, ge=0, le=1, unit="probability")
-    color_jitter: float = nonnegative(0.0)
+    enabled: bool = option(False, help="all that follows")
+    scale: list[float] = option([0.08, 1.0], gt=0, length=2, help="share of the area")
+    ratio: list[float] = option([0.75, 1.3333], gt=0, length=2, help="width over height")
+    scale_jitter: list[float] | None = option(None, gt=0, length=2, help="multiple of the input's side")
+    hflip: float = option(0.5, ge=0, le=1, unit="probability", help="probability of a mirror image")
+    vflip: float = option(0.0, ge=0, le=1, unit="probability", help="probability of an image upside down")
+    color_jitter: float = nonnegative(0.0, help="strength")
     auto_augment: str | None = option(None, free="a policy of timm, such as `rand-m9-mstd0.5`")
-    random_erasing: float = option(0.0, ge=0, le=1, unit="probability")
+    random_erasing: float = option(0.0, ge=0, le=1, unit="probability", help="probability")
     mixup: float = nonnegative(0.0, help="alpha of the beta distribution; 0 is off")
     cutmix: float = nonnegative(0.0, help="alpha of the beta distribution; 0 is off")
 
@@ -98,9 +103,9 @@ class OptimConfig:
     """timm's optimiser by name. Biases, norms and what a method exempts are never decayed."""
 
     name: str = option("adamw", free="an optimiser of timm")
-    lr: float = nonnegative(1e-3)
-    weight_decay: float = nonnegative(1e-4)
-    momentum: float = option(0.9, ge=0, le=1)
+    lr: float = nonnegative(1e-3, help="of the method")
+    weight_decay: float = nonnegative(1e-4, help="of what is decayed")
+    momentum: float = option(0.9, ge=0, le=1, help="of SGD and its kin")
     head_lr: float | None = nonnegative(None, help="`lr` where None")
     kwargs: dict[str, Any] = option({}, free="further keywords of timm's factory")
 
@@ -110,11 +115,11 @@ class ScheduleConfig:
     """timm's learning-rate schedule, stepped at every update; lengths in epochs. ``power`` is that of ``poly``."""
 
     name: str = option("cosine", choices=("cosine", "tanh", "step", "multistep", "poly", "constant"))
-    warmup_epochs: int = option(0, ge=0, unit="epochs")
-    warmup_lr: float = nonnegative(1e-6)
-    min_lr: float = nonnegative(1e-5)
-    cooldown_epochs: int = option(0, ge=0, unit="epochs")
-    power: float = nonnegative(1.0)
+    warmup_epochs: int = option(0, ge=0, unit="epochs", help="in which the rate rises")
+    warmup_lr: float = nonnegative(1e-6, help="where the rise starts")
+    min_lr: float = nonnegative(1e-5, help="where the fall ends")
+    cooldown_epochs: int = option(0, ge=0, unit="epochs", help="at the end, with the lowest rate")
+    power: float = nonnegative(1.0, help="of `poly`")
 
 
 @dataclass
@@ -123,17 +128,17 @@ class TrainConfig:
 
     epochs: int = option(20, ge=1, unit="epochs")
     batch_size: int = option(64, ge=1, unit="samples")
-    accumulate: int = option(1, ge=1, unit="parts")
-    drop_last: bool = False
+    accumulate: int = option(1, ge=1, unit="parts", help="that a batch is cut into")
+    drop_last: bool = option(False, help="leave out an incomplete last batch")
     clip_grad: float | None = nonnegative(None, help="largest norm of the gradient")
-    label_smoothing: float = option(0.0, ge=0, lt=1)
+    label_smoothing: float = option(0.0, ge=0, lt=1, help="share that all classes get")
     ema: float | None = option(None, ge=0, lt=1, help="decay of a moving average of the weights")
-    precision: str = option("fp32", choices=PRECISIONS)
-    compile: bool = False
-    fused_attention: bool = True
-    grad_checkpointing: bool = False
+    precision: str = option("fp32", choices=PRECISIONS, help="of forward and backward")
+    compile: bool = option(False, help="with `torch.compile`")
+    fused_attention: bool = option(True, help="torch's scaled dot-product attention")
+    grad_checkpointing: bool = option(False, help="compute activations again instead of keeping them")
     select: str = option("best", choices=("best", "last"), help="the epoch that is kept")
-    deterministic: bool = True
+    deterministic: bool = option(True, help="the same numbers in every run")
 
 
 @dataclass
@@ -145,9 +150,9 @@ class CacheConfig:
     """
 
     mode: str = option("off", choices=("off", "auto", "memory", "disk"))
-    dtype: str = option("fp32", choices=PRECISIONS)
-    budget_gb: float = option(4.0, ge=0, unit="GB")
-    folder: str | None = option(None, free="a folder's path")
+    dtype: str = option("fp32", choices=PRECISIONS, help="of stored features")
+    budget_gb: float = option(4.0, ge=0, unit="GB", help="of memory")
+    folder: str | None = option(None, free="a folder's path", help="of `disk`")
 
 
 @dataclass
@@ -164,12 +169,12 @@ class WandbConfig:
 class Config:
     """A whole experiment."""
 
-    name: str = option("run", free="a name for the run's folder")
+    name: str = option("run", free="a name for the run's folder", help="with which the run is found again")
     output: str = option("runs", free="the folder of all runs")
     task: str = option("classification", choices=KINDS)
-    seed: int = option(0, ge=0, le=SEED)
-    resume: str = option("auto", choices=("auto", "never"))
-    overwrite: bool = False
+    seed: int = option(0, ge=0, le=SEED, help="of weights, order of samples, and augmentation")
+    resume: str = option("auto", choices=("auto", "never"), help="an unfinished run of the same name goes on, or is refused")
+    overwrite: bool = option(False, help="replace a run of the same name")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,6 +263,8 @@ def _check_keys(schema: type, values: Any, path: str) -> None:
         where = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise ConfigError(f"{where}: unknown key{did_you_mean(key, known)}")
+        if OmegaConf.is_interpolation(values, key) or OmegaConf.is_missing(values, key):
+            continue  # known only when all layers lie on each other
         kind, value = known[key].type, values[key]
         if is_dataclass(kind) and value is not None:
             _check_keys(kind, value, where)

@@ -30,6 +30,7 @@ def which_blocks(default: Blocks = None, *, at_least: int = 1) -> Any:
     return option(
         default, ge=-_DEEPEST, le=_DEEPEST, length=(at_least, _DEEPEST), pattern=f"{text}(,{text})*",
         free="a list of blocks and ranges such as '8-11' or '0,4,8-11'",
+        words="a block (-1 is the last), a list of them, a text such as `8-11` or `0,4,8-11`, or none",
     )  # fmt: skip
 
 

@@ -208,14 +208,13 @@ class PiSSA(_NoDropout):
         targets, scale, alpha, scaling, dropout_on, blocks: as ``lora``'s.
     """
 
+    # Above 0: the initial factors are divided by the root of s.
+    scale: float | None = option(None, ge=1e-6)
+    alpha: float | None = option(None, ge=1e-6)
+
     presets = _PEFT
     adds: ClassVar[type[LoraLinear]] = PrincipalLinear
     reason: ClassVar[str] = "it would drop the principal part of the weight"
-
-    def check(self) -> None:
-        super().check()
-        if any(self.scale_for(r) <= 0 for r in ([self.rank] if isinstance(self.rank, int) else self.rank) if r > 0):
-            raise MethodError(f"{self.name}: scale must be positive, the initial factors are divided by its root")
 
 
 # ---- Delta-LoRA ----

@@ -47,9 +47,9 @@ class VideoConfig:
     dropout: float = probability(0.0)
     views: int = option(1, ge=1, le=1000, unit="clips")
     crops: int = option(1, ge=1, le=1000, unit="crops")
-    short_side: int | None = option(None, ge=1, le=SIZE, unit="pixels")
+    short_side: int | None = option(None, ge=1, le=SIZE, unit="pixels", help="to which frames are resized")
     flip: bool = False
-    skip_broken: bool = False
+    skip_broken: bool = option(False, help="leave out videos that cannot be read")
     min_frames: int = option(1, ge=1, unit="frames", help="shorter videos are broken ones")
     template: str | None = option(None, free="a file name such as `img_{:05d}.jpg`")
     lists: str | None = option(None, free="a folder's path")
