@@ -77,7 +77,7 @@ class Paper:
 
 @dataclass
 class Method:
-    """Base of all methods: subclasses add their hyper-parameters and ``build``.
+    """Base of all methods: subclasses add their hyper-parameters, whose fields say what they may be, and ``build``.
 
     Attributes:
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
@@ -149,7 +149,11 @@ class Method:
         return dataclasses.asdict(self)
 
     def check(self) -> None:
-        """Refuse hyper-parameters that do not go together; what each may be by itself stands on its field."""
+        """Refuse hyper-parameters that do not go together; what each may be by itself stands on its field.
+
+        Raises:
+            MethodError: names them.
+        """
 
     def __post_init__(self) -> None:
         for this in declared(type(self)):
