@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import vpeft
 from vpeft.bench.config import BenchConfig
+from vpeft.cli import main
 from vpeft.engine.config import Config, check_options
 from vpeft.errors import ConfigError, MethodError
 from vpeft.methods import METHODS
@@ -185,6 +186,18 @@ def test_configurations_are_walked_to_the_last_section():
         check_options(config)
     with pytest.raises(ConfigError, match=r"^width: 'x' is no int$"):
         check_values(Part, {"width": "x"}, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--size", "7"], "ConfigError: size: 7 is impossible; it must be at least 14"), (["--turn", "nan"], "turn: nan is")],
+)
+def test_the_command_line_refuses_motion_clips_that_cannot_be(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["motion-clips", "--out", str(tmp_path / "m"), *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 def test_what_an_option_may_be_in_words():
