@@ -290,7 +290,8 @@ def test_choosing_blocks():
     assert block_indices(3, 12) == [3]
     for wrong, message in (
         ("8-12", "no block 12; this model has blocks 0 to 11"), ("a", "no list"), ("5-2", "backwards"),
-        ([1.5], "no block 1.5"), ("1-", "no list"),
+        ([1.5], "no block 1.5"), ("1-", "no list"), ("²", "no list"), ("1-٣", "no list"), ("1 1", "no list"), ("", "no list"),
+        ("0-999999999", "no block 999999999"),  # and at once: nothing is written out
     ):  # fmt: skip
         with pytest.raises(vpeft.VpeftError, match=message):
             block_indices(wrong, 12)
@@ -313,8 +314,10 @@ def test_per_block_sizes(kind):
         vpeft.attach(model, "lora", rank=[1, 2])
     with pytest.raises(vpeft.MethodError, match="choose no place"):
         vpeft.attach(model, "lora", rank=0)
-    with pytest.raises(vpeft.VpeftError, match="unknown slot 'qk'; did you mean 'qkv'"):
+    with pytest.raises(vpeft.MethodError, match=r"lora\.targets\[0\]: 'qk' is not one of qkv.*; did you mean 'qkv'"):
         vpeft.attach(model, "lora", targets=["qk"])
+    with pytest.raises(vpeft.VpeftError, match="unknown slot 'qk'; did you mean 'qkv'"):
+        Sites(model).blocks[0].linears("qk")
     assert not hasattr(model, "vpeft")
 
 

@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
-from .errors import VpeftError
+from .errors import ConfigError, VpeftError
+from .options import check_values, declared
 
 
 def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
@@ -125,19 +125,21 @@ def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
 
 
 def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    from .engine.config import MotionConfig
+    from .tasks.video.config import MotionConfig
 
+    options = declared(MotionConfig)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the clips are written")
-    for option in fields(MotionConfig):
-        parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=f"default {option.default}")
+    for this in options:
+        parser.add_argument(f"--{this.name}", type=this.hint, default=this.default, help=f"default {this.default}")
 
     def run(args: argparse.Namespace) -> None:
         from omegaconf import OmegaConf
 
         from .tasks.video.motion import make_motion
 
-        motion = MotionConfig(**{option.name: getattr(args, option.name) for option in fields(MotionConfig)})
-        make_motion(args.out, OmegaConf.structured(motion))
+        values = {this.name: getattr(args, this.name) for this in options}
+        check_values(MotionConfig, values, ConfigError)
+        make_motion(args.out, OmegaConf.structured(MotionConfig(**values)))
         print(f"{args.out}: {args.train} training and {args.test} test clips, with lists train.txt and test.txt")
 
     return run
@@ -168,7 +170,7 @@ COMMANDS = {
     "table": (_table, "train configurations under several seeds and compare them"),
     "methods": (_methods, "list the methods, or describe one"),
     "bench": (_bench, "measure time and memory of methods on a backbone"),
-    "docs": (_docs, "write the pages in docs/ that are made from the registry"),
+    "docs": (_docs, "write the pages in docs/ that a program can write"),
     "motion-clips": (_motion_clips, "write video files whose label is how a garment moves"),
     "bench-decode": (_bench_decode, "measure how many clips per second are decoded"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),

@@ -28,13 +28,16 @@ class DataError(VpeftError):
     """A data source that is missing or does not fit the configuration."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known name, or nothing where none is near."""
+    near = difflib.get_close_matches(str(name)[:200], sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; known: {', '.join(known)}" if known else ""
+    return nearest(name, known) or (f"; known: {', '.join(known)}" if known else "")
 
 
 def some(names: list[str]) -> str:

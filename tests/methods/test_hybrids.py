@@ -236,15 +236,23 @@ def test_counts(method, options, model, expected):
 
 
 REFUSALS = [
-    ("s4", {"groups": [["adaptor"]]}, r"s4\.groups: no strategy 'adaptor'; known: adapter, prefix, bitfit, lora"),
+    (
+        "s4",
+        {"groups": [["adaptor"]]},
+        r"s4\.groups\[0\]\[0\]: 'adaptor' is not one of adapter, prefix, bitfit, lora; did you mean 'adapter'",
+    ),
     ("s4", {"sizes": [1, 2]}, r"s4\.sizes: \[1, 2\] for 4 groups"),
     ("s4", {"sizes": [1, 1, 1, 1]}, r"s4\.sizes: \[1, 1, 1, 1\] do not add up to the model's 3 blocks"),
     ("s4", {"groups": []}, "at least one group"),
     ("s4", {"budget": 0}, r"s4\.budget: 0"),
-    ("unipelt", {"lora_dropout": 1.0}, r"unipelt\.lora_dropout: 1.0 is no probability"),
+    (
+        "unipelt",
+        {"lora_dropout": 1.0},
+        r"unipelt\.lora_dropout: 1.0 is impossible; it must be at least 0 and below 1 \(probability\)",
+    ),
     ("unipelt", {"tokens": 0, "rank": 0, "bottleneck": 0}, "choose no place"),
     ("mam", {"prefix_dropout": -0.1}, r"mam\.prefix_dropout: -0.1"),
-    ("mam", {"hidden": 0}, r"mam\.hidden: 0 is no width"),
+    ("mam", {"hidden": 0}, r"mam\.hidden: 0 is impossible"),
 ]
 
 

@@ -316,8 +316,11 @@ def test_counts():
     [
         ({"rank": 2, "start_rank": 3}, "rank must not be below start_rank"),
         ({"rank": 4, "max_rank": 3}, "max_rank: 3 is below the mean rank 4"),
-        ({"growth": 0}, "growth, top and interval must be at least 1"),
-        ({"beta1": 1.0}, "beta1 and beta2 must be in"),
+        ({"growth": 0}, r"increlora\.growth: 0 is impossible; it must be at least 1"),
+        ({"top": 0}, r"increlora\.top: 0 is impossible"),
+        ({"start_rank": 0}, r"increlora\.start_rank: 0 is impossible"),
+        ({"warmup": -1}, r"increlora\.warmup: -1 is impossible"),
+        ({"beta1": 1.0}, r"increlora\.beta1: 1\.0 is impossible; it must be at least 0 and below 1"),
         ({"targets": ["q", "q"]}, "expected distinct slots"),
     ],
 )

@@ -171,13 +171,13 @@ def test_counts(method, options, model, expected):
 def test_refusals():
     for options, message in (
         ({"shape": [5, 4]}, r"krona\.shape: 5x4 does not divide blocks\.0\.attn\.qkv's 32x32"),
-        ({"shape": [5]}, r"krona\.shape: expected the two sizes of A"),
+        ({"shape": [5]}, r"krona\.shape: \[5\] has 1 entries; it must have 2"),
         ({"targets": ["q", "q"]}, r"krona\.targets: expected distinct slots"),
         ({"targets": ["qkv", "v"]}, r"krona\.targets: 'qkv' already covers"),
     ):
         with pytest.raises(vpeft.MethodError, match=message):
             vpeft.attach(make("vit"), "krona", **options)
-    for n, message in ((5, "5 must divide 32"), (0, "0 must be at least 1")):
+    for n, message in ((5, "5 must divide 32"), (0, r"kadaptation\.n: 0 is impossible; it must be at least 1")):
         with pytest.raises(vpeft.MethodError, match=message):
             vpeft.attach(make("vit"), "kadaptation", n=n)
 

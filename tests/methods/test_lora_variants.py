@@ -331,9 +331,10 @@ def test_delta_lora_continues_from_a_file(tmp_path):
     ("method", "options", "message"),
     [
         ("pissa", {"dropout": 0.1}, "pissa.dropout: 0.1 must be 0: it would drop the principal part"),
-        ("pissa", {"scale": 0.0}, "scale must be positive"),
+        ("pissa", {"scale": 0.0}, r"pissa\.scale: 0\.0 is impossible; it must be at least 1e-06"),
+        ("pissa", {"alpha": 0.0}, r"pissa\.alpha: 0\.0 is impossible; it must be at least 1e-06"),
         ("delta_lora", {"dropout": 0.1}, "delta_lora.dropout: 0.1 must be 0"),
-        ("delta_lora", {"start": -1}, "no number of steps"),
+        ("delta_lora", {"start": -1}, r"delta_lora\.start: -1 is impossible; it must be at least 0 .*\(steps\)"),
         ("rslora", {"scale": 2.0}, "give scale or alpha, not both"),
         ("dora", {"targets": ["qkv", "v"]}, "'qkv' already covers"),
         ("lora_fa", {"targets": []}, "expected distinct slots"),

@@ -347,11 +347,11 @@ def test_an_error_in_the_forward_leaves_the_model_whole():
 
 def test_refusals():
     for method, options, text in [
-        ("gps", {"k": 0}, "k=0"),
-        ("gps", {"temperature": 0.0}, "temperature=0.0"),
-        ("fish", {"ratio": 0.0}, "ratio: 0.0 is no share"),
-        ("fish", {"samples": 0}, "samples: 0"),
-        ("magnitude", {"ratio": 1.5}, "ratio: 1.5 is no share"),
+        ("gps", {"k": 0}, r"gps\.k: 0 is impossible"),
+        ("gps", {"temperature": 0.0}, r"gps\.temperature: 0\.0 is impossible"),
+        ("fish", {"ratio": 0.0}, r"fish\.ratio: 0\.0 is impossible; it must be above 0 and at most 1"),
+        ("fish", {"samples": 0}, r"fish\.samples: 0 is impossible"),
+        ("magnitude", {"ratio": 1.5}, r"magnitude\.ratio: 1\.5 is impossible"),
         ("magnitude", {"order": "middle"}, "order"),
     ]:
         with pytest.raises(vpeft.MethodError, match=text):

@@ -196,16 +196,16 @@ def test_the_head_of_the_first_phase_is_a_copy(method):
 
 def test_refusals():
     for method, options, text in [
-        ("child_tuning_d", {"p": 0.0}, "p: 0.0 is no share"),
+        ("child_tuning_d", {"p": 0.0}, r"child_tuning_d\.p: 0\.0 is impossible"),
         ("child_tuning_d", {"clip": 0.0}, "clip: 0.0"),
-        ("child_tuning_f", {"p": 1.1}, "p: 1.1 is no share"),
-        ("lt_sft", {"epochs": 0}, "epochs=0"),
+        ("child_tuning_f", {"p": 1.1}, r"child_tuning_f\.p: 1\.1 is impossible"),
+        ("lt_sft", {"epochs": 0}, r"lt_sft\.epochs: 0 is impossible"),
         ("lt_sft", {"ratio": 0.0}, "ratio: 0.0"),
-        ("diff_pruning", {"lr": 0.0}, "lr=0.0"),
+        ("diff_pruning", {"lr": 0.0}, r"diff_pruning\.lr: 0\.0 is impossible"),
     ]:
         with pytest.raises(vpeft.MethodError, match=text):
             vpeft.attach(make("vit"), method, **options)
     with pytest.raises(vpeft.MethodError, match="a budget of 99999999 entries of 44928"):
         attached(make("vit"), "lt_sft", entries=99_999_999)
     with pytest.raises(vpeft.MethodError, match="loss of the dense phase is nan; lower it"):
-        attached(make("vit"), "lt_sft", lr=1e30)
+        attached(make("vit"), "lt_sft", lr=1e6)

@@ -171,7 +171,7 @@ def test_counts(method, options, model, expected):
 def test_refusals():
     for options, message in (
         ({"tensors": 4}, r"mpo\.tensors: 4 must be odd"),
-        ({"tensors": 1}, r"mpo\.tensors: 1 must be odd"),
+        ({"tensors": 1}, r"mpo\.tensors: 1 is impossible; it must be at least 3"),
         ({"targets": ["q"]}, r"mpo\.targets: blocks\.0\.attn\.qkv is one matrix for q, k and v; name it 'qkv'"),
         ({"targets": ["qkv", "q"]}, r"mpo\.targets: 'qkv' already covers"),
         ({"targets": []}, r"mpo\.targets: expected distinct slots"),

@@ -83,5 +83,5 @@ def test_other_attentions(name):
 
 
 def test_refusals():
-    with pytest.raises(vpeft.MethodError, match=r"patt\.variant: 'q' is no one of 'kv', 'qv', 'qk', 'qkv'"):
+    with pytest.raises(vpeft.MethodError, match=r"patt\.variant: 'q' is not one of kv, qv, qk, qkv"):
         vpeft.attach(make("vit"), "patt", variant="q")

@@ -548,7 +548,7 @@ def test_start_from_a_frame_that_was_learnt_elsewhere():
     ("method", "options", "message"),
     [
         ("vp", {"pad": 16}, r"vp\.pad: 16 pixels leave nothing of an image of 32x32"),
-        ("vp", {"pad": 0}, r"vp\.pad: 0 must be at least 1"),
+        ("vp", {"pad": 0}, r"vp\.pad: 0 is impossible; it must be at least 1"),
         ("vp", {"variant": "fixed_patch", "pad": 32}, r"vp\.pad: 32 pixels leave nothing"),
         ("dam_vp", {"pad": 20}, r"dam_vp\.pad: 20 pixels leave nothing"),
         ("ilm_vp", {"inner": 32}, r"ilm_vp\.inner: 32 leaves no frame"),
@@ -558,7 +558,7 @@ def test_start_from_a_frame_that_was_learnt_elsewhere():
         ("evp", {"classes": 6}, r"evp\.classes: each of 6"),
         ("dam_vp", {"classes": 33}, r"dam_vp\.classes: each of 33 classes .* has 32"),
         ("dam_vp", {"classes": 5, "head": "tuned"}, r"dam_vp\.classes: with head='tuned'"),
-        ("dam_vp", {"threshold": 0}, r"dam_vp\.threshold: 0\.0 is no distance"),
+        ("dam_vp", {"threshold": 0}, r"dam_vp\.threshold: 0 is impossible; it must be above 0"),
         ("evp", {"mean": [0.5]}, r"evp\.mean: .* 3 channels"),
     ],
 )

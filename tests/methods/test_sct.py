@@ -121,5 +121,5 @@ def test_nothing_is_saved_below_the_first_place():
 
 
 def test_no_scale():
-    with pytest.raises(vpeft.MethodError, match="scale: 0 lets nothing through"):
+    with pytest.raises(vpeft.MethodError, match=r"sct\.scale: 0 is impossible; it must be above 0"):
         vpeft.attach(make("vit"), "sct", scale=0)

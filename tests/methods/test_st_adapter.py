@@ -94,8 +94,8 @@ def test_clips_do_not_see_each_other_and_frames_do():
 def test_wrong_options():
     for options, text in (
         ({"kernel": [3, 2, 1]}, "three odd sizes"),
-        ({"kernel": [3]}, "three odd sizes"),
-        ({"frames": 0}, "no number of frames"),
+        ({"kernel": [3]}, r"kernel: \[3\] has 1 entries; it must have 3"),
+        ({"frames": 0}, r"st_adapter\.frames: 0 is impossible"),
         ({"places": ["head"]}, "places"),
     ):
         with pytest.raises(vpeft.MethodError, match=text):

@@ -1,6 +1,7 @@
 """``Sites``: what a method may act on in one model."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,20 +169,26 @@ def block_indices(blocks: Any, depth: int) -> list[int]:
     if blocks is None:
         return list(range(depth))
     if isinstance(blocks, str):
-        chosen = []
-        for part in blocks.replace(" ", "").split(","):
-            first, dash, last = part.partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
-                raise VpeftError(f"blocks: '{blocks}' is no list of blocks and ranges such as '8-11' or '0,4,8-11'")
-            if dash and int(last) < int(first):
-                raise VpeftError(f"blocks: the range '{part}' runs backwards")
-            chosen += range(int(first), int(last if dash else first) + 1)
+        ranges = [_range(part.strip(), blocks) for part in blocks.split(",")]
+        # The ends first: a range is written out only where it lies in the model.
+        chosen = [i for first, last in ranges for i in (range(first, last + 1) if last < depth else (last,))]
     else:
         chosen = [blocks] if isinstance(blocks, int) else list(blocks)
     for i in chosen:
         if isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth:
             raise VpeftError(f"blocks: there is no block {i}; this model has blocks 0 to {depth - 1}")
     return sorted({i % depth for i in chosen})
+
+
+def _range(part: str, blocks: str) -> tuple[int, int]:
+    """First and last block of ``"8-11"`` or ``"8"``. Plain digits alone: ``str.isdigit`` also takes "²"."""
+    found = re.fullmatch(r"([0-9]{1,9})\s*(?:-\s*([0-9]{1,9}))?", part)
+    if found is None:
+        raise VpeftError(f"blocks: '{blocks}' is no list of blocks and ranges such as '8-11' or '0,4,8-11'")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if last < first:
+        raise VpeftError(f"blocks: the range '{part}' runs backwards")
+    return first, last
 
 
 def patch_fan(sites: Sites) -> int:

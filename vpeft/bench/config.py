@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..engine.config import check_values, load_config, read_config
+from ..engine.config import PRECISIONS, check_options, load_config, read_config
 from ..errors import ConfigError
+from ..options import SEED, SIZE, option
 from ..tasks.models import check_model_name
 
 # The row that huggingface's library gives, where it is installed.
@@ -20,20 +21,20 @@ PEFT = "huggingface_lora"
 class BenchModel:
     """The timm backbone; random weights unless asked for, since speed does not depend on them."""
 
-    name: str = "vit_small_patch16_224"
+    name: str = option("vit_small_patch16_224", free="a timm model")
     pretrained: bool = False
-    checkpoint: str | None = None
-    img_size: int | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = option(None, free="a file's path")
+    img_size: int | None = option(None, ge=1, le=SIZE, unit="pixels")
+    kwargs: dict[str, Any] = option({}, free="further keywords of timm's factory")
 
 
 @dataclass
 class BenchRow:
     """A registered method with its hyper-parameters, or ``huggingface_lora`` (``rank``, ``targets``: names of linears)."""
 
-    name: str = "lora"
-    options: dict[str, Any] = field(default_factory=dict)
-    label: str | None = None
+    name: str = option("lora", free="a registered method, or `huggingface_lora`")
+    options: dict[str, Any] = option({}, free="the method's options")
+    label: str | None = option(None, free="what the table calls it")
 
 
 @dataclass
@@ -48,32 +49,21 @@ class BenchConfig:
     of the experiment's method no notice is taken, and ``model`` and ``num_classes`` are the experiment's.
     """
 
-    name: str = "bench"
-    output: str = "runs/bench"
-    seed: int = 0
-    device: str = "cpu"
-    precision: str = "fp32"
-    clock: str = "wall"
-    threads: int | None = None
-    batch_size: int = 4
-    num_classes: int = 100
-    rounds: int = 10
-    warmup: int = 1
-    update: bool = True
-    experiment: str | None = None
+    name: str = option("bench", free="the table's name")
+    output: str = option("runs/bench", free="a folder's path")
+    seed: int = option(0, ge=0, le=SEED)
+    device: str = option("cpu", free="a device of torch")
+    precision: str = option("fp32", choices=PRECISIONS)
+    clock: str = option("wall", choices=("wall", "cpu"))
+    threads: int | None = option(None, ge=1, le=4096, unit="threads")
+    batch_size: int = option(4, ge=1, unit="samples")
+    num_classes: int = option(100, ge=1, unit="classes")
+    rounds: int = option(10, ge=1, unit="rounds")
+    warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
+    update: bool = option(True, help="a step includes the optimiser's")
+    experiment: str | None = option(None, free="a file's path")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)
-
-
-CHOICES = {"precision": ("fp32", "bf16", "fp16"), "clock": ("wall", "cpu")}
-RANGES = {
-    "threads": (1, None),
-    "batch_size": (1, None),
-    "num_classes": (1, None),
-    "rounds": (1, None),
-    "warmup": (0, None),
-    "model.img_size": (1, None),
-}
 
 
 def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -83,7 +73,7 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
         ConfigError: with the key's path, what was found, and the nearest valid name or value.
     """
     config = read_config(BenchConfig, file, overrides)
-    check_values(config, CHOICES, RANGES)
+    check_options(config)
     if config.experiment is None:
         check_model_name(config)
     else:

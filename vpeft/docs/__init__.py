@@ -1,1 +1,1 @@
-"""The pages that are written from the registry."""
+"""The pages that are written from the registry and from the configuration's dataclasses."""

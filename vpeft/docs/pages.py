@@ -1,19 +1,22 @@
-"""Writes the pages in ``docs/``: ``methods.md`` from the registry, ``compatibility.md`` from trying every pair."""
+"""Writes the pages in ``docs/``: methods and configuration from their dataclasses, compatibility from trying every pair."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..methods import list_methods
+from ..methods import METHODS, list_methods
 from ..methods.not_built import NOT_BUILT
+from ..options import allowed, declared
 from ..tuning.description import Description, describe
 from .compatibility import compatibility_page, matrix
+from .configuration import configuration_page
 
 HEAD = """# Methods
 
 Written by `vpeft docs` from the registry; do not edit. Parameters are those trained on ViT-B/16 (`vit_base_patch16_224`)
 with the defaults, the classifier left out; of a method that looks at data first (*calibrated*), those before it has.
 *Gradient* is the first module that a gradient must reach; what lies below it needs no graph and can be cached. VTAB-1k
-means are quoted as published, each with its source; none was measured here.
+means are quoted as published, each with its source; none was measured here. Every number among the options is finite and,
+where nothing else is said, between -1,000,000 and 1,000,000.
 """
 
 
@@ -43,16 +46,20 @@ def _row(d: Description) -> str:
 
 def _section(d: Description) -> Iterator[str]:
     yield from ("", f"### {d.name}", "", "```text", d.text, "```", "")
-    options = ", ".join(f"`{k}={v!r}`" for k, v in d.defaults.items()) or "none"
-    yield f"Defaults: {options}."
+    options = declared(METHODS[d.name])
+    yield from ("| option | default | may be |", "|---|---|---|") if options else ("No options.",)
+    for this in options:
+        yield f"| `{this.name}` | `{this.default!r}` | {allowed(this)} |"
+    if d.presets:
+        yield ""
     for name, values in d.presets.items():
         yield f"Preset `{name}`: " + ", ".join(f"`{k}={v!r}`" for k, v in values.items()) + "."
 
 
 def write_pages(folder: str | Path = "docs", *, compatibility: bool = False) -> list[Path]:
-    """Write ``methods.md`` and, where asked for (minutes), ``compatibility.md``; returns their paths."""
+    """Write all pages, ``compatibility.md`` (minutes) only where asked for; returns their paths."""
     folder = Path(folder)
-    pages = {folder / "methods.md": methods_page()}
+    pages = {folder / "methods.md": methods_page(), folder / "configuration.md": configuration_page()}
     if compatibility:
         pages[folder / "compatibility.md"] = compatibility_page(matrix())
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attached.tree import Tree
-from ..errors import MethodError
+from ..options import nonnegative, option
 from .adapter import Adapter, Variant
 from .base import Method, Paper, create, register
 
@@ -48,14 +48,9 @@ class AdaMix(Adapter):
 
     variant: Variant = "post"
     init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "bert"
-    experts: int = 4
+    experts: int = option(4, ge=1, le=1000, unit="copies")
     share: Literal["none", "down", "up"] = "none"
-    consistency: float = 100.0
-
-    def check(self) -> None:
-        super().check()
-        if self.experts < 1:
-            raise MethodError(f"{self.name}.experts: {self.experts} is no number of copies")
+    consistency: float = nonnegative(100.0)
 
     def projections(self, width: int, size: int) -> tuple[nn.Module, nn.Module]:
         down, up = super().projections(width, size)

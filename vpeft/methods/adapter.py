@@ -14,7 +14,8 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, PerBlock, register, tensors_of
+from ..options import nonnegative, option, probability
+from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
 
@@ -116,16 +117,16 @@ class Adapter(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 8
+    bottleneck: PerBlock = per_block(8, "channels")
     variant: Variant = "intermediate"
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "gelu"
     norm: bool = False
-    scale: float | Literal["learned", "channel"] = 1.0
+    scale: float | Literal["learned", "channel"] = nonnegative(1.0)
     init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "houlsby"
-    dropout: float = 0.0
-    drop_path: float = 0.0
+    dropout: float = probability(0.0)
+    drop_path: float = probability(0.0)
     train_norms: bool = False
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:
@@ -226,8 +227,8 @@ class AdapterPlus(Adapter):
     """
 
     variant: Variant = "post"
-    scale: float | Literal["learned", "channel"] = "channel"
-    drop_path: float = 0.1
+    scale: float | Literal["learned", "channel"] = nonnegative("channel")
+    drop_path: float = probability(0.1)
 
 
 class Skipped(nn.Module):
@@ -264,7 +265,7 @@ class AdapterDrop(Adapter):
     """
 
     variant: Variant = "houlsby"
-    drop: int | None = None
+    drop: int | None = option(None, ge=0, le=1000, unit="blocks")
     robust: bool = False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:

@@ -9,7 +9,7 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.branch import AddToBranch
-from .base import Blocks, Method, Paper, register, tensors_of
+from .base import Blocks, Method, Paper, register, tensors_of, which_blocks
 
 
 class TokenBias(AddToBranch):
@@ -48,7 +48,7 @@ class AdapterBias(Method):
 
     shared: bool = False
     train_norms: bool = False
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         blocks, alpha = sites.choose(self.blocks), None

@@ -11,7 +11,8 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
-from .base import Blocks, Method, Paper, PerBlock, register
+from ..options import nonnegative, probability
+from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
 class ParallelBottleneck(AddToBranch):
@@ -67,12 +68,12 @@ class AdaptFormer(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 64
-    scale: float | Literal["learnable"] = 0.1
+    bottleneck: PerBlock = per_block(64, "channels")
+    scale: float | Literal["learnable"] = nonnegative(0.1)
     norm: Literal["none", "in", "out"] = "none"
-    dropout: float = 0.1
+    dropout: float = probability(0.1)
     init: Literal["zero", "video"] = "zero"
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     presets = {
         "vtab": {"bottleneck": 8},

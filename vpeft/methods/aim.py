@@ -16,7 +16,8 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, register
+from ..options import nonnegative, option
+from .base import Blocks, Method, Paper, count, register, which_blocks
 
 
 class _Adapter:
@@ -161,21 +162,13 @@ class AIM(Method):
         blocks: which blocks; None for all.
     """
 
-    frames: int = 8
-    reduction: int = 4
-    scale: float = 0.5
-    num_t_adapters: int = 1
-    blocks: Blocks = None
+    frames: int = count(8, "frames")
+    reduction: int = count(4)
+    scale: float = nonnegative(0.5)
+    num_t_adapters: int = option(1, ge=1, le=2, unit="adapters")
+    blocks: Blocks = which_blocks()
 
     presets = {"kinetics": {}, "ssv2": {"frames": 32, "num_t_adapters": 2}}
-
-    def check(self) -> None:
-        super().check()
-        for name in ("frames", "reduction"):
-            if getattr(self, name) < 1:
-                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} must be at least 1")
-        if self.num_t_adapters not in (1, 2):
-            raise MethodError(f"{self.name}.num_t_adapters: {self.num_t_adapters} is neither 1 nor 2")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         clip = Clip(sites, self.frames, fixed=True)

@@ -1,8 +1,7 @@
 """What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
 
+import copy
 import dataclasses
-import types
-import typing
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -10,15 +9,47 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from ..attached.tree import Tree
-from ..backbone.modules import LAST, BlockSite, LinearSite, ModuleRef
+from ..backbone.modules import LAST, SLOTS, BlockSite, LinearSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, VpeftError, did_you_mean
 from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.weights import ExistingTensors
+from ..options import SIZE, checked, declared, option
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]
+_DEEPEST = 1000  # blocks of a model; no model comes near
+
+
+def which_blocks(default: Blocks = None, *, at_least: int = 1) -> Any:
+    """A field for a choice of blocks, see ``Sites.choose``; an empty list is refused unless ``at_least`` is 0."""
+    text = r"\s*[0-9]{1,4}\s*(-\s*[0-9]{1,4}\s*)?"
+    return option(
+        default, ge=-_DEEPEST, le=_DEEPEST, length=(at_least, _DEEPEST), pattern=f"{text}(,{text})*",
+        free="a list of blocks and ranges such as '8-11' or '0,4,8-11'",
+        words="a block (-1 is the last), a list of them, a text such as `8-11` or `0,4,8-11`, or none",
+    )  # fmt: skip
+
+
+def per_block(default: PerBlock | None, unit: str = "") -> Any:
+    """A field for a size, one for all blocks or one for each of them; 0 leaves a block out."""
+    return option(default, ge=0, le=SIZE, length=(1, _DEEPEST), unit=unit)
+
+
+def count(default: int | None, unit: str = "", *, ge: int = 1) -> Any:
+    """A field for one size or number of things, at least 1 if not said otherwise."""
+    return option(default, ge=ge, le=SIZE, unit=unit)
+
+
+def per_channel(*, ge: float | None = None) -> Any:
+    """A field for one number for each channel of the image, or None."""
+    return option(None, ge=ge, length=(1, _DEEPEST))
+
+
+def slots(default: list[str]) -> Any:
+    """A field for targeted linears of a block."""
+    return option(default, choices=SLOTS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +75,7 @@ class Paper:
 
 @dataclass
 class Method:
-    """Base of all methods: subclasses add their hyper-parameters and ``build``.
+    """Base of all methods: subclasses add their hyper-parameters, whose fields say what they may be, and ``build``.
 
     Attributes:
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
@@ -121,23 +152,18 @@ class Method:
         return dataclasses.asdict(self)
 
     def check(self) -> None:
-        """Refuse impossible hyper-parameters; subclasses extend it."""
-        for name in ("dropout", "drop_path"):
-            value = getattr(self, name, 0)
-            if not 0 <= value < 1:
-                raise MethodError(f"{self.name}.{name}: {value} is no probability in [0, 1)")
+        """Refuse hyper-parameters that do not go together; what each may be by itself stands on its field.
+
+        Raises:
+            MethodError: names them.
+        """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                value = list(value)
-                setattr(self, f.name, value)
-            elif isinstance(value, int) and not isinstance(value, bool) and hints[f.name] is float:
-                setattr(self, f.name, float(value))
-            if not _fits(value, hints[f.name]):
-                raise MethodError(f"{self.name}.{f.name}: {value!r} is no {_readable(hints[f.name])}")
+        for this in declared(type(self)):
+            value = getattr(self, this.name)
+            if value is None and isinstance(this.default, list):  # "the default", for callers that pass None along
+                value = copy.copy(this.default)
+            setattr(self, this.name, checked(this, value, f"{self.name}.{this.name}", MethodError))
         self.check()
 
     def sized_blocks(self, sites: Sites, option: str, blocks: Blocks) -> Iterator[tuple[BlockSite, int]]:
@@ -158,11 +184,7 @@ class Method:
                 )
         else:
             sizes = [size] * len(chosen)
-        for block, n in zip(chosen, sizes, strict=True):
-            if n < 0:
-                raise MethodError(f"{self.name}.{option}: {n} is no size")
-            if n:
-                yield block, n
+        yield from ((block, n) for block, n in zip(chosen, sizes, strict=True) if n)
 
 
 def linears_by_path(block: BlockSite, targets: Iterable[str]) -> dict[str, list[LinearSite]]:
@@ -258,29 +280,3 @@ def list_methods(category: str | None = None) -> list[str]:
     if category is not None and category not in categories:
         raise VpeftError(f"no category '{category}'{did_you_mean(category, categories)}")
     return sorted(n for n, m in METHODS.items() if category in (None, m.paper.category))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, h) for h in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin is list:
-        (inner,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_fits(v, inner) for v in value)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is Any:
-        return True
-    return isinstance(value, hint)
-
-
-def _readable(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")

@@ -10,18 +10,13 @@ from torch import Tensor
 from ..attached.tree import Tree
 from ..backbone.modules import FIRST, LAST
 from ..backbone.sites import Sites
-from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.weights import ReplaceTensor
+from ..options import fraction, option
 from .base import Method, Paper, register, tensors_of
 from .masks import Gradients, Masked, masked_parts, positions
 
 _TITLE = "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning"
-
-
-def _check_share(method: Method) -> None:
-    if not 0 < method.p <= 1:
-        raise MethodError(f"{method.name}.p: {method.p} is no share in (0, 1]")
 
 
 @register(
@@ -42,15 +37,9 @@ class ChildTuningD(Masked):
         masked: ``blocks``, or ``all`` tensors of the backbone.
     """
 
-    p: float = 0.3
-    clip: float = 1.0
+    p: float = fraction(0.3)
+    clip: float = option(1.0, gt=0)
     masked: Literal["blocks", "all"] = "blocks"
-
-    def check(self) -> None:
-        super().check()
-        _check_share(self)
-        if self.clip <= 0:
-            raise MethodError(f"{self.name}.clip: {self.clip} is no norm")
 
     def split(self, sites: Sites) -> tuple[list[str], list[str]]:
         masked, whole = [], []
@@ -118,11 +107,7 @@ class ChildTuningF(Method):
         p: share of the entries that move in one step.
     """
 
-    p: float = 0.3
-
-    def check(self) -> None:
-        super().check()
-        _check_share(self)
+    p: float = fraction(0.3)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         names = [n for n, _ in sites.parameters()]

@@ -11,8 +11,9 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..options import nonnegative, option
 from .adapter import Adapter, Variant
-from .base import Blocks, Paper, PerBlock, register
+from .base import Blocks, Paper, PerBlock, count, per_block, register, which_blocks
 
 
 class PHMRule(nn.Module):
@@ -63,14 +64,14 @@ class Compacter(Adapter):
             backbone's norms too.
     """
 
-    bottleneck: PerBlock | None = None
+    bottleneck: PerBlock | None = per_block(None, "channels")
     variant: Variant = "houlsby"
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "gelu_tanh"
-    reduction: int = 32
-    n: int = 4
-    rank: int = 1
-    rule_std: float = 1e-4
-    blocks: Blocks = None
+    reduction: int = count(32)
+    n: int = option(4, ge=1, le=256, unit="products")
+    rank: int = count(1)
+    rule_std: float = nonnegative(1e-4)
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:

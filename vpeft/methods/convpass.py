@@ -16,7 +16,8 @@ from ..errors import UnsupportedModelError
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
-from .base import Blocks, Method, Paper, PerBlock, grids, register
+from ..options import nonnegative, probability
+from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, which_blocks
 
 
 class Bypass(AddToBranch):
@@ -78,11 +79,11 @@ class Convpass(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 8
-    scale: float = 1.0
+    bottleneck: PerBlock = per_block(8, "channels")
+    scale: float = nonnegative(1.0)
     init: Literal["identity", "xavier"] = "identity"
-    dropout: float = 0.1
-    blocks: Blocks = None
+    dropout: float = probability(0.1)
+    blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         grid_of_block = yield from grids(sites)

@@ -11,7 +11,8 @@ from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.hub import bare
-from .base import Paper, register
+from ..options import option
+from .base import Paper, count, register
 from .pixel import SIDES, PixelMethod, PixelPrompt, frame, frame_parts, frame_width
 
 
@@ -104,11 +105,11 @@ class DAMVP(PixelMethod):
     """
 
     head: Literal["active", "tuned"] = "active"
-    pad: int | None = None
-    threshold: float = 31.0
-    n_clusters: int | None = None
-    samples: int = 1000
-    classes: int | None = None
+    pad: int | None = count(None, "pixels")
+    threshold: float = option(31.0, gt=0)
+    n_clusters: int | None = count(None, "clusters")
+    samples: int = option(1000, ge=1, unit="images")
+    classes: int | None = count(None, "classes")
 
     presets = {
         "vit_b_1k": {"threshold": 31.0},
@@ -123,8 +124,6 @@ class DAMVP(PixelMethod):
 
     def check(self) -> None:
         super().check()
-        if self.threshold <= 0:
-            raise MethodError(f"{self.name}.threshold: {self.threshold} is no distance")
         if self.head == "tuned" and self.classes is not None:
             raise MethodError(f"{self.name}.classes: with head='tuned' the model's own classifier has them; leave it out")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..interventions.base import Folded, Intervention
-from .base import Blocks, Method, Paper, register, tensors_of
+from .base import Blocks, Method, Paper, register, tensors_of, which_blocks
 from .selective import BitFit, NormTuning
 
 
@@ -75,7 +75,7 @@ class DiffFit(Method):
     """
 
     rel_pos_bias: bool = False
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         biases = BitFit(rel_pos_bias=self.rel_pos_bias).names(sites)

@@ -16,7 +16,8 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
-from .base import Blocks, Method, Paper, grids, register
+from ..options import nonnegative, option
+from .base import Blocks, Method, Paper, count, grids, register, which_blocks
 
 
 class SideStep(Tap):
@@ -110,11 +111,11 @@ class DTL(Method):
         pool: ``paper`` or ``model``.
     """
 
-    rank: int = 2
-    beta: float = 100.0
-    read: Blocks = None
-    feedback_from: int | None = None
-    kernel: int = 0
+    rank: int = count(2)
+    beta: float = nonnegative(100.0)
+    read: Blocks = which_blocks()
+    feedback_from: int | None = option(None, ge=0, le=1000)
+    kernel: int = option(0, ge=0, le=255, unit="patches")
     pool: Literal["paper", "model"] = "paper"
 
     presets = {"swin_b": {"rank": 4, "read": "4-23", "feedback_from": 14}}
@@ -125,11 +126,6 @@ class DTL(Method):
 
     def starts_as_identity_on(self, sites: Sites) -> bool:
         return not self.replaces_class_token(sites)
-
-    def check(self) -> None:
-        super().check()
-        if self.rank < 1 or self.kernel < 0:
-            raise MethodError(f"{self.name}: rank {self.rank} must be at least 1, and kernel {self.kernel} at least 0")
 
     def replaces_class_token(self, sites: Sites) -> bool:
         """Whether the mean of the patches has to stand in for the class token.

@@ -16,7 +16,8 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import PrefixKeysValues
-from .base import Method, Paper, register
+from ..options import option, probability
+from .base import Method, Paper, count, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 
 
@@ -129,32 +130,22 @@ class E2VPT(VPTDeep):
         dropout, project, shared, blocks, path: of the prompts, as ``vpt_deep``'s.
     """
 
-    tokens: int = 5
-    kv_tokens: int = 5
+    tokens: int = count(5, "tokens")
+    kv_tokens: int = count(5, "tokens", ge=0)
     share_kv: bool = True
     share_blocks: bool = False
     init: Literal["kaiming", "trunc_normal", "uniform"] = "kaiming"
-    kv_dropout: float = 0.0
-    segments: int = 16
-    prune_tokens: float = 10.0
-    prune_segments: float = 10.0
-    pruned_from: str | None = None
+    kv_dropout: float = probability(0.0)
+    segments: int = count(16)
+    prune_tokens: float = option(10.0, ge=0, le=100, unit="per cent")
+    prune_segments: float = option(10.0, ge=0, le=100, unit="per cent")
+    pruned_from: str | None = option(None, free="a file's path")
 
     KEEP_TOKENS, KEEP_SEGMENTS = 1, 4
 
     @property
     def needs_calibration(self) -> bool:
         return self.pruned_from is not None
-
-    def check(self) -> None:
-        super().check()
-        if self.kv_tokens < 0 or self.segments < 1:
-            raise MethodError(f"{self.name}: kv_tokens and segments cannot be {self.kv_tokens} and {self.segments}")
-        if not 0 <= self.kv_dropout < 1:
-            raise MethodError(f"{self.name}.kv_dropout: {self.kv_dropout} is no probability in [0, 1)")
-        for option in ("prune_tokens", "prune_segments"):
-            if not 0 <= getattr(self, option) <= 100:
-                raise MethodError(f"{self.name}.{option}: {getattr(self, option)} is no percentage")
 
     def _kind(self, block: BlockSite, keys: bool) -> "type[MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys]":
         return MaskedPromptKeys if keys else MaskedWindowPrompts if block.maps else MaskedPrompts

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
-from ..errors import MethodError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..interventions.junction import Inner
 from ..interventions.linear import AddToLinear
-from .base import Blocks, Method, Paper, linears_by_path, register
+from ..options import nonnegative, probability
+from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
 SLOTS = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -270,19 +271,14 @@ class FactTT(Method):
         blocks: which blocks, e.g. ``"8-11"``; None for all.
     """
 
-    rank: int = 16
-    scale: float = 1.0
-    dropout: float = 0.1
-    blocks: Blocks = None
+    rank: int = count(16)
+    scale: float = nonnegative(1.0)
+    dropout: float = probability(0.1)
+    blocks: Blocks = which_blocks()
 
     presets = {"tiny": {"rank": 4}} | _per_task(
         "8 16 8 16 8 16 8  8 8 8 8  16 4 16 16 16 16 16 8", "1 10 .01 1 1 100 1  10 100 .1 1  1 10 10 10 100 1 100 10"
     )
-
-    def check(self) -> None:
-        super().check()
-        if self.rank < 1:
-            raise MethodError(f"{self.name}.rank: {self.rank} must be at least 1")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         stages: dict[int, list[BlockSite]] = {}
@@ -324,7 +320,7 @@ class FactTK(FactTT):
         rank, scale, dropout, blocks: as ``fact_tt``'s.
     """
 
-    rank: int = 32
+    rank: int = count(32)
     slices: bool = False
 
     presets = _per_task(

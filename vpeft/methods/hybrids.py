@@ -12,9 +12,21 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..options import nonnegative, option, probability
 from .adapter import BottleneckAdapter, MappedBottleneck
 from .adaptformer import AdaptFormer
-from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register, tensors_of
+from .base import (
+    Blocks,
+    Method,
+    Paper,
+    PerBlock,
+    count,
+    linears_by_path,
+    per_block,
+    register,
+    tensors_of,
+    which_blocks,
+)
 from .lora import LoRA, LoraLinear
 from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
 from .selective import BitFit
@@ -26,14 +38,6 @@ class _WithPrefix(Method):
     @property
     def starts_as_identity(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        for name in ("prefix_dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name, 0) < 1:
-                raise MethodError(f"{self.name}.{name}: {getattr(self, name)} is no probability in [0, 1)")
-        if self.hidden < 1:
-            raise MethodError(f"{self.name}.hidden: {self.hidden} is no width")
 
     def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
         return type(self)(**(self.options() | {"form": "direct"})), fold_prefixes(tree)
@@ -62,16 +66,16 @@ class MAM(_WithPrefix):
         blocks: which blocks; None for all.
     """
 
-    tokens: PerBlock = 10
+    tokens: PerBlock = per_block(10, "tokens")
     form: Literal["direct", "perceptron"] = "direct"
-    hidden: int = 512
-    prefix_dropout: float = 0.0
-    bottleneck: PerBlock = 64
-    scale: float | Literal["learnable"] = 0.1
+    hidden: int = count(512, "channels")
+    prefix_dropout: float = probability(0.0)
+    bottleneck: PerBlock = per_block(64, "channels")
+    scale: float | Literal["learnable"] = nonnegative(0.1)
     norm: Literal["none", "in", "out"] = "none"
-    dropout: float = 0.0
+    dropout: float = probability(0.0)
     reads: Literal["normed", "stream"] = "normed"
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     presets = {
         "translation": {"tokens": 30, "form": "perceptron", "bottleneck": 512, "scale": 4.0},
@@ -212,16 +216,16 @@ class UniPELT(_WithPrefix):
         blocks: which blocks; None for all.
     """
 
-    tokens: PerBlock = 10
+    tokens: PerBlock = per_block(10, "tokens")
     form: Literal["direct", "perceptron"] = "direct"
-    hidden: int = 512
-    prefix_dropout: float = 0.0
-    rank: PerBlock = 8
-    lora_dropout: float = 0.0
-    bottleneck: PerBlock = 48
+    hidden: int = count(512, "channels")
+    prefix_dropout: float = probability(0.0)
+    rank: PerBlock = per_block(8)
+    lora_dropout: float = probability(0.0)
+    bottleneck: PerBlock = per_block(48, "channels")
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "relu"
-    dropout: float = 0.0
-    blocks: Blocks = None
+    dropout: float = probability(0.0)
+    blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         sizes = {
@@ -273,12 +277,12 @@ class S4(Method):
             sets their sizes, at least 1 each.
     """
 
-    groups: list[list[str]] | None = None
-    sizes: list[int] | None = None
-    bottleneck: int = 8
-    tokens: int = 10
-    rank: int = 8
-    budget: int | None = None
+    groups: list[list[str]] | None = option(None, choices=STRATEGIES)
+    sizes: list[int] | None = option(None, ge=0, le=1000, unit="blocks")
+    bottleneck: int = count(8, "channels")
+    tokens: int = count(10, "tokens")
+    rank: int = count(8)
+    budget: int | None = option(None, ge=1, le=10**12, unit="parameters")
 
     PUBLISHED = [["adapter", "lora"], ["adapter", "prefix"], ["adapter", "prefix", "bitfit"], ["prefix", "bitfit", "lora"]]
 
@@ -293,16 +297,10 @@ class S4(Method):
 
     def check(self) -> None:
         super().check()
-        for group in self.assignment:
-            for strategy in group:
-                if strategy not in STRATEGIES:
-                    raise MethodError(f"{self.name}.groups: no strategy '{strategy}'; known: {', '.join(STRATEGIES)}")
-        if not self.assignment or min(self.bottleneck, self.tokens, self.rank) < 1:
-            raise MethodError(f"{self.name}: at least one group, and bottleneck, tokens and rank of at least 1")
-        if self.sizes is not None and (len(self.sizes) != len(self.assignment) or min(self.sizes) < 0):
+        if not self.assignment:
+            raise MethodError(f"{self.name}.groups: at least one group")
+        if self.sizes is not None and len(self.sizes) != len(self.assignment):
             raise MethodError(f"{self.name}.sizes: {self.sizes} for {len(self.assignment)} groups")
-        if self.budget is not None and self.budget < 1:
-            raise MethodError(f"{self.name}.budget: {self.budget} is no number of parameters")
 
     def strategies(self, depth: int) -> list[list[str]]:
         """The strategies of each block."""

@@ -11,7 +11,8 @@ from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
-from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
+from ..options import nonnegative, option, probability
+from .base import Blocks, Method, Paper, PerBlock, count, linears_by_path, per_block, register, slots, which_blocks
 from .lora import LoraLinear, check_targets
 from .lora_variants import Schedule
 
@@ -150,38 +151,29 @@ class IncreLoRA(Method):
         blocks: which blocks; None for all.
     """
 
-    rank: PerBlock = 2
-    targets: list[str] = None  # type: ignore[assignment]
-    alpha: float = 32.0
-    start_rank: int = 1
-    growth: int | None = None
-    top: int = 10
-    warmup: int = 100
-    interval: int = 100
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orthogonality: float = 0.1
-    max_rank: int | None = None
-    dropout: float = 0.0
-    blocks: Blocks = None
-
-    def __post_init__(self) -> None:
-        if self.targets is None:
-            self.targets = ["q", "k", "v", "proj", "fc1", "fc2"]
-        super().__post_init__()
+    rank: PerBlock = per_block(2)
+    targets: list[str] = slots(["q", "k", "v", "proj", "fc1", "fc2"])
+    alpha: float = nonnegative(32.0)
+    start_rank: int = count(1)
+    growth: int | None = count(None)
+    top: int = count(10, "matrices")
+    warmup: int = option(100, ge=0, le=10**9, unit="steps")
+    interval: int = option(100, ge=1, le=10**9, unit="steps")
+    beta1: float = option(0.85, ge=0, lt=1)
+    beta2: float = option(0.85, ge=0, lt=1)
+    orthogonality: float = nonnegative(0.1)
+    max_rank: int | None = count(None)
+    dropout: float = probability(0.0)
+    blocks: Blocks = which_blocks()
 
     def check(self) -> None:
         super().check()
         check_targets(self)
         ranks = [r for r in (self.rank if isinstance(self.rank, list) else [self.rank]) if r]
-        if self.start_rank < 1 or min(ranks, default=1) < self.start_rank:
-            raise MethodError(f"{self.name}: rank must not be below start_rank, and start_rank not below 1")
+        if min(ranks, default=self.start_rank) < self.start_rank:
+            raise MethodError(f"{self.name}: rank must not be below start_rank")
         if self.max_rank is not None and self.max_rank < max(ranks, default=1):
             raise MethodError(f"{self.name}.max_rank: {self.max_rank} is below the mean rank {self.rank}")
-        if min(self.rows, self.top, self.interval) < 1 or self.warmup < 0:
-            raise MethodError(f"{self.name}: growth, top and interval must be at least 1, warmup at least 0")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise MethodError(f"{self.name}: beta1 and beta2 must be in [0, 1)")
 
     @property
     def starts_as_identity(self) -> bool:

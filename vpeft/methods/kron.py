@@ -13,7 +13,8 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import Folded
 from ..interventions.linear import AddToLinear
-from .base import Blocks, Method, Paper, linears_by_path, register
+from ..options import SIZE, nonnegative, option, probability
+from .base import Blocks, Method, Paper, linears_by_path, register, slots, which_blocks
 
 
 class AddToRows(AddToLinear):
@@ -128,15 +129,10 @@ class KronA(Method):
         blocks: which blocks; None for all.
     """
 
-    scale: float = 1.0
-    targets: list[str] = None  # type: ignore[assignment]
-    shape: list[int] | None = None
-    blocks: Blocks = None
-
-    def __post_init__(self) -> None:
-        if self.targets is None:
-            self.targets = ["q", "v"]
-        super().__post_init__()
+    scale: float = nonnegative(1.0)
+    targets: list[str] = slots(["q", "v"])
+    shape: list[int] | None = option(None, ge=1, le=SIZE, unit="rows and columns", length=2)
+    blocks: Blocks = which_blocks()
 
     def check(self) -> None:
         super().check()
@@ -144,8 +140,6 @@ class KronA(Method):
             raise MethodError(f"{self.name}.targets: expected distinct slots, got {self.targets}")
         if "qkv" in self.targets and set(self.targets) & {"q", "k", "v"}:
             raise MethodError(f"{self.name}.targets: 'qkv' already covers q, k and v")
-        if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
-            raise MethodError(f"{self.name}.shape: expected the two sizes of A, got {self.shape}")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, KronALinear]]:
         for block in sites.choose(self.blocks):
@@ -246,15 +240,10 @@ class KAdaptation(Method):
         blocks: which blocks; None for all.
     """
 
-    n: int | None = None
-    scale: float = 160.0
-    dropout: float = 0.0
-    blocks: Blocks = None
-
-    def check(self) -> None:
-        super().check()
-        if self.n is not None and self.n < 1:
-            raise MethodError(f"{self.name}.n: {self.n} must be at least 1")
+    n: int | None = option(None, ge=1, le=4096, unit="products")
+    scale: float = nonnegative(160.0)
+    dropout: float = probability(0.0)
+    blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         chosen = [(block, *self.projections(block)) for block in sites.choose(self.blocks)]

@@ -14,7 +14,7 @@ from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.base import Intervention
 from ..interventions.side import SideFeatures, Tap
-from .base import Blocks, Method, Paper, PerBlock, register
+from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
 class Step(Tap):
@@ -71,8 +71,8 @@ class LadderAdapter(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 32
-    blocks: Blocks = None
+    bottleneck: PerBlock = per_block(32, "channels")
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:

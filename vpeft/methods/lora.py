@@ -12,7 +12,8 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.linear import AddToLinear
-from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
+from ..options import nonnegative, probability
+from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, slots, which_blocks
 
 
 class LowRank(nn.Module):
@@ -134,25 +135,20 @@ class LoRA(Method):
         blocks: which blocks, e.g. ``"8-11"``; None for all.
     """
 
-    rank: PerBlock = 8
-    targets: list[str] = None  # type: ignore[assignment]
-    scale: float | None = None
-    alpha: float | None = None
+    rank: PerBlock = per_block(8)
+    targets: list[str] = slots(["q", "v"])
+    scale: float | None = nonnegative(None)
+    alpha: float | None = nonnegative(None)
     scaling: Literal["standard", "rslora"] = "standard"
-    dropout: float = 0.0
+    dropout: float = probability(0.0)
     dropout_on: Literal["input", "bottleneck"] = "input"
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     presets = {
         "noah": {"targets": ["qkv"], "rank": 8, "scale": 1.0, "dropout": 0.1},
         "peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0},
     }
     adds: ClassVar[type[LoraLinear]] = LoraLinear
-
-    def __post_init__(self) -> None:
-        if self.targets is None:
-            self.targets = ["q", "v"]
-        super().__post_init__()
 
     def check(self) -> None:
         super().check()

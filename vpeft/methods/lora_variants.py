@@ -16,6 +16,7 @@ from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..options import nonnegative, option
 from .base import Paper, register
 from .lora import LoRA, LoraLinear
 
@@ -49,7 +50,7 @@ class RsLoRA(LoRA):
         rank, targets, scaling, dropout, dropout_on, blocks: as ``lora``'s.
     """
 
-    alpha: float | None = 8.0
+    alpha: float | None = nonnegative(8.0)
     scaling: Literal["standard", "rslora"] = "rslora"
 
     presets = _PEFT
@@ -205,14 +206,13 @@ class PiSSA(_NoDropout):
         targets, scale, alpha, scaling, dropout_on, blocks: as ``lora``'s.
     """
 
+    # Above 0: the initial factors are divided by the root of s.
+    scale: float | None = option(None, ge=1e-6)
+    alpha: float | None = option(None, ge=1e-6)
+
     presets = _PEFT
     adds: ClassVar[type[LoraLinear]] = PrincipalLinear
     reason: ClassVar[str] = "it would drop the principal part of the weight"
-
-    def check(self) -> None:
-        super().check()
-        if any(self.scale_for(r) <= 0 for r in ([self.rank] if isinstance(self.rank, int) else self.rank) if r > 0):
-            raise MethodError(f"{self.name}: scale must be positive, the initial factors are divided by its root")
 
 
 # ---- Delta-LoRA ----
@@ -278,16 +278,11 @@ class DeltaLoRA(_NoDropout):
         rank, targets, scale, alpha, scaling, dropout_on, blocks: as ``lora``'s.
     """
 
-    ratio: float = 2.0
-    start: int = 500
+    ratio: float = nonnegative(2.0)
+    start: int = option(500, ge=0, le=10**9, unit="steps")
 
     presets = _PEFT
     reason: ClassVar[str] = "the change of B A would not be the gradient that W should get"
-
-    def check(self) -> None:
-        super().check()
-        if self.start < 0:
-            raise MethodError(f"{self.name}.start: {self.start} is no number of steps")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         self._schedule = Schedule()  # for ``linear``

@@ -12,7 +12,8 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, register
+from ..options import option
+from .base import Blocks, Method, Paper, count, register, which_blocks
 
 
 def _uniform(*shape: int) -> nn.Parameter:
@@ -73,22 +74,17 @@ class LoRand(Method):
         blocks: which blocks; None for all.
     """
 
-    branches: int = 2
-    rank: int = 8
-    reduction: int = 2
+    branches: int = option(2, ge=1, le=1000, unit="products")
+    rank: int = count(8)
+    reduction: int = count(2)
     share_kernel: bool = True
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     presets = {"plus": {"branches": 4, "rank": 8}, "plus_plus": {"branches": 4, "rank": 16}}
 
     @property
     def starts_as_identity(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        if min(self.branches, self.rank, self.reduction) < 1:
-            raise MethodError(f"{self.name}: branches, rank and reduction must be at least 1")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         for block in sites.choose(self.blocks):

@@ -16,7 +16,8 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import Intervention
 from ..interventions.side import SideFeatures, Tap
-from .base import Blocks, Method, Paper, register
+from ..options import option
+from .base import Blocks, Method, Paper, count, register, which_blocks
 from .lst_prune import pruned_blocks
 
 TEMPERATURE = 0.1
@@ -134,12 +135,12 @@ class LST(Method):
         merge_last: z becomes g z + (1 - g) (the model's own features) with g = sigmoid(alpha_last / 0.1).
     """
 
-    reduction: int = 8
-    side_layers: Blocks = None
-    drop_layers: Blocks = None
+    reduction: int = count(8)
+    side_layers: Blocks = which_blocks()
+    drop_layers: Blocks = which_blocks(at_least=0)
     init: Literal["random", "prune"] = "random"
     importance: Literal["fisher", "magnitude"] = "fisher"
-    samples: int = 1024
+    samples: int = option(1024, ge=1, unit="images")
     head_aware: bool = False
     merge_last: bool = False
 
@@ -150,11 +151,6 @@ class LST(Method):
     @property
     def needs_calibration(self) -> bool:
         return self.init == "prune"
-
-    def check(self) -> None:
-        super().check()
-        if self.reduction < 1 or self.samples < 1:
-            raise MethodError(f"{self.name}: reduction {self.reduction} and samples {self.samples} must be at least 1")
 
     def width(self, sites: Sites) -> int:
         """w on one model."""

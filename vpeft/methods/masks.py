@@ -21,6 +21,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.weights import ReplaceTensor
+from ..options import fraction, option
 from .base import Method, Paper, register, tensors_of
 
 
@@ -201,9 +202,9 @@ class GPS(Masked):
         views: ``augment``, or ``same``: the loader's view twice, which differ by dropout and drop path alone.
     """
 
-    k: int = 1
+    k: int = option(1, ge=1, unit="entries")
     loss: Literal["contrastive", "task"] = "contrastive"
-    temperature: float = 0.07
+    temperature: float = option(0.07, ge=1e-3)
     views: Literal["augment", "same"] = "augment"
 
     presets = {
@@ -214,11 +215,6 @@ class GPS(Masked):
         "cars": {"k": 15},
         "dogs": {"k": 1},
     }
-
-    def check(self) -> None:
-        super().check()
-        if self.k < 1 or self.temperature <= 0:
-            raise MethodError(f"{self.name}: k={self.k} and temperature={self.temperature} must be above 0")
 
     def split(self, sites: Sites) -> tuple[list[str], list[str]]:
         norms = tuple(f"{place.path}." for place in sites.norms())
@@ -286,15 +282,9 @@ class FISH(Masked):
         samples: examples that are looked at.
     """
 
-    ratio: float = 0.005
+    ratio: float = fraction(0.005)
     variant: Literal["label", "expect"] = "label"
-    samples: int = 1024
-
-    def check(self) -> None:
-        super().check()
-        check_ratio(self)
-        if self.samples < 1:
-            raise MethodError(f"{self.name}.samples: {self.samples} is no number of examples")
+    samples: int = option(1024, ge=1, unit="images")
 
     def calibrate(self, tree: Tree, batches) -> None:
         head = sum(p.numel() for place in tree.sites.heads for p in place.module.parameters())
@@ -329,12 +319,6 @@ class FISH(Masked):
                 return
 
 
-def check_ratio(method: Method) -> None:
-    """Refuse a ``ratio`` that is no share."""
-    if not 0 < method.ratio <= 1:
-        raise MethodError(f"{method.name}.ratio: {method.ratio} is no share in (0, 1]")
-
-
 # ---- magnitude ----
 
 
@@ -353,14 +337,10 @@ class Magnitude(Masked):
         order: ``largest``, or ``smallest`` as in the paper (PaFi).
     """
 
-    ratio: float = 0.005
+    ratio: float = fraction(0.005)
     order: Literal["largest", "smallest"] = "largest"
 
     presets = {"pafi": {"order": "smallest"}}
-
-    def check(self) -> None:
-        super().check()
-        check_ratio(self)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         sizes = {n: p.detach().abs() for n, p in sites.parameters()}

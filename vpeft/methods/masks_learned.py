@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..attached.tree import Tree
 from ..errors import MethodError
+from ..options import fraction, nonnegative, option
 from .base import Paper, register
-from .masks import Masked, check_ratio, largest, masked_parts
+from .masks import Masked, largest, masked_parts
 
 Tensors = dict[str, Tensor]
 
@@ -63,20 +64,12 @@ def dense_phase(
             raise MethodError(f"{tree.method.name}.lr: the loss of the dense phase is {loss.item()}; lower it")
 
 
-class _Learned(Masked):
-    def check(self) -> None:
-        super().check()
-        check_ratio(self)
-        if self.epochs < 1 or self.lr <= 0:
-            raise MethodError(f"{self.name}: epochs={self.epochs} and lr={self.lr} must be above 0")
-
-
 @register(
     "lt_sft",
     Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", "ACL 2022", "2110.07560", "selective"),
     where="the entries that full fine-tuning moves most",
 )
-class LTSFT(_Learned):
+class LTSFT(Masked):
     """Full fine-tuning first; the entries that moved most, |theta1 - theta0|, are trained again from theta0.
 
     ``calibrate`` does the first part and rewinds: model and head are then as before it.
@@ -88,10 +81,10 @@ class LTSFT(_Learned):
         lr: its learning rate.
     """
 
-    ratio: float = 0.01
-    entries: int | None = None
-    epochs: int = 3
-    lr: float = 5e-5
+    ratio: float = fraction(0.01)
+    entries: int | None = option(None, ge=1, le=10**12, unit="entries")
+    epochs: int = option(3, ge=1, unit="epochs")
+    lr: float = option(5e-5, gt=0)
 
     def calibrate(self, tree: Tree, batches) -> None:
         with tree.off():
@@ -124,7 +117,7 @@ def settled(alpha: Tensor) -> Tensor:
     Paper("Parameter-Efficient Transfer Learning with Diff Pruning", "ACL 2021", "2012.07463", "selective"),
     where="the entries whose learned difference survives a sparse penalty",
 )
-class DiffPruning(_Learned):
+class DiffPruning(Masked):
     """A difference to every tensor is learned under gates that are pushed shut; the largest ones are trained further.
 
     First phase, in ``calibrate``: theta = theta0 + z_g z * w with hard concrete gates z (one alpha per entry) and z_g
@@ -141,11 +134,11 @@ class DiffPruning(_Learned):
         start: the second phase starts from the ``learned`` w, as the released code, or from the ``pretrained`` values.
     """
 
-    ratio: float = 0.005
-    epochs: int = 3
-    lr: float = 1e-5
-    gate_lr: float = 0.1
-    sparsity: float = 1.25e-7
+    ratio: float = fraction(0.005)
+    epochs: int = option(3, ge=1, unit="epochs")
+    lr: float = option(1e-5, gt=0)
+    gate_lr: float = option(0.1, ge=0)
+    sparsity: float = nonnegative(1.25e-7)
     start: Literal["learned", "pretrained"] = "learned"
 
     @property

@@ -13,7 +13,8 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, PerBlock, grids, register
+from ..options import probability
+from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, which_blocks
 
 
 class _Mona:
@@ -99,9 +100,9 @@ class Mona(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 64
-    dropout: float = 0.1
-    blocks: Blocks = None
+    bottleneck: PerBlock = per_block(64, "channels")
+    dropout: float = probability(0.1)
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.weights import ReplaceTensor
-from .base import Blocks, Method, Paper, register
+from ..options import option
+from .base import Blocks, Method, Paper, register, slots, which_blocks
 
 
 def split(size: int, parts: int) -> list[int]:
@@ -134,19 +135,14 @@ class Mpo(Method):
         blocks: which blocks; None for all.
     """
 
-    tensors: int = 5
-    targets: list[str] = None  # type: ignore[assignment]
-    blocks: Blocks = None
-
-    def __post_init__(self) -> None:
-        if self.targets is None:
-            self.targets = ["qkv", "proj", "fc1", "fc2"]
-        super().__post_init__()
+    tensors: int = option(5, ge=3, le=63, unit="tensors")
+    targets: list[str] = slots(["qkv", "proj", "fc1", "fc2"])
+    blocks: Blocks = which_blocks()
 
     def check(self) -> None:
         super().check()
-        if self.tensors < 3 or self.tensors % 2 == 0:
-            raise MethodError(f"{self.name}.tensors: {self.tensors} must be odd and at least 3, to have a central one")
+        if self.tensors % 2 == 0:
+            raise MethodError(f"{self.name}.tensors: {self.tensors} must be odd, to have a central one")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise MethodError(f"{self.name}.targets: expected distinct slots, got {self.targets}")
         if "qkv" in self.targets and set(self.targets) & {"q", "k", "v"}:

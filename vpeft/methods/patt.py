@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite, ModuleRef
 from ..backbone.sites import Sites
 from ..interventions.base import Intervention
-from .base import Blocks, Method, Paper, PerBlock, linears_by_path, register
+from ..options import nonnegative
+from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, which_blocks
 
 
 class ParallelAttention(Intervention):
@@ -73,10 +74,10 @@ class PATT(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 64
+    bottleneck: PerBlock = per_block(64, "channels")
     variant: Literal["kv", "qv", "qk", "qkv"] = "kv"
-    scale: float = 0.2
-    blocks: Blocks = None
+    scale: float = nonnegative(0.2)
+    blocks: Blocks = which_blocks()
 
     presets = {"video": {"bottleneck": 128, "scale": 0.8}}
 

@@ -17,7 +17,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import set_tensor
 from ..interventions.output import MapOutput
-from .base import Method, Paper, register
+from .base import Method, Paper, count, register
 
 SIDES = ("up", "down", "left", "right")
 
@@ -89,13 +89,6 @@ class PixelMethod(Method):
     @property
     def trains_head(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        for option in ("classes", "pad", "inner", "samples", "n_clusters"):
-            value = getattr(self, option, None)
-            if value is not None and value < 1:
-                raise MethodError(f"{self.name}.{option}: {value} must be at least 1")
 
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         """The new outputs stand for the new classes, one for one, until ``calibrate`` maps them again."""
@@ -207,9 +200,9 @@ class VP(PixelMethod):
     """
 
     variant: Literal["pad", "fixed_patch", "random_patch"] = "pad"
-    pad: int | None = None
+    pad: int | None = count(None, "pixels")
     draw_in_eval: bool = False
-    classes: int | None = None
+    classes: int | None = count(None, "classes")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, PixelPrompt]]:
         chosen = None if self.classes is None else self.first_outputs(sites)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from .base import Paper, register
+from .base import Paper, count, per_channel, register
 from .pixel import PixelMethod, PixelPrompt
 
 
@@ -186,10 +186,10 @@ class ILMVP(RawMethod):
     """
 
     mapping: Literal["ilm", "flm", "rlm"] = "ilm"
-    inner: int | None = None
-    classes: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    inner: int | None = count(None, "pixels")
+    classes: int | None = count(None, "classes")
+    mean: list[float] | None = per_channel()
+    std: list[float] | None = per_channel(ge=1e-6)
 
     usual = 128
     resampling = "bilinear"
@@ -238,11 +238,11 @@ class EVP(RawMethod):
         mean, std: with which the images are normalised; None for the model's own.
     """
 
-    inner: int | None = None
+    inner: int | None = count(None, "pixels")
     normalise: bool = True
-    classes: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    classes: int | None = count(None, "classes")
+    mean: list[float] | None = per_channel()
+    std: list[float] | None = per_channel(ge=1e-6)
 
     usual = 164
 

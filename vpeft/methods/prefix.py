@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
-from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
-from .base import Blocks, Method, Paper, PerBlock, create, register
+from ..options import probability
+from .base import Blocks, Method, Paper, PerBlock, count, create, per_block, register, which_blocks
 
 
 class Prefix(PrefixKeysValues):
@@ -90,22 +90,17 @@ class PrefixTuning(Method):
         blocks: which blocks; None for all.
     """
 
-    tokens: PerBlock = 10
+    tokens: PerBlock = per_block(10, "tokens")
     form: Literal["direct", "perceptron"] = "direct"
-    hidden: int = 512
-    dropout: float = 0.0
-    blocks: Blocks = None
+    hidden: int = count(512, "channels")
+    dropout: float = probability(0.0)
+    blocks: Blocks = which_blocks()
 
     presets = {"li_liang": {"form": "perceptron", "hidden": 512}}
 
     @property
     def starts_as_identity(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        if self.hidden < 1:
-            raise MethodError(f"{self.name}.hidden: {self.hidden} is no width")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         for block, tokens in self.sized_blocks(sites, "tokens", self.blocks):

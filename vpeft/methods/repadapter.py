@@ -11,7 +11,8 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, PerBlock, register
+from ..options import nonnegative, probability
+from .base import Blocks, Method, Paper, PerBlock, count, per_block, register, which_blocks
 
 
 class SparseLinear(nn.Module):
@@ -104,12 +105,12 @@ class RepAdapter(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 8
+    bottleneck: PerBlock = per_block(8, "channels")
     variant: Literal["block", "attn"] = "block"
-    groups: int = 2
-    scale: float = 1.0
-    dropout: float = 0.1
-    blocks: Blocks = None
+    groups: int = count(2, "groups")
+    scale: float = nonnegative(1.0)
+    dropout: float = probability(0.1)
+    blocks: Blocks = which_blocks()
 
     presets = {"video": {"bottleneck": 2}, "segmentation": {"bottleneck": 8, "scale": 1.0}}
 

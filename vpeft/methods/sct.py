@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
-from ..errors import MethodError
 from ..interventions.base import Folded, Intervention, set_tensor
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, PerBlock, register
+from ..options import option
+from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
 class Salient:
@@ -125,21 +125,16 @@ class SCT(Method):
         blocks: which blocks; None for all.
     """
 
-    channels: PerBlock = 96
+    channels: PerBlock = per_block(96, "channels")
     place: Literal["attn", "mlp"] = "attn"
-    scale: float = 1.0
+    scale: float = option(1.0, gt=0)
     variant: Literal["scale", "scale_on_x"] = "scale"
     tokens: Literal["all", "patches"] = "all"
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:
         return False
-
-    def check(self) -> None:
-        super().check()
-        if not self.scale:
-            raise MethodError(f"{self.name}.scale: 0 lets nothing through")
 
     def build(self, sites) -> Iterator[tuple[str, Intervention]]:
         for block, size in self.sized_blocks(sites, "channels", self.blocks):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.weights import ExistingTensors
+from ..options import option
 from .base import Method, Paper, register, tensors_of
 
 _VPETL = "quoted by V-PETL Bench"
@@ -68,11 +69,7 @@ class Partial(_Selective):
         k: how many blocks.
     """
 
-    k: int = 1
-
-    def check(self) -> None:
-        if self.k < 1:
-            raise MethodError(f"{self.name}.k: {self.k} must be at least 1")
+    k: int = option(1, ge=1, le=1000, unit="blocks")
 
     def names(self, sites: Sites) -> Iterator[str]:
         if self.k > len(sites.blocks):
@@ -101,7 +98,7 @@ class BitFit(_Selective):
     """
 
     rel_pos_bias: bool = False
-    terms: list[str] | None = None
+    terms: list[str] | None = option(None, free="a part of a path")
 
     def names(self, sites: Sites) -> Iterator[str]:
         found = []

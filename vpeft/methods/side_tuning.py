@@ -13,6 +13,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean
 from ..interventions.base import Intervention
 from ..interventions.side import SideOutput, Tap
+from ..options import option
 from .base import Method, Paper, register
 from .pixel import as_images
 
@@ -91,8 +92,8 @@ class SideTuning(Method):
         alpha_init: 0 gives a = 1/2; 4 gives 0.98.
     """
 
-    side: str = "conv"
-    alpha_init: float = 0.0
+    side: str = option("conv", free="`conv` or the name of a timm model")
+    alpha_init: float = option(0.0, ge=-1000, le=1000)
 
     @property
     def starts_as_identity(self) -> bool:

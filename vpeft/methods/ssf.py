@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.junction import Inner
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, linears_by_path, register
+from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
 class ScaleShiftFunction(torch.autograd.Function):
@@ -231,7 +231,7 @@ class SSF(Method):
     """
 
     downsample: bool = False
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:

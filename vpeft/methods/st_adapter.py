@@ -14,7 +14,8 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.context import Clip, Grid
 from ..interventions.output import MapOutput
-from .base import Blocks, Method, Paper, PerBlock, grids, register
+from ..options import option
+from .base import Blocks, Method, Paper, PerBlock, count, grids, per_block, register, which_blocks
 
 
 class EditStream(Intervention):
@@ -133,20 +134,18 @@ class STAdapter(Method):
         blocks: which blocks; None for all.
     """
 
-    bottleneck: PerBlock = 384
-    kernel: list[int] = (3, 1, 1)  # type: ignore[assignment]
-    places: list[Literal["attn", "mlp"]] = ("attn", "mlp")  # type: ignore[assignment]
-    frames: int | None = None
-    blocks: Blocks = None
+    bottleneck: PerBlock = per_block(384, "channels")
+    kernel: list[int] = option([3, 1, 1], ge=1, le=255, length=3)
+    places: list[Literal["attn", "mlp"]] = option(["attn", "mlp"], length=(1, 2))
+    frames: int | None = count(None, "frames")
+    blocks: Blocks = which_blocks()
 
     presets = {"ssv2": {"places": ["attn", "mlp"]}, "kinetics": {"places": ["mlp"]}}
 
     def check(self) -> None:
         super().check()
-        if len(self.kernel) != 3 or any(k < 1 or k % 2 == 0 for k in self.kernel):
+        if any(k % 2 == 0 for k in self.kernel):
             raise MethodError(f"{self.name}.kernel: {self.kernel} is not three odd sizes (time, height, width)")
-        if self.frames is not None and self.frames < 1:
-            raise MethodError(f"{self.name}.frames: {self.frames} is no number of frames")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         clip = Clip(sites, self.frames or 1)

@@ -15,7 +15,8 @@ from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import ComputedKeysValues
 from ..interventions.output import ForPooling
 from ..interventions.tokens import JoinWindows, PromptTokens
-from .base import Blocks, Method, Paper, register
+from ..options import probability
+from .base import Blocks, Method, Paper, count, register, which_blocks
 
 _PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
 
@@ -118,11 +119,6 @@ class _VPT(Method):
     def starts_as_identity(self) -> bool:
         return False
 
-    def check(self) -> None:
-        super().check()
-        if self.tokens < 1 or (self.project is not None and self.project < 1):
-            raise MethodError(f"{self.name}: tokens and project must be at least 1")
-
     def _blocks(self, sites: Sites) -> list[BlockSite]:
         if sites.patch_projection is None:
             raise UnsupportedModelError(f"{self.name}: no patch embedding to read the prompts' initial range from")
@@ -170,9 +166,9 @@ class VPTShallow(_VPT):
         project: width D' of prompts that one shared linear maps to D; None for prompts of width D.
     """
 
-    tokens: int = 50
-    dropout: float = 0.0
-    project: int | None = None
+    tokens: int = count(50, "tokens")
+    dropout: float = probability(0.0)
+    project: int | None = count(None, "channels")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         blocks = self._blocks(sites)
@@ -214,11 +210,11 @@ class VPTDeep(_VPT):
         path: ``fast`` or ``literal``; ``auto`` is fast where there is no dropout and the attention can take further keys.
     """
 
-    tokens: int = 50
-    dropout: float = 0.0
-    project: int | None = None
+    tokens: int = count(50, "tokens")
+    dropout: float = probability(0.0)
+    project: int | None = count(None, "channels")
     shared: bool = False
-    blocks: Blocks = None
+    blocks: Blocks = which_blocks()
     path: Literal["auto", "literal", "fast"] = "auto"
 
     def check(self) -> None:

@@ -15,7 +15,8 @@ from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import AttentionPrefix
 from ..interventions.base import Intervention
-from .base import Blocks, Method, Paper, PerBlock, register
+from ..options import probability
+from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
 class ExtraQueries(AttentionPrefix):
@@ -192,11 +193,11 @@ class VQT(Method):
         blocks: which blocks; None for all.
     """
 
-    tokens: PerBlock = 1
+    tokens: PerBlock = per_block(1, "tokens")
     normalize: bool = True
     pooling: Literal["none", "mean", "weighted"] = "none"
-    dropout: float = 0.0
-    blocks: Blocks = None
+    dropout: float = probability(0.0)
+    blocks: Blocks = which_blocks()
 
     @property
     def starts_as_identity(self) -> bool:

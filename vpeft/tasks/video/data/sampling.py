@@ -7,7 +7,11 @@ come from the ``generator`` that the caller hands over (torch's global one where
 import numpy as np
 import torch
 
-SAMPLINGS = ("uniform", "dense", "videomae")
+from ..config import SAMPLINGS
+
+__all__ = [
+    "SAMPLINGS", "dense", "dense_test", "fixed_clips", "random_clip", "uniform", "uniform_test", "videomae",
+]  # fmt: skip
 
 
 def uniform(frames: int, length: int, generator: torch.Generator | None = None) -> np.ndarray:
