@@ -1,5 +1,6 @@
 """AdaMix: a mixture of adapters that ends as one (Wang et al., EMNLP 2022, arXiv 2205.12410)."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -58,6 +59,17 @@ class AdaMix(Adapter):
         super().check()
         if self.experts < 1:
             raise MethodError(f"{self.name}.experts: {self.experts} is no number of copies")
+
+    @property
+    def compares_runs(self) -> bool:
+        return self.consistency != 0
+
+    def step_loss(self, logits: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """Symmetric Kullback-Leibler divergence of two runs, mean over the batch, times ``consistency``."""
+        a, b = logits.float().log_softmax(-1), again().float().log_softmax(-1)
+        divergence = F.kl_div(a, b, log_target=True, reduction="batchmean")
+        divergence = divergence + F.kl_div(b, a, log_target=True, reduction="batchmean")
+        return self.consistency * divergence
 
     def projections(self, width: int, size: int) -> tuple[nn.Module, nn.Module]:
         down, up = super().projections(width, size)

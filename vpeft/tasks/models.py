@@ -1,4 +1,4 @@
-"""Model, data and task of one configuration."""
+"""What tasks do alike with a configuration: the method, the timm model, its preprocessing, the check of its outputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..errors import ConfigError, DataError, VpeftError, did_you_mean
+from ..errors import ConfigError, VpeftError, did_you_mean
 from ..methods import Method, create
+from ..numerics import eval_mode
 
 
 def make_method(config: DictConfig) -> Method:
@@ -71,18 +72,6 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
 
 
-def check_classes(config: DictConfig, classes: Sequence[str]) -> None:
-    """Refuse a number of classes that is not that of the data.
-
-    Raises:
-        DataError: names both.
-    """
-    if config.data.num_classes not in (None, len(classes)):
-        raise DataError(
-            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(classes)}"
-        )
-
-
 @torch.no_grad()
 def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> None:
     """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps).
@@ -95,9 +84,9 @@ def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> No
     Raises:
         ConfigError: names both numbers.
     """
-    like, training = next(model.parameters()), model.training
-    width = model.eval()(torch.zeros(1, *size, dtype=like.dtype, device=like.device)).shape[-1]
-    model.train(training)
+    like = next(model.parameters())
+    with eval_mode(model):
+        width = model(torch.zeros(1, *size, dtype=like.dtype, device=like.device)).shape[-1]
     if width != num_classes:
         raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
 
