@@ -19,6 +19,7 @@ class Sizes:
 
     monitor = "closeness"
     title = "negative absolute error"
+    no_cache = None
 
     def __init__(self, config):
         self.config, self.images, self.calls = config, ImageClassification(config), []

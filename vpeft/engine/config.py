@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, did_you_mean
-from ..tasks.registry import KINDS
+from ..tasks.registry import KINDS, task_class
 from ..tasks.video.data.sampling import SAMPLINGS
 
 
@@ -465,8 +465,8 @@ def check(config: DictConfig) -> None:
         )
     if config.train.accumulate > config.train.batch_size:
         raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")
-    reason = why_no_cache(config)
-    if config.cache.mode in ("memory", "disk") and reason:
+    reason = why_no_cache(config) if config.cache.mode in ("memory", "disk") else None
+    if reason:
         raise ConfigError(f"cache.mode: {reason}, or cache.mode=off")
     if (config.augment.mixup or config.augment.cutmix) and not config.augment.enabled:
         raise ConfigError("augment.enabled: mixup and cutmix need augmentation to be on")
@@ -474,8 +474,9 @@ def check(config: DictConfig) -> None:
 
 def why_no_cache(config: DictConfig) -> str | None:
     """Why features cannot be the same in every epoch of this experiment, and what to set instead; or None."""
-    if config.task != "classification":
-        return "features are stored for task=classification alone; choose that"
+    reason = task_class(config.task).no_cache
+    if reason:
+        return reason
     if config.model.drop_path or config.model.drop:
         return (
             "drop path and dropout in frozen blocks draw anew at every step, which stored features cannot; "

@@ -89,7 +89,7 @@ class Trainer:
         config = self.config.cache
         if config.mode == "off":
             return
-        reason = why_no_cache(self.config)
+        reason = self.task.no_cache or why_no_cache(self.config)
         if self.accelerator.num_processes > 1:
             reason = "each process would need all features; run one process"
         try:

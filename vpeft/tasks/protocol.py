@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -69,10 +69,15 @@ class Task(Step, Protocol):
     It is made from the experiment's configuration and is called in the order below. The engine knows this protocol and no
     task's name. ``vpeft/tasks/classification`` is the one to read before writing another; ``registry.py`` names them all.
 
+    Attributes:
+        no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
+            the loop then calls the timm model itself, on one image for each integer label.
+
     Args:
         config: the experiment.
     """
 
+    no_cache: ClassVar[str | None]
     config: "DictConfig"
 
     def __init__(self, config: "DictConfig"): ...

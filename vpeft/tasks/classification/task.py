@@ -6,7 +6,7 @@ metrics come from ``LabelStep``, which every task with one label for each sample
 A new task is a package like this one, with a line in ``vpeft/tasks/registry.py``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class ImageClassification(LabelStep):
     Args:
         config: the experiment.
     """
+
+    no_cache = None
 
     def __init__(self, config: DictConfig):
         self.config = config
@@ -86,7 +88,7 @@ class ImageClassification(LabelStep):
         return ranked(file, files, scores, options.topk)
 
 
-def _transform_of(file: checkpoint.File):
+def _transform_of(file: checkpoint.File) -> Callable:
     """timm's evaluation transform, as the checkpoint's model was trained with."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return create_transform(**{k: file.metadata["data"][k] for k in keys if k in file.metadata["data"]})

@@ -41,6 +41,8 @@ class SemanticSegmentation(SegmentationStep):
         config: the experiment.
     """
 
+    no_cache = "features are stored for task=classification alone; choose that"
+
     def __init__(self, config: DictConfig):
         self.config = config
         # Classes, size and criterion are known when the model is there: see ``assemble``.

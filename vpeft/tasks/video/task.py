@@ -31,6 +31,8 @@ class ActionRecognition(ClipStep):
         config: the experiment.
     """
 
+    no_cache = "features are stored for task=classification alone; choose that"
+
     def __init__(self, config: DictConfig):
         self.config = config
         # How many classes there are, the data say: see ``assemble``.
