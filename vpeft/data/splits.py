@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,20 @@ class Datasets:
 def named_splits(data: Any) -> dict[str, str]:
     """The splits that a data section names: ``train``, ``val`` and ``test`` to the data set's own names."""
     return {split: data[f"{split}_split"] for split in SPLITS if data[f"{split}_split"]}
+
+
+def check_root(data: Any, hint: str) -> None:
+    """Refuse a data section whose root is no folder.
+
+    Args:
+        data: the configuration's data section.
+        hint: what the folder should hold, for the error.
+
+    Raises:
+        DataError: names the folder.
+    """
+    if not data.root or not Path(data.root).is_dir():
+        raise DataError(f"data.root: folder '{data.root}' does not exist; {hint}")
 
 
 def check_validation(data: Any) -> None:

@@ -41,7 +41,7 @@ def check_model_name(config: DictConfig) -> None:
         raise ConfigError(f"model.pretrained: timm has no weights for '{name}'; set pretrained=false or give a checkpoint")
 
 
-def pretrained_cfg(name: str) -> dict:
+def _pretrained_cfg(name: str) -> dict:
     """timm's data config of a model's weights, without building the model; a tag that timm lacks falls to the default."""
     cfg = timm.get_pretrained_cfg(name) if "." in name else None
     cfg = cfg or timm.get_pretrained_cfg(name.partition(".")[0])
@@ -91,8 +91,11 @@ def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> No
         raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
 
 
-def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:
-    """timm's data config of a model (input_size, mean, std, interpolation, crop) under the configuration's overrides."""
+def data_stats(config: DictConfig) -> dict[str, Any]:
+    """timm's data config of the model (input_size, mean, std, interpolation, crop) under the configuration's overrides.
+
+    No model is built for it.
+    """
     d = config.data
     overrides = {"mean": d.mean, "std": d.std, "interpolation": d.interpolation, "crop_pct": d.crop_pct}
     overrides = {k: (list(v) if k in ("mean", "std") else v) for k, v in overrides.items() if v is not None}
@@ -100,4 +103,4 @@ def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:
         overrides["crop_mode"] = d.crop_mode
     if config.model.img_size:
         overrides["input_size"] = (3, config.model.img_size, config.model.img_size)
-    return resolve_data_config(overrides, pretrained_cfg=pretrained_cfg)
+    return resolve_data_config(overrides, pretrained_cfg=_pretrained_cfg(config.model.name))

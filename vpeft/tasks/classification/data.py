@@ -12,6 +12,7 @@ from ...data.embedded import EMBEDDED, check_fashion_mnist
 from ...data.splits import (
     Datasets,
     check_label,
+    check_root,
     check_validation,
     class_names,
     cut_validation,
@@ -35,11 +36,11 @@ def check_source(data: Any) -> None:
         if source == "fashion_mnist":
             check_fashion_mnist(data.root)
     elif source == "folder":
-        if not data.root or not Path(data.root).is_dir():
-            raise DataError(
-                f"data.root: folder '{data.root}' does not exist; source 'folder' expects "
-                "ROOT/<split>/<class name>/<image>, with data.train_split, data.val_split and data.test_split"
-            )
+        check_root(
+            data,
+            "source 'folder' expects ROOT/<split>/<class name>/<image>, with data.train_split, data.val_split and "
+            "data.test_split",
+        )
         for key in ("train_split", "val_split", "test_split"):
             split = data[key]
             if split and not (Path(data.root) / split).exists():

@@ -22,7 +22,7 @@ from ...data.images import ImageFiles
 from ...data.splits import Datasets, check_class_count
 from ...tuning import checkpoint
 from ..labels import LabelStep
-from ..models import build_model, check_outputs, data_stats, pretrained_cfg
+from ..models import build_model, check_outputs, data_stats
 from ..prediction import check_classifier, ranked
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -52,7 +52,7 @@ class ImageClassification(LabelStep):
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits with timm's transforms, and the model's preprocessing."""
         config = self.config
-        stats = data_stats(config, pretrained_cfg(config.model.name))
+        stats = data_stats(config)
         data = build_datasets(config.data, config.augment, stats, seed=config.seed)
         check_class_count(config.data, data.classes)
         return data, stats

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from ...data.embedded import check_fashion_mnist
 from ...data.find import find_images
 from ...data.images import IGNORED, read_image, read_mask
-from ...data.splits import Datasets, class_names, named_splits
+from ...data.splits import Datasets, check_root, class_names, named_splits
 from ...errors import DataError, did_you_mean
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
 
@@ -250,8 +250,7 @@ def check_segmentation(config: Any) -> None:
     if data.source == "scenes":
         check_fashion_mnist(data.root)
         return
-    if not data.root or not Path(data.root).is_dir():
-        raise DataError(f"data.root: folder '{data.root}' does not exist; {LAYOUTS[data.source].__doc__.strip()}")
+    check_root(data, LAYOUTS[data.source].__doc__.strip())
     if data.val_size:
         raise DataError("data.val_size: masks have splits of their own; give data.val_split")
     for split in named_splits(data).values():

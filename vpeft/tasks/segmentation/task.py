@@ -19,7 +19,7 @@ from ...data.splits import Datasets
 from ...errors import ConfigError, VpeftError
 from ...numerics import eval_mode
 from ...tuning import checkpoint
-from ..models import build_model, data_stats, make_method, pretrained_cfg
+from ..models import build_model, data_stats, make_method
 from ..prediction import Predictions, names_of
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -76,7 +76,7 @@ class SemanticSegmentation(SegmentationStep):
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits of pairs of image and mask, and the model's preprocessing."""
-        stats = data_stats(self.config, pretrained_cfg(self.config.model.name))
+        stats = data_stats(self.config)
         return build_segmentation(self.config, stats), stats
 
     # ---- the model ----

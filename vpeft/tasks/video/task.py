@@ -14,7 +14,7 @@ from ...backbone.reading import input_size
 from ...data.splits import SPLITS, Datasets, check_class_count
 from ...errors import ConfigError
 from ...tuning import checkpoint
-from ..models import build_model, check_outputs, data_stats, pretrained_cfg
+from ..models import build_model, check_outputs, data_stats
 from ..prediction import check_classifier, ranked
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -56,7 +56,7 @@ class ActionRecognition(ClipStep):
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits as data sets of clips, and the model's preprocessing."""
         config = self.config
-        stats = data_stats(config, pretrained_cfg(config.model.name))
+        stats = data_stats(config)
         data = build_clips(config.data, config.augment, config.video, stats, seed=config.seed)
         check_class_count(config.data, data.classes)
         return data, stats

@@ -12,6 +12,7 @@ from ....data.find import find_files, with_ending
 from ....data.splits import (
     Datasets,
     check_label,
+    check_root,
     check_validation,
     class_names,
     cut_validation,
@@ -47,8 +48,7 @@ def check_video_source(data: Any, video: Any) -> None:
     if data.source == "motion":
         check_motion(data.root, video.motion)
         return
-    if not data.root or not Path(data.root).is_dir():
-        raise DataError(f"data.root: folder '{data.root}' does not exist; it holds the videos that the lists name")
+    check_root(data, "it holds the videos that the lists name")
     if video.lists and not Path(video.lists).is_dir():
         raise DataError(f"video.lists: folder '{video.lists}' does not exist")
     if data.source == "list":
