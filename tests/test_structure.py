@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import vpeft
+from vpeft.methods import METHODS
 
 ROOT = Path(vpeft.__file__).parent
 # From the ground up. A module imports from its own floor or from below. See docs/architecture.md.
@@ -120,14 +121,27 @@ def test_no_class_name_is_used_twice():
     assert not {name: where for name, where in names.items() if len(where) > 1}
 
 
-def test_only_methods_name_methods():
-    """Outside ``methods/`` no module names a registered method in its code."""
-    from vpeft.methods import METHODS
+def test_only_the_registry_names_tasks():
+    """The engine, the benchmarks and what tasks share go through the registry; the configuration's sections are data."""
+    allowed = {"tasks.registry", "tasks.text", "engine.config", "bench.decode", "bench.config", "docs.configuration", "cli"}
+    tasks = [p.name for p in (ROOT / "tasks").iterdir() if p.is_dir() and (p / "__init__.py").exists()]
+    named = [
+        f"{name} -> {other}"
+        for name, others in graph().items()
+        for other in others
+        if other.startswith(tuple(f"tasks.{task}" for task in tasks))
+        and not name.startswith(("integrations.mmseg", *(f"tasks.{task}" for task in tasks)))
+        and name not in allowed
+    ]
+    assert not named
 
+
+def test_only_methods_name_methods():
+    """Outside ``methods/`` no module names a registered method in its code; a configuration has to start from one."""
     distinctive = {m for m in METHODS if len(m) > 4 and m not in ("linear", "partial", "prefix", "attention", "adapter")}
     found = []
     for name, file in modules().items():
-        if name.startswith("methods"):
+        if name.startswith("methods") or name == "engine.config":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and node.value in distinctive:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from .backbone.modules import head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
+from .files import read_tensors, write_bytes
 
 FORMAT = 1
 KEY = "vpeft"
@@ -88,29 +87,8 @@ def save(
     }
     text = json.dumps(about, sort_keys=True)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(blob)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, blob)
     return path
-
-
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file, whoever wrote it.
-
-    Raises:
-        CheckpointError: missing, or damaged.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        with safe_open(path, "pt") as f:
-            return f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def read(path: Path) -> File:

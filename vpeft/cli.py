@@ -1,6 +1,7 @@
 """The ``vpeft`` command; ``tools/*.py`` are the same commands as files."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 
@@ -78,7 +79,9 @@ def _methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
         from .tuning.description import describe
 
         if args.name:
+            gc.freeze()  # else Python looks through all that torch and timm imported, which takes longer than the answer
             print(describe(args.name))
+            gc.unfreeze()
         else:
             for name in list_methods():
                 print(f"{name:16s} {METHODS[name].paper}")
@@ -188,10 +191,12 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     if command:
         parser.set_defaults(run=COMMANDS[command][0](parser))
     else:
+        argv = sys.argv[1:] if argv is None else argv
         parsers = parser.add_subparsers(required=True, metavar="COMMAND")
         for name, (build, text) in COMMANDS.items():
             child = parsers.add_parser(name, help=text, description=text)
-            child.set_defaults(run=build(child))
+            if name in argv[:1]:  # what the others' options are read from need not be imported
+                child.set_defaults(run=build(child))
     args = parser.parse_args(argv)
     try:
         args.run(args)

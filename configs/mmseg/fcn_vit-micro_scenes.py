@@ -1,5 +1,5 @@
 # Runs on one CPU core. Write the data set first, in the folder that data_root is relative to:
-#   python -c "from vpeft.data.scenes import write_scenes; write_scenes('data/scenes', train=400, val=50)"
+#   python -c "from vpeft.tasks.segmentation.scenes import write_scenes; write_scenes('data/scenes', train=400, val=50)"
 # then train it like any configuration of mmsegmentation: Runner.from_cfg(Config.fromfile(…)).train().
 default_scope = "mmseg"
 custom_imports = dict(imports=["vpeft.integrations.mmseg"])

@@ -15,8 +15,8 @@ from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.measure import bench, measure, saved_bytes
 from vpeft.bench.rows import make_rows, twin
-from vpeft.tasks.classification.metrics import Classification
-from vpeft.tasks.protocol import Built
+from vpeft.tasks.labels import LabelStep
+from vpeft.tasks.protocol import TaskModel
 
 TINY = """
 name: tiny
@@ -109,7 +109,7 @@ def test_merged_rows_leave_the_others_as_they_were(file):
 
 def test_twin_shares_memory_and_nothing_else():
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    copy = twin(Built(model, model, Classification(3))).backbone
+    copy = twin(TaskModel(model, model, LabelStep(3))).backbone
     for a, b in zip(model.parameters(), copy.parameters(), strict=True):
         assert a is not b
         assert a.data_ptr() == b.data_ptr()

@@ -128,7 +128,7 @@ def test_voc_follows_its_lists(tmp_path):
     (lists / "val.txt").write_text("q\np\n")
     (lists / "trainaug.txt").write_text("q\n")
     source = LAYOUTS["voc"](tmp_path, "val", data())
-    assert [source.name(0), source.name(1)] == ["q", "p"]
+    assert [p.stem for p in source.images] == ["q", "p"]
     assert source[0][1].tolist() == [[0, 20], [255, 1]]
     assert LAYOUTS["voc"](tmp_path, "trainaug", data())[0][1].tolist() == [[3, 3], [3, 3]]
     with pytest.raises(vpeft.DataError, match=r"vall\.txt does not exist; did you mean 'val'"):

@@ -15,7 +15,7 @@ from PIL import Image
 from vpeft.data import make_loader
 from vpeft.engine.config import AugmentConfig, DataConfig, VideoConfig
 from vpeft.errors import DataError
-from vpeft.tasks.video.data import Clips, build_clips, find_videos, open_files
+from vpeft.tasks.video.data import ClipOptions, Clips, build_clips, find_videos, open_files
 from vpeft.tasks.video.data import index as index_module
 from vpeft.tasks.video.data import sampling as s
 from vpeft.tasks.video.data.build import clip_transforms
@@ -175,7 +175,7 @@ def test_folders_of_frames(tmp_path):
     assert "img_00006.png: no such frame" in reasons[0]
     assert "no such folder" in reasons[1]
     (tmp_path / "1" / "img_00002.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"img_00002\.png: not a readable frame"):
+    with pytest.raises(DataError, match=r"img_00002\.png is not a readable image"):
         read_folder(tmp_path / "1", "img_{:05d}.png", [1])
 
 
@@ -573,7 +573,7 @@ def test_write_video_takes_colour(tmp_path):
 
 
 def test_clips_keep_what_was_left_out():
-    clips = Clips([], [], None, length=4, left_out=["a"])
+    clips = Clips([], [], None, ClipOptions(length=4), left_out=["a"])
     assert clips.left_out == ["a"]
     assert clips.skipped() == 0
 

@@ -7,7 +7,7 @@ import pytest
 import vpeft
 from vpeft.engine.config import from_container, load_config
 from vpeft.engine.train import check, train
-from vpeft.tasks.classification.task import open_data
+from vpeft.tasks.classification.task import ImageClassification
 
 CONFIG = vpeft.ConfigError
 
@@ -74,11 +74,11 @@ def test_refused_before_a_model_is_built(tiny, overrides, error, message, monkey
 
 def test_class_count_must_fit(tiny):
     with pytest.raises(vpeft.DataError, match=r"data\.num_classes: 7 asked for, but 'digits' has 10"):
-        open_data(tiny("data.num_classes=7"))
-    with pytest.raises(vpeft.DataError, match=r"train has a label 9, but 3 classes"):
-        open_data(tiny("data.classes=[a,b,c]"))
+        ImageClassification(tiny("data.num_classes=7")).open_data()
+    with pytest.raises(vpeft.DataError, match=r"train has the label 9, but there are 3 classes"):
+        ImageClassification(tiny("data.classes=[a,b,c]")).open_data()
     with pytest.raises(vpeft.DataError, match="leaves nothing"):
-        open_data(tiny("data.val_size=1000"))
+        ImageClassification(tiny("data.val_size=1000")).open_data()
 
 
 def test_base_files_and_overrides(tmp_path):

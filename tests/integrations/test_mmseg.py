@@ -442,7 +442,7 @@ def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
 
 def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
     """Our sliding windows against mmsegmentation's own."""
-    from vpeft.tasks.segmentation.model import Segmentation
+    from vpeft.tasks.segmentation.step import SegmentationStep
 
     _, _, runner = finished
     model = runner.model.eval()
@@ -455,7 +455,7 @@ def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
             def semantic(self, images):
                 return F.interpolate(model(images, mode="tensor"), images.shape[-2:], mode="bilinear", align_corners=False)
 
-        ours = Segmentation(3, crop=32, stride=20).scores(Ours(), x)
+        ours = SegmentationStep(3, crop=32, stride=20).scores(Ours(), x)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 

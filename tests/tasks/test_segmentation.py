@@ -13,13 +13,13 @@ from vpeft.methods import METHODS, on_images
 from vpeft.tasks.segmentation.features import FeatureMaps
 from vpeft.tasks.segmentation.model import (
     HEADS,
-    Segmentation,
     SegmentationModel,
     auxiliary_head,
     build_head,
-    rates,
     reads_class_token,
 )
+from vpeft.tasks.segmentation.step import SegmentationStep, rates
+from vpeft.tasks.step import training_loss
 
 SMALL = {
     "fcn": {"channels": 8}, "psp": {"channels": 8}, "upernet": {"channels": 8}, "setr_pup": {"channels": 8, "num_convs": 2},
@@ -62,8 +62,8 @@ def test_every_head_trains_on_a_plain_vit(head):
     randomise(handle)
     images, masks = batch(backbone)
     handle.train()
-    task = Segmentation(4, 32)
-    task.loss(model, images, masks).backward()
+    task = SegmentationStep(4, 32, criterion=model.loss)
+    training_loss(task, model, images, masks).backward()
     assert all(p.grad is not None for p in handle.trainable_parameters() if p.requires_grad)
     assert any(p.grad.abs().max() > 0 for p in handle.parameters())
     handle.eval()
@@ -84,19 +84,20 @@ def test_every_method_trains_and_infers(name, kind):
     handle = vpeft.attach(backbone, name, heads=model.heads, **on_images(name))
     model.maps.check(handle)
     images, masks = batch(backbone)
-    task = Segmentation(4, images.shape[-1])
-    calibrate = partial(handle.calibrate, [(images, masks)], outer=model, criterion=task.loss, progress=False)
+    task = SegmentationStep(4, images.shape[-1], criterion=model.loss)
+    calibrate = partial(
+        handle.calibrate, [(images, masks)], outer=model, criterion=partial(training_loss, task), progress=False
+    )
     if name in NEED_LABELS:
         with pytest.raises(vpeft.MethodError, match="one class label for each image"):
             calibrate()
         return
     calibrate()
     handle.train()
-    consistency = handle.consistency_loss if handle.method.consistency_weight else None
     optimizer = torch.optim.AdamW(handle.param_groups(1e-2))
     before = {n: p.detach().clone() for n, p in handle.named_parameters()}
     for _ in range(2):  # what starts at zero lets a gradient through from the second step on
-        (task.loss(model, images, masks, consistency) + handle.penalty()).backward()
+        training_loss(task, model, images, masks, handle).backward()
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()
@@ -166,14 +167,14 @@ class Places(nn.Module):
 
 def test_windows_are_averaged_where_they_overlap():
     images = torch.randn(2, 3, 8, 13)
-    found = Segmentation(2, crop=8, stride=3)._slide(Places(), images)
+    found = SegmentationStep(2, crop=8, stride=3)._slide(Places(), images)
     total, count = torch.zeros(13), torch.zeros(13)
     for start in (0, 3, 5):  # the last window ends at the border
         total[start : start + 8] += torch.arange(8.0)
         count[start : start + 8] += 1
     assert torch.allclose(found[:, 1], (total / count).expand(2, 8, 13))
     assert torch.allclose(found[:, 0], images[:, 0])
-    small = Segmentation(2, crop=8, stride=8)._slide(Places(), images[..., :5, :6])
+    small = SegmentationStep(2, crop=8, stride=8)._slide(Places(), images[..., :5, :6])
     assert small.shape == (2, 2, 5, 6)
 
 
@@ -185,7 +186,7 @@ def test_rates_leave_absent_classes_out():
         def semantic(self, images):
             return F.one_hot(found, 4).movedim(-1, 1)[:, :, None].float()
 
-    values = Segmentation(4, crop=1, stride=None).evaluate(
+    values = SegmentationStep(4, crop=1, stride=None).evaluate(
         type("M", (Fixed,), {"semantic": lambda s, x: Fixed.semantic(s, x)})(),
         [(torch.zeros(1, 3, 1, 1), truth[:, None])],
         torch.device("cpu"),

@@ -1,1 +1,4 @@
-"""What methods are and cost, in tables: the pages in ``docs/`` are written here."""
+"""What methods cost on one backbone, measured and reported: ``measure.py`` is ``vpeft bench``, ``decode.py`` reads videos.
+
+Nothing is imported here, since ``measure`` would hide the module of its name.
+"""

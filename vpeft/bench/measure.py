@@ -6,7 +6,6 @@ the ratios within the rounds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -15,38 +14,10 @@ from omegaconf import DictConfig
 
 from .config import load_bench_config
 from .report import write_report
+from .result import Result
 from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
 
 PASSES = ("step", "cached", "forward", "merged")
-
-
-@dataclass
-class Result:
-    """One row of the table. Times in seconds, memory in bytes; None where a row has none.
-
-    Attributes:
-        label: its name.
-        parameters: trained numbers, the head's left out.
-        step: forward, backward and update.
-        cached: the same from stored features, where something frozen lies below what is trained.
-        forward: of the adapted model in inference.
-        merged: of the model with the method folded in.
-        saved: bytes that autograd keeps from the forward for the backward; parameters, buffers and the images, which
-            are there anyway, are not counted.
-        peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
-        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
-            ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
-    """
-
-    label: str
-    parameters: int
-    step: float | None
-    cached: float | None
-    forward: float
-    merged: float | None
-    saved: int | None
-    peak: int | None
-    ratios: dict[str, float]
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:

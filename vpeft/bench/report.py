@@ -3,17 +3,14 @@
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
 from omegaconf import DictConfig
 
-from ..engine.run import write_atomically
+from ..files import write_text
+from .result import Result
 from .rows import FROZEN, FULL, LIMIT
-
-if TYPE_CHECKING:
-    from .measure import Result
 
 RATIOS = (
     f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", "cached/step", f"forward/{FROZEN}", f"merged/{FROZEN}",
@@ -21,18 +18,17 @@ RATIOS = (
 )  # fmt: skip
 
 
-def write_report(config: DictConfig, results: "list[Result]") -> str:
+def write_report(config: DictConfig, results: list[Result]) -> str:
     """Write the three files and return the Markdown."""
     out = Path(config.output) / config.name
-    out.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(config, results)
-    write_atomically(out.with_suffix(".csv"), as_csv(results))
-    write_atomically(out.with_suffix(".md"), text + "\n")
+    write_text(out.with_suffix(".csv"), as_csv(results))
+    write_text(out.with_suffix(".md"), text + "\n")
     plot(out.with_suffix(".png"), config, results)
     return text
 
 
-def as_csv(results: "list[Result]") -> str:
+def as_csv(results: list[Result]) -> str:
     """Plain numbers, one line per row."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -55,7 +51,7 @@ def as_csv(results: "list[Result]") -> str:
     return stream.getvalue()
 
 
-def markdown(config: DictConfig, results: "list[Result]") -> str:
+def markdown(config: DictConfig, results: list[Result]) -> str:
     """A table for people, with what it was measured on."""
     gpu = any(r.peak is not None for r in results)
     shown = [k for k in RATIOS if gpu or not k.startswith("peak")]
@@ -102,7 +98,7 @@ def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def plot(path: Path, config: DictConfig, results: "list[Result]") -> None:
+def plot(path: Path, config: DictConfig, results: list[Result]) -> None:
     """Memory against step time, both over full fine-tuning."""
     from matplotlib.figure import Figure
 

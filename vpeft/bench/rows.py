@@ -18,9 +18,10 @@ from ..engine.cache import CachedLoader, FeatureCache, why_not
 from ..engine.config import load_config
 from ..errors import ConfigError, MethodError, VpeftError
 from ..methods import Method, create
-from ..tasks.classification.metrics import Classification
-from ..tasks.protocol import Built
-from ..tasks.registry import kind_of
+from ..tasks.labels import LabelStep
+from ..tasks.protocol import TaskModel
+from ..tasks.registry import get_task
+from ..tasks.step import training_loss
 from ..tuning.attach import attach
 from ..tuning.handle import Handle
 from .config import PEFT
@@ -69,7 +70,7 @@ class Row:
 
     handle: Handle | None = None
 
-    def __init__(self, label: str, subject: Built, batch: Batch, trained: list, update: bool):
+    def __init__(self, label: str, subject: TaskModel, batch: Batch, trained: list, update: bool):
         self.label, self.subject, self.model, self.batch = label, subject, subject.model, batch
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if update and trained else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -94,7 +95,7 @@ class Row:
 
     def loss(self) -> Tensor:
         with self.batch.precision():
-            return self.subject.task.loss(self.model, self.batch.images, self.batch.labels)
+            return training_loss(self.subject.task, self.model, self.batch.images, self.batch.labels, self.handle)
 
     def step(self) -> None:
         self.update(self.loss())
@@ -132,7 +133,7 @@ class LimitRow(Row):
     """The frozen backbone with a gradient carried to the first block's input, and nothing else: what no method that
     acts in the first block can undercut."""
 
-    def __init__(self, label: str, subject: Built, batch: Batch):
+    def __init__(self, label: str, subject: TaskModel, batch: Batch):
         subject.model.requires_grad_(False)
         super().__init__(label, subject, batch, [], False)
         Sites(subject.backbone).blocks[0].module.register_forward_pre_hook(_carry)
@@ -146,11 +147,10 @@ def _carry(module: nn.Module, args: tuple) -> tuple:
 class MethodRow(Row):
     """One of our methods."""
 
-    def __init__(self, label: str, subject: Built, batch: Batch, method: Method, update: bool):
+    def __init__(self, label: str, subject: TaskModel, batch: Batch, method: Method, update: bool):
         self.handle = attach(subject.backbone, method, name="bench", heads=subject.heads)
         self.handle.calibrate([(batch.images, batch.labels)], progress=False, **subject.calibration())
         super().__init__(label, subject, batch, self.handle.param_groups(lr=0.0), update)
-        self.consistency = self.handle.consistency_loss if method.consistency_weight else None
         self._stored: CachedLoader | None = None
 
     @property
@@ -162,11 +162,6 @@ class MethodRow(Row):
 
     def inference(self) -> None:
         self.handle.eval()
-
-    def loss(self) -> Tensor:
-        with self.batch.precision():
-            loss = self.subject.task.loss(self.model, self.batch.images, self.batch.labels, self.consistency)
-            return loss + self.handle.penalty()
 
     def after_step(self) -> None:
         self.handle.after_step()
@@ -183,7 +178,7 @@ class MethodRow(Row):
 
         def run() -> None:
             for images, labels in self._stored:
-                loss = self.subject.task.loss(self.model, images, labels.to(self.batch.device))
+                loss = training_loss(self.subject.task, self.model, images, labels.to(self.batch.device))
                 self.update(loss + self.handle.penalty())
 
         return run
@@ -192,7 +187,9 @@ class MethodRow(Row):
 class PeftRow(Row):
     """LoRA of huggingface's peft on the same model."""
 
-    def __init__(self, label: str, subject: Built, batch: Batch, update: bool, rank: int, targets: list[str], alpha: float):
+    def __init__(
+        self, label: str, subject: TaskModel, batch: Batch, update: bool, rank: int, targets: list[str], alpha: float
+    ):
         from peft import LoraConfig, get_peft_model
 
         model = subject.backbone
@@ -201,7 +198,7 @@ class PeftRow(Row):
         head = [n for n, m in model.named_modules() if m is model.get_classifier()]
         made = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=head))
         trained = [p for p in made.parameters() if p.requires_grad]
-        super().__init__(label, Built(made, made, subject.task), batch, trained, update)
+        super().__init__(label, TaskModel(made, made, subject.task), batch, trained, update)
 
     @property
     def parameters(self) -> int:
@@ -217,7 +214,7 @@ def peft_installed() -> bool:
     return True
 
 
-def twin(subject: Built) -> Built:
+def twin(subject: TaskModel) -> TaskModel:
     """A copy whose parameters are its own objects, with flags and gradients of their own, on the same memory."""
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in subject.model.parameters()}
     return copy.deepcopy(subject, memo)
@@ -247,12 +244,12 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     return rows, batch
 
 
-def _frozen(subject: Built) -> Built:
+def _frozen(subject: TaskModel) -> TaskModel:
     subject.model.requires_grad_(False)
     return subject
 
 
-def _classifier(config: DictConfig) -> tuple[Built, Batch]:
+def _classifier(config: DictConfig) -> tuple[TaskModel, Batch]:
     """A timm model and a random batch."""
     torch.manual_seed(config.seed)
     m = config.model
@@ -263,22 +260,22 @@ def _classifier(config: DictConfig) -> tuple[Built, Batch]:
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size(base), generator=generator)
     labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
-    return Built(base, base, Classification(config.num_classes)), Batch(config, images, labels)
+    return TaskModel(base, base, LabelStep(config.num_classes)), Batch(config, images, labels)
 
 
-def _experiment(config: DictConfig) -> tuple[Built, Batch]:
+def _experiment(config: DictConfig) -> tuple[TaskModel, Batch]:
     """The model of an experiment's task, and its first training samples."""
     experiment = load_config(config.experiment)
-    kind = kind_of(experiment)
-    kind.check(experiment)
-    data, _ = kind.open_data(experiment)
+    task = get_task(experiment)
+    task.check()
+    data, _ = task.open_data()
     torch.manual_seed(config.seed)
-    backbone = kind.build_backbone(experiment, len(data.classes))
+    backbone = task.build_backbone(len(data.classes))
     loader = make_loader(data.train, config.batch_size, train=False)
-    return kind.assemble(experiment, backbone, len(data.classes)), Batch(config, *next(iter(loader)))
+    return task.assemble(backbone, len(data.classes)), Batch(config, *next(iter(loader)))
 
 
-def _plan(row: DictConfig, update: bool) -> Callable[[str, Built, Batch], Row]:
+def _plan(row: DictConfig, update: bool) -> Callable[[str, TaskModel, Batch], Row]:
     options = OmegaConf.to_container(row.options)
     if row.name == PEFT:
         if not peft_installed():

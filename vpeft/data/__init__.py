@@ -1,6 +1,11 @@
 """Data sets and loaders: what all tasks share."""
 
+from .find import find_files, find_images
+from .images import ImageFiles, open_image, read_image, read_mask
 from .loader import make_loader
-from .splits import Datasets
+from .splits import Datasets, make_transforms
 
-__all__ = ["Datasets", "make_loader"]
+__all__ = [
+    "Datasets", "ImageFiles", "find_files", "find_images", "make_loader", "make_transforms", "open_image", "read_image",
+    "read_mask",
+]  # fmt: skip

@@ -1,10 +1,13 @@
 """Image files and masks of class ids: reading, colouring, writing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..errors import DataError
 
@@ -12,26 +15,63 @@ IGNORED = 255  # the id of what is not labelled
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3), uint8."""
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    """An image file; whatever goes wrong while it is read is one ``DataError`` that names it."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
+        raise DataError(f"{path} is not a readable {what}: {error}") from error
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The ids in a mask file (palette or grey), as (H, W) int64."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16"):
-                raise DataError(
-                    f"{path}: a mask holds one class id per pixel (palette or grey), this is a {image.mode} image"
-                )
-            return np.asarray(image).astype(np.int64)
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable mask: {error}") from error
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as an RGB image, read whole.
+
+    Raises:
+        DataError: a missing file, or one that is no image; names it.
+    """
+    with _opened(Path(path), "image") as image:
+        return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as (H, W, 3), uint8.
+
+    Raises:
+        DataError: as ``open_image``.
+    """
+    return np.asarray(open_image(path))
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The ids in a mask file (palette or grey), as (H, W) int64.
+
+    Raises:
+        DataError: a missing file, one that is no image, or an image of colours.
+    """
+    with _opened(Path(path), "mask") as image:
+        if image.mode not in ("P", "L", "1", "I", "I;16"):
+            raise DataError(f"{path}: a mask holds one class id per pixel (palette or grey), this is a {image.mode} image")
+        return np.asarray(image).astype(np.int64)
+
+
+class ImageFiles(Dataset):
+    """Image files through one transform, without labels.
+
+    Args:
+        files: paths.
+        transform: RGB image to tensor.
+    """
+
+    def __init__(self, files: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(open_image(self.files[index]))
 
 
 def coloured(mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> np.ndarray:

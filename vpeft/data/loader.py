@@ -5,15 +5,14 @@ Not on the number of workers or processes, nor on whether the run was interrupte
 processes see one process's global batches, and a resumed run the uninterrupted run's.
 """
 
-import random
 import zlib
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import DataError
+from ..numerics import seeded
 
 
 class SeededDataset(Dataset):
@@ -28,13 +27,8 @@ class SeededDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]):
         epoch, index = item
         seed = zlib.crc32(f"{self.seed}/{epoch}/{index}".encode())
-        generator = torch.default_generator  # torch.manual_seed would also visit every accelerator, per sample
-        states = random.getstate(), np.random.get_state(), generator.get_state()
-        random.seed(seed), np.random.seed(seed), generator.manual_seed(seed)
-        try:
+        with seeded(seed):
             return self.dataset[index]
-        finally:
-            random.setstate(states[0]), np.random.set_state(states[1]), generator.set_state(states[2])
 
 
 class ShardedBatches(Sampler):

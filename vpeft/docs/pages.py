@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import write_text
 from ..methods import METHODS, list_methods
 from ..methods.not_built import NOT_BUILT
 from ..options import allowed, declared
@@ -62,7 +63,6 @@ def write_pages(folder: str | Path = "docs", *, compatibility: bool = False) -> 
     pages = {folder / "methods.md": methods_page(), folder / "configuration.md": configuration_page()}
     if compatibility:
         pages[folder / "compatibility.md"] = compatibility_page(matrix())
-    folder.mkdir(parents=True, exist_ok=True)
     for path, text in pages.items():
-        path.write_text(text)
+        write_text(path, text)
     return list(pages)

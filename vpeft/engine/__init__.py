@@ -1,1 +1,9 @@
-"""Training, evaluation and prediction driven by one typed YAML file."""
+"""One training loop for all tasks, and what goes around it.
+
+``train.py``, ``test.py``, ``predict.py``, ``table.py`` and ``pretrain.py`` hold the function of their name, which the
+command of that name calls. ``config.py`` reads configurations, ``loop.py`` is the loop, and the others are its parts:
+``setup.py`` (optimiser, schedule, loaders), ``state.py`` (what a killed run continues from), ``run.py`` (a run's folder),
+``progress.py`` and ``report.py`` (what people see), ``cache.py`` (stored features).
+
+Nothing is imported here, since the functions would hide the modules, and the loop's libraries are large.
+"""

@@ -12,12 +12,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.hooks import RemovableHandle
 
 from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.reading import input_size
@@ -151,40 +153,7 @@ class FeatureCache:
     def _compute(self, images: Tensor) -> dict[Any, Tensor]:
         """The features of a batch, from the frozen modules alone."""
         found: dict[Any, Tensor] = {}
-        sites, hooks = self.handle.sites, []
-
-        def shape(place: ModuleRef):
-            def hook(module, args, output):
-                self.shapes[place.path] = (output.shape[1:], output.dtype)
-
-            return hook
-
-        def keep(key: Any):
-            def hook(module, args, output):
-                found[key] = output.detach()
-
-            return hook
-
-        def keep_input(key: Any):
-            def hook(module, args, kwargs):
-                found[key] = (args[0] if args else kwargs["x"]).detach()
-
-            return hook
-
-        for place in self.skipped:
-            hooks.append(place.module.register_forward_hook(shape(place)))
-        if self.cache_needs.heads_only:
-            for head in sites.heads:
-                hooks.append(head.module.register_forward_pre_hook(keep_input(head.path), with_kwargs=True))
-        else:
-            for key in self.keys:
-                if key == INPUT:
-                    pre = keep_input(INPUT)
-                    hooks.append(sites.blocks[0].module.register_forward_pre_hook(pre, with_kwargs=True, prepend=True))
-                else:
-                    hooks.append(sites.blocks[key].module.register_forward_hook(keep(key), prepend=True))
-            last = sites.blocks[self.cache_needs.first - 1].module
-            hooks.append(last.register_forward_hook(_stop))
+        hooks = self._listen(found)
         device = next(self.model.parameters()).device
         try:
             with self.autocast():
@@ -196,6 +165,24 @@ class FeatureCache:
                 hook.remove()
         self.computed_in = {key: value.dtype for key, value in found.items()}
         return found
+
+    def _listen(self, found: dict[Any, Tensor]) -> list[RemovableHandle]:
+        """Hooks that put what is stored into ``found``, note the shapes of what is skipped, and end the forward."""
+        blocks = self.handle.sites.blocks
+        hooks = [place.module.register_forward_hook(partial(_note_shape, self.shapes, place.path)) for place in self.skipped]
+        if self.cache_needs.heads_only:
+            for head in self.handle.sites.heads:
+                keep = partial(_keep_input, found, head.path)
+                hooks.append(head.module.register_forward_pre_hook(keep, with_kwargs=True))
+            return hooks
+        for key in self.keys:
+            if key == INPUT:
+                keep = partial(_keep_input, found, INPUT)
+                hooks.append(blocks[0].module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True))
+            else:
+                hooks.append(blocks[key].module.register_forward_hook(partial(_keep_output, found, key), prepend=True))
+        hooks.append(blocks[self.cache_needs.first - 1].module.register_forward_hook(_stop))
+        return hooks
 
     # ---- storing ----
 
@@ -271,6 +258,18 @@ class FeatureCache:
     def loader(self, loader: DataLoader) -> "CachedLoader":
         """The loader's batches with features in the place of images; the model must be called on what it yields."""
         return CachedLoader(loader, self)
+
+
+def _note_shape(shapes: dict, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    shapes[path] = (output.shape[1:], output.dtype)
+
+
+def _keep_output(found: dict[Any, Tensor], key: Any, module: nn.Module, args: tuple, output: Tensor) -> None:
+    found[key] = output.detach()
+
+
+def _keep_input(found: dict[Any, Tensor], key: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    found[key] = (args[0] if args else kwargs["x"]).detach()
 
 
 def _stop(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, did_you_mean
 from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, probability
-from ..tasks.registry import KINDS
+from ..tasks.registry import TASKS, task_class
 from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
 
@@ -171,7 +171,7 @@ class Config:
 
     name: str = option("run", free="a name for the run's folder", help="with which the run is found again")
     output: str = option("runs", free="the folder of all runs")
-    task: str = option("classification", choices=KINDS)
+    task: str = option("classification", choices=TASKS)
     seed: int = option(0, ge=0, le=SEED, help="of weights, order of samples, and augmentation")
     resume: str = option("auto", choices=("auto", "never"), help="an unfinished run of the same name goes on, or is refused")
     overwrite: bool = option(False, help="replace a run of the same name")
@@ -301,8 +301,8 @@ def check(config: DictConfig) -> None:
         )
     if config.train.accumulate > config.train.batch_size:
         raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")
-    reason = why_no_cache(config)
-    if config.cache.mode in ("memory", "disk") and reason:
+    reason = why_no_cache(config) if config.cache.mode in ("memory", "disk") else None
+    if reason:
         raise ConfigError(f"cache.mode: {reason}, or cache.mode=off")
     if (config.augment.mixup or config.augment.cutmix) and not config.augment.enabled:
         raise ConfigError("augment.enabled: mixup and cutmix need augmentation to be on")
@@ -310,8 +310,9 @@ def check(config: DictConfig) -> None:
 
 def why_no_cache(config: DictConfig) -> str | None:
     """Why features cannot be the same in every epoch of this experiment, and what to set instead; or None."""
-    if config.task != "classification":
-        return "features are stored for task=classification alone; choose that"
+    reason = task_class(config.task).no_cache
+    if reason:
+        return reason
     if config.model.drop_path or config.model.drop:
         return (
             "drop path and dropout in frozen blocks draw anew at every step, which stored features cannot; "

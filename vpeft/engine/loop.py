@@ -1,154 +1,72 @@
 """The training loop: accelerate for devices and processes, timm for schedules, one state file for exact resume."""
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
-from safetensors import safe_open
-from safetensors.torch import save_file
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import VpeftError
-from ..tasks.protocol import Task
+from ..files import read_tensors
+from ..tasks.protocol import TaskModel
+from ..tasks.step import training_loss
+from ..tuning.handle import Handle
 from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
+from .progress import Bar, GradientWatch, TimedBatches
+from .report import draw_curves
 from .run import RunFolder
-
-
-class Tuned(Protocol):
-    """What the loop needs of whatever is being trained; ``vpeft.attach``'s handle is one."""
-
-    method: Any
-    model: nn.Module
-
-    def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict]: ...
-    def penalty(self) -> Tensor: ...
-    def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor: ...
-    def after_step(self) -> None: ...
-    def head_state_dict(self) -> dict[str, Tensor]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None: ...
-    def train(self, mode: bool = True, backbone: bool = False) -> Any: ...
-    def save(self, path: Path, **about) -> Any: ...
-
-
-class Average:
-    """Exponential moving average of the trained tensors only (a whole-model copy would double a frozen backbone)."""
-
-    def __init__(self, params: list[Tensor], decay: float):
-        self.params, self.decay = params, decay
-        self.values = [p.detach().clone() for p in params]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - self.decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averaged and the running values."""
-        for value, param in zip(self.values, self.params, strict=True):
-            kept = param.detach().clone()
-            param.copy_(value)
-            value.copy_(kept)
+from .setup import make_loaders, make_optimizer, make_schedule
+from .state import Average, RunState
 
 
 class Trainer:
-    """Trains what ``handle`` holds of ``model`` on ``data``.
+    """Trains what ``handle`` holds of a task's model on ``data``.
 
     Args:
         config: the experiment.
-        model: the whole model, as called in the forward.
-        handle: the trained part of it (a vpeft handle).
+        built: the task's model.
+        handle: of the method that is attached to its backbone.
         data: data sets.
-        task: loss and metrics.
         run: the run's folder.
         accelerator: made by ``make_accelerator``.
-        about: metadata for every checkpoint.
+        metadata: for every checkpoint: ``class_names``, ``data`` and ``config`` of ``Handle.save``.
         recalibrate: called at the start of every epoch but the first.
     """
 
     def __init__(
         self,
         config: DictConfig,
-        model: nn.Module,
-        handle: Tuned,
+        built: TaskModel,
+        handle: Handle,
         data: Datasets,
-        task: Task,
         run: RunFolder,
         accelerator: Accelerator,
-        about: dict | None = None,
+        metadata: dict[str, Any] | None = None,
         recalibrate: Callable[[], Any] | None = None,
     ):
-        self.config, self.handle, self.task, self.run, self.accelerator = config, handle, task, run, accelerator
-        self.consistency = handle.consistency_loss if handle.method.consistency_weight else None
-        self.data, self.metadata, self.recalibrate = data, about or {}, recalibrate
-        rank, world = accelerator.process_index, accelerator.num_processes
-        common = {"seed": config.seed, "workers": config.data.workers, "rank": rank, "world": world}
-        self.train_loader = make_loader(
-            data.train, config.train.batch_size, train=True, drop_last=config.train.drop_last, **common
-        )
-        self.eval_loaders = {
-            split: make_loader(dataset, config.data.batch_size, train=False, **common)
-            for split, dataset in (("val", data.val), ("test", data.test))
-            if dataset is not None
-        }
+        self.config, self.handle, self.task, self.run, self.accelerator = config, handle, built.task, run, accelerator
+        self.metadata, self.recalibrate = metadata or {}, recalibrate
+        self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         self.params = [p for g in groups for p in g["params"]]
-        if not self.params:
-            raise VpeftError("nothing to train: the method trains no tensor and the model has no head")
-        optimizer = create_optimizer_v2(
-            groups,
-            config.optim.name,
-            lr=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            momentum=config.optim.momentum,
-            **config.optim.kwargs,
-        )
-        self.whole = model.to(accelerator.device)
-        if config.train.compile:
-            model = torch.compile(model)
+        optimizer = make_optimizer(config, groups)
+        self.whole = built.model.to(accelerator.device)
+        model = torch.compile(self.whole) if config.train.compile else self.whole
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.steps_per_epoch = self._count_steps()
-        # What timm calls the decay rate is poly's power there.
-        power = {"decay_rate": config.schedule.power} if config.schedule.name == "poly" else {}
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer,
-            **power,
-            sched=config.schedule.name,
-            num_epochs=config.train.epochs,
-            warmup_epochs=config.schedule.warmup_epochs,
-            warmup_lr=config.schedule.warmup_lr,
-            min_lr=config.schedule.min_lr,
-            cooldown_epochs=config.schedule.cooldown_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
+        self.steps_per_epoch = len(self.loaders["train"])
+        self.scheduler, self.epochs = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
         self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
-        # Trained tensors that no gradient has reached yet, watched over the first steps.
-        self.without_gradient = {name: p for name, p in handle.named_parameters() if p.requires_grad}
-        self.steps = 0
-
-    def _count_steps(self) -> int:
-        steps = len(self.train_loader)
-        if steps == 0:
-            raise VpeftError("train.drop_last: the training set is smaller than one batch")
-        return steps
+        self.watch = GradientWatch(((n, p) for n, p in handle.named_parameters() if p.requires_grad), run.logger)
 
     # ---- one run ----
 
@@ -171,17 +89,15 @@ class Trainer:
         config = self.config.cache
         if config.mode == "off":
             return
-        reason = why_no_cache(self.config)
+        reason = self.task.no_cache or why_no_cache(self.config)
         if self.accelerator.num_processes > 1:
             reason = "each process would need all features; run one process"
         try:
             if reason:
                 raise CacheError(f"no features to cache: {reason}")
-            for name, loader in (("train", self.train_loader), ("val", self.eval_loaders.get("val"))):
-                if loader is not None:
-                    cached = self._cached(loader, name)
-                    self.train_loader = cached if name == "train" else self.train_loader
-                    self.eval_loaders |= {"val": cached} if name == "val" else {}
+            for split in ("train", "val"):
+                if split in self.loaders:
+                    self.loaders[split] = self._cached(self.loaders[split], split)
         except CacheError as error:
             if config.mode != "auto":
                 raise
@@ -210,7 +126,7 @@ class Trainer:
         set_seed(self.config.seed + 100_003 * self.epoch + 17 * self.accelerator.process_index)
         if self.recalibrate and self.epoch:
             self.recalibrate()
-        train_loss = self._train_epoch()
+        train_loss, waited = self._train_epoch()
         trained = time.perf_counter() - started
         row = {
             "epoch": self.epoch,
@@ -218,7 +134,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
             "train_seconds": round(trained, 3),
-            "data_seconds": round(self.waited, 3),
+            "data_seconds": round(waited, 3),
         }
         values = self.evaluate("val")
         row |= {f"val_{k}": v for k, v in values.items()}
@@ -230,32 +146,34 @@ class Trainer:
         if self.run.main:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
             self._save(is_best, values)
+        self._report(row, waited / trained)
+
+    def _report(self, row: dict[str, Any], waiting: float) -> None:
+        """An epoch's row for the trackers, and a line of it for people; ``waiting`` is a share of the time."""
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["step"])
         keys = ("lr", "train_loss", "val_loss", f"val_{self.task.monitor}")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
-        share = 100 * self.waited / trained
         self.run.logger.info(
-            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)", self.epoch, self.epochs, shown, trained, share
-        )
+            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)", self.epoch, self.epochs, shown, row["train_seconds"],
+            100 * waiting,
+        )  # fmt: skip
 
-    def _train_epoch(self) -> float:
-        """One pass over the training split; the mean loss per sample, over all processes."""
-        accelerator = self.accelerator
+    def _train_epoch(self) -> tuple[float, float]:
+        """One pass over the training split: the mean loss per sample, over all processes, and seconds waited for data."""
+        accelerator, loader = self.accelerator, self.loaders["train"]
         self._mode(True)
-        batches = self.train_loader
-        streamed = not hasattr(batches.batch_sampler, "global_size")
-        if streamed:
-            if hasattr(batches.dataset, "set_epoch"):
-                batches.dataset.set_epoch(self.epoch)
-        else:
-            batches.batch_sampler.epoch = self.epoch
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        with self._progress() as advance:
-            for i, (images, labels) in enumerate(self._timed(batches)):
+        streamed = not hasattr(loader.batch_sampler, "global_size")
+        if not streamed:
+            loader.batch_sampler.epoch = self.epoch
+        elif hasattr(loader.dataset, "set_epoch"):
+            loader.dataset.set_epoch(self.epoch)
+        total, count, batches = torch.zeros((), dtype=torch.float64), 0, TimedBatches(loader)
+        with Bar(self.run.main, self.steps_per_epoch, f"epoch {self.epoch + 1}/{self.epochs}") as advance:
+            for i, (inputs, targets) in enumerate(batches):
                 # One process sees whole batches; a data set may have left out what it could not read.
                 whole = streamed or accelerator.num_processes == 1
-                size = len(labels) * accelerator.num_processes if whole else batches.batch_sampler.global_size(i)
-                loss = self._step(images.to(accelerator.device), labels.to(accelerator.device), size)
+                size = len(targets) * accelerator.num_processes if whole else loader.batch_sampler.global_size(i)
+                loss = self._step(inputs.to(accelerator.device), targets.to(accelerator.device), size)
                 self.scheduler.step_update(self.epoch * self.steps_per_epoch + i + 1)
                 total += loss.cpu().double()
                 count += size
@@ -267,18 +185,7 @@ class Trainer:
                 f"the training loss is {mean} in epoch {self.epoch + 1}; lower optim.lr, or set train.clip_grad. "
                 f"The last good state is in {self.run.path}"
             )
-        return mean
-
-    def _timed(self, batches: Iterable) -> Iterator:
-        """The batches; ``waited`` becomes the seconds that the loop stood still for them in this epoch."""
-        self.waited, batches = 0.0, iter(batches)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+        return mean, batches.waited
 
     def _mode(self, training: bool) -> None:
         drops = self.config.model.drop_path or self.config.model.drop
@@ -286,23 +193,23 @@ class Trainer:
         if self.whole is not self.handle.model:
             self.whole.training = training  # its own flag only: the handle knows what stays frozen
 
-    def _step(self, images: Tensor, labels: Tensor, global_size: int) -> Tensor:
+    def _step(self, inputs: Tensor, targets: Tensor, global_size: int) -> Tensor:
         """One optimiser step; the sum of the local samples' losses.
 
         Each part's mean is weighted by its share of the global batch, so that accumulation and uneven last batches
         give the plain mean over the global batch's samples.
         """
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        parts = [(a, b) for a, b in zip(*(t.chunk(self.config.train.accumulate) for t in (images, labels)), strict=True)]
-        summed = torch.zeros((), device=images.device)
+        parts = [(a, b) for a, b in zip(*(t.chunk(self.config.train.accumulate) for t in (inputs, targets)), strict=True)]
+        summed = torch.zeros((), device=inputs.device)
         for i, (a, b) in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, a, b, self.consistency) + self.handle.penalty()
+                    loss = training_loss(self.task, self.model, a, b, self.handle)
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
-        self._watch()
+        self.watch.step()
         if self.config.train.clip_grad:
             accelerator.clip_grad_norm_(self.params, self.config.train.clip_grad)
         self.optimizer.step()
@@ -312,20 +219,9 @@ class Trainer:
             self.average.update()
         return summed
 
-    def _watch(self) -> None:
-        """Warn of trained tensors without a gradient: a dead site, or an initial value that can never learn."""
-        self.steps += 1
-        if self.without_gradient and self.steps <= 5:
-            self.without_gradient = {n: p for n, p in self.without_gradient.items() if p.grad is None or not p.grad.any()}
-            if self.without_gradient and self.steps == 5:
-                names = list(self.without_gradient)
-                self.run.logger.warning(
-                    "no gradient in the first 5 steps reached %d trained tensors: %s", len(names), ", ".join(names[:4])
-                )
-
     def evaluate(self, split: str) -> dict[str, float]:
         """Metrics of one split (empty where it does not exist), of the averaged weights where there are any."""
-        loader = self.eval_loaders.get(split)
+        loader = self.loaders.get(split)
         if loader is None:
             return {}
         self._mode(False)
@@ -356,13 +252,11 @@ class Trainer:
         if self.run.main:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
-            self.run.finish(metrics, self.task.monitor, self.task.title)
+            draw_curves(self.run, self.task)
+            self.run.finish(metrics)
             self.run.file("state.safetensors").unlink(missing_ok=True)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
         return metrics
-
-    def _progress(self):
-        return _Bar(self.run.main, self.steps_per_epoch, f"epoch {self.epoch + 1}/{self.epochs}")
 
     # ---- state ----
 
@@ -371,88 +265,31 @@ class Trainer:
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
         if self.average:
             self.average.swap()
-        self.handle.save(self.run.file("last.safetensors"), metrics=metrics, training=True, **self.metadata)
-        if is_best:
-            self.handle.save(self.run.file("best.safetensors"), metrics=metrics, training=True, **self.metadata)
+        for name in ("last", "best") if is_best else ("last",):
+            self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, training=True, **self.metadata)
         if self.average:
             self.average.swap()
-        tensors = {f"method/{n}": t for n, t in (self.handle.state_dict() | self.handle.head_state_dict()).items()}
-        if self.average:
-            tensors |= {f"average/{i}": v for i, v in enumerate(self.average.values)}
-        scalars: dict[str, dict] = {}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            for key, value in entries.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{index}/{key}"] = value
-                else:
-                    scalars.setdefault(str(index), {})[key] = value
-        about = {"epoch": self.epoch, "best": self.best, "scalars": scalars}
-        if self.accelerator.scaler is not None:
-            about["scaler"] = self.accelerator.scaler.state_dict()
-        path = self.run.file("state.safetensors")
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"state": json.dumps(about)})
-        os.replace(temporary, path)
+        scaler = self.accelerator.scaler
+        RunState(
+            trained=self.handle.state_dict() | self.handle.head_state_dict(),
+            average=self.average.values if self.average else [],
+            optimizer=self.optimizer.state_dict()["state"],
+            epoch=self.epoch,
+            best=self.best,
+            scaler=None if scaler is None else scaler.state_dict(),
+        ).write(self.run.file("state.safetensors"))
 
-    @torch.no_grad()
     def _load_state(self) -> None:
-        with safe_open(self.run.file("state.safetensors"), "pt") as f:
-            about = json.loads(f.metadata()["state"])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-        self.handle.load_state_dict(method_state(tensors))
+        state = RunState.read(self.run.file("state.safetensors"))
+        self.handle.load_state_dict(state.trained)
         if self.average:
-            for i, value in enumerate(self.average.values):
-                value.copy_(tensors[f"average/{i}"])
-        state: dict[int, dict] = {int(i): dict(v) for i, v in about["scalars"].items()}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if self.accelerator.scaler is not None and "scaler" in about:
-            self.accelerator.scaler.load_state_dict(about["scaler"])
-        self.epoch, self.best = about["epoch"], about["best"]
+            self.average.load(state.average)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+        if self.accelerator.scaler is not None and state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.epoch, self.best = state.epoch, state.best
 
-    @torch.no_grad()
     def _load_best(self) -> None:
-        with safe_open(self.run.file("best.safetensors"), "pt") as f:
-            self.handle.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
-
-
-def method_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The method's and the head's tensors in a state file."""
-    return {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
-
-
-class _Bar:
-    """rich's progress bar as a context that yields ``advance()``; silent in all but the main process."""
-
-    def __init__(self, show: bool, total: int, text: str):
-        self.show, self.total, self.text = show, total, text
-
-    def __enter__(self):
-        if not self.show:
-            return lambda: None
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, transient=True)
-        task = self.bar.add_task(self.text, total=self.total)
-        self.bar.start()
-        return lambda: self.bar.advance(task)
-
-    def __exit__(self, *error) -> None:
-        if self.show:
-            self.bar.stop()
-
-
-def make_accelerator(config: DictConfig) -> Accelerator:
-    """accelerate's Accelerator for this configuration: GPU where there is one, else CPU."""
-    # accelerate keeps one precision per process; a second run in the same process may want another.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
-        cpu=not torch.cuda.is_available(),
-        log_with="wandb" if config.wandb.mode != "disabled" else None,
-        project_dir=str(Path(config.output) / config.name),
-    )
+        _, tensors = read_tensors(self.run.file("best.safetensors"))
+        self.handle.load_state_dict(tensors)

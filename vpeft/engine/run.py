@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
+from ..files import write_text
 
 PACKAGES = ("vpeft", "torch", "timm", "torchvision", "accelerate", "numpy", "safetensors")
 
@@ -25,13 +26,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class RunFolder:
@@ -62,7 +56,7 @@ class RunFolder:
             self.resuming = True
         if main:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file("config.yaml"), OmegaConf.to_yaml(config, resolve=True))
+            write_text(self.file("config.yaml"), OmegaConf.to_yaml(config, resolve=True))
             environment = {
                 "versions": versions(),
                 "platform": platform.platform(),
@@ -70,10 +64,11 @@ class RunFolder:
                 "cpus": os.cpu_count(),
                 "command": sys.argv,
             }
-            write_atomically(self.file("environment.json"), json.dumps(environment, indent=1))
+            write_text(self.file("environment.json"), json.dumps(environment, indent=1))
         self.logger = self._logger()
 
     def file(self, name: str) -> Path:
+        """The path of a file in the folder."""
         return self.path / name
 
     def _same_settings(self, config: DictConfig) -> None:
@@ -118,40 +113,13 @@ class RunFolder:
     def keep_rows(self, epochs: int) -> None:
         """Drop the rows of epochs that will be run again."""
         rows = [r for r in self.rows() if r["epoch"] < epochs]
-        write_atomically(self.file("log.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+        write_text(self.file("log.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
 
     def add_row(self, row: dict) -> None:
+        """Append a row to log.jsonl."""
         with self.file("log.jsonl").open("a") as f:
             f.write(json.dumps(row) + "\n")
 
-    def finish(self, metrics: dict, monitor: str, title: str) -> None:
-        """Write metrics.json (which marks the run as finished) and the curves; see ``plot``."""
-        self.plot(monitor, title)
-        write_atomically(self.file("metrics.json"), json.dumps(metrics, indent=1))
-
-    def plot(self, monitor: str, title: str) -> None:
-        """curves.png: losses, the validation metric ``monitor`` (with ``title`` on its axis), and learning rate."""
-        rows = self.rows()
-        if not rows:
-            return
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(13, 3.6), layout="constrained")
-        axes = figure.subplots(1, 3)
-        epochs = [r["epoch"] + 1 for r in rows]
-        axes[0].plot(epochs, [r["train_loss"] for r in rows], label="train")
-        val = [r for r in rows if "val_loss" in r]
-        if val:
-            axes[0].plot([r["epoch"] + 1 for r in val], [r["val_loss"] for r in val], label="val")
-            axes[1].plot([r["epoch"] + 1 for r in val], [r[f"val_{monitor}"] for r in val], label="val", color="C1")
-        axes[0].set(xlabel="epoch", ylabel="loss")
-        axes[0].legend()
-        axes[1].set(xlabel="epoch", ylabel=title)
-        if not val:
-            axes[1].text(0.5, 0.5, "no validation split", ha="center", transform=axes[1].transAxes)
-        axes[2].plot(epochs, [r["lr"] for r in rows])
-        axes[2].set(xlabel="epoch", ylabel="learning rate")
-        for axis in axes:
-            axis.grid(alpha=0.3)
-        figure.suptitle(str(self.path))
-        figure.savefig(self.file("curves.png"), dpi=110)
+    def finish(self, metrics: dict) -> None:
+        """Write metrics.json, which marks the run as finished."""
+        write_text(self.file("metrics.json"), json.dumps(metrics, indent=1))

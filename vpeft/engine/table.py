@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 
 from ..data.loader import make_loader
 from ..errors import ConfigError
+from ..files import write_text
 from ..tasks.models import make_method
-from ..tasks.registry import kind_of
+from ..tasks.registry import get_task
 from ..tuning.attach import load
 from .config import load_config
-from .run import write_atomically
 from .train import check, train
 
 
@@ -74,7 +74,7 @@ def _metrics(config: DictConfig) -> Path:
 
 def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     found = [json.loads(_metrics(c).read_text()) for c in configs]
-    task = kind_of(configs[0]).TASK
+    task = get_task(configs[0])
     scores = [m[f"test_{task.monitor}"] for m in found]
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
     own, error = merge_error(configs[0], best)
@@ -101,11 +101,11 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     does not merge.
     """
     fused = timm.layers.use_fused_attn()
-    kind = kind_of(config)
-    data, _ = kind.open_data(config)
+    task = get_task(config)
+    data, _ = task.open_data()
     set_seed(config.seed)  # a backbone that was not pretrained was drawn under it
-    backbone = kind.build_backbone(config, len(data.classes), keep_head=not make_method(config).trains_head)
-    built = kind.assemble(config, backbone, len(data.classes))
+    backbone = task.build_backbone(len(data.classes), keep_head=not make_method(config).trains_head)
+    built = task.assemble(backbone, len(data.classes))
     handle = load(backbone, ckpt, heads=built.heads)
     model = built.model.eval()
     handle.eval()
@@ -113,9 +113,9 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     error = None
     if handle.mergeable:
         images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
-        hooked = built.task.scores(model, images)
+        hooked = task.scores(model, images)
         handle.merge()
-        error = float((built.task.scores(model, images) - hooked).abs().max() / hooked.std())
+        error = float((task.scores(model, images) - hooked).abs().max() / hooked.std())
     timm.layers.set_fused_attn(bool(fused))
     return own, error
 
@@ -141,9 +141,8 @@ def _metric(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out.with_suffix(".json"), json.dumps(rows, indent=1))
-    write_atomically(out.with_suffix(".md"), markdown(rows) + "\n")
+    write_text(out.with_suffix(".json"), json.dumps(rows, indent=1))
+    write_text(out.with_suffix(".md"), markdown(rows) + "\n")
     _plot(out.with_suffix(".png"), rows)
 
 

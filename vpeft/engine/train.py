@@ -1,28 +1,34 @@
 """Train one method on one data set: everything a configuration asks for, checked before work starts."""
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
 from ..tasks.models import check_model_name, make_method
-from ..tasks.protocol import Task
-from ..tasks.registry import kind_of
+from ..tasks.protocol import Task, TaskModel
+from ..tasks.registry import get_task
 from ..tuning.attach import attach
 from ..tuning.handle import Handle
-from .loop import Trainer, make_accelerator, method_state
+from .loop import Trainer
+from .report import show
 from .run import RunFolder
+from .setup import make_accelerator, start_tracking
+from .state import RunState
 
 
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, task: Task | None = None) -> None:
     """Refuse, before any model is built, what cannot work.
+
+    Args:
+        config: the experiment.
+        task: of your own; the one that the configuration names where None.
 
     Raises:
         ConfigError, DataError: names the key and the nearest valid value.
@@ -31,86 +37,63 @@ def check(config: DictConfig) -> None:
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
     make_method(config)
-    kind_of(config).check(config)
+    (task or get_task(config)).check()
 
 
-def train(config: DictConfig) -> dict[str, Any]:
+def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     """Run one experiment; returns the metrics that were written to the run's metrics.json.
+
+    Args:
+        config: the experiment.
+        task: of your own; the one that the configuration names where None.
 
     Raises:
         VpeftError: what a user can put right; see ``check``.
     """
-    check(config)
+    task = task or get_task(config)
+    check(config, task)
     accelerator = make_accelerator(config)
-    kind = kind_of(config)
-    data, stats = kind.open_data(config)
+    data, stats = task.open_data()
     run = RunFolder(config, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     set_seed(config.seed)
-    method = make_method(config)
-    backbone = kind.build_backbone(config, len(data.classes), keep_head=not method.trains_head)
-    built = kind.assemble(config, backbone, len(data.classes))
-    handle = attach(backbone, method, heads=built.heads)
-    kind.check_attached(built, len(data.classes))
-    if config.train.grad_checkpointing:
-        backbone.set_grad_checkpointing(True)
+    built, handle = _attached(config, task, data)
     if run.main:
         run.logger.info("%s", handle.summary())
-    calibrate = partial(handle.calibrate, _calibration_batches(config, data), **built.calibration())
-    if run.resuming:
-        # What an earlier calibration chose decides which numbers there are to train.
-        handle.load_state_dict(method_state(load_file(run.file("state.safetensors"))))
-    elif method.needs_calibration:
-        calibrate(progress=run.main)
-    again = partial(calibrate, progress=False) if method.calibrates_each_epoch else None
+    again = _calibrated(config, built, handle, data, run)
     start_tracking(config, accelerator)
-    about = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
-    trainer = Trainer(config, built.model, handle, data, built.task, run, accelerator, about, again)
-    metrics = trainer.fit()
+    metadata = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
+    metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
     accelerator.end_training()
     if run.main:
-        kind.finish(config, built, data, run.path)
-        show(run, handle, built.task, metrics)
+        task.finish(built, data, run.path)
+        show(run, handle, task, metrics)
     return metrics
 
 
-def _calibration_batches(config: DictConfig, data: Datasets):
-    return make_loader(data.train, config.train.batch_size, train=True, seed=config.seed, workers=config.data.workers)
+def _attached(config: DictConfig, task: Task, data: Datasets) -> tuple[TaskModel, Handle]:
+    """The task's model with the method on its backbone."""
+    method = make_method(config)
+    backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
+    built = task.assemble(backbone, len(data.classes))
+    handle = attach(backbone, method, heads=built.heads)
+    task.check_attached(built)
+    if config.train.grad_checkpointing:
+        backbone.set_grad_checkpointing(True)
+    return built, handle
 
 
-def start_tracking(config: DictConfig, accelerator) -> None:
-    """wandb, where asked for; its files go into the run's folder."""
-    if config.wandb.mode == "disabled":
-        return
-    folder = Path(config.output) / config.name
-    wandb = {
-        "mode": config.wandb.mode, "entity": config.wandb.entity, "tags": list(config.wandb.tags),
-        "name": config.name, "dir": str(folder),
-    }  # fmt: skip
-    accelerator.init_trackers(
-        config.wandb.project, config=OmegaConf.to_container(config, resolve=True), init_kwargs={"wandb": wandb}
-    )
-
-
-def show(run: RunFolder, handle: Handle, task: Task, metrics: dict[str, Any]) -> None:
-    """The final table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    own = sum(p.numel() for p in handle.parameters())
-    table = Table(title=f"{handle.method.name} on {run.path.name}")
-    for column in ("method", "parameters", "with head", "epoch", "s/epoch", f"val {task.title}", f"test {task.title}"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-
-    def number(key: str) -> str:
-        return f"{metrics[key]:.2f}" if metrics.get(key) is not None else "-"
-
-    table.add_row(
-        handle.method.name, f"{own:,}", f"{metrics['trainable']:,}", str(metrics["epoch"]),
-        number("seconds_per_epoch"), number(f"val_{task.monitor}"), number(f"test_{task.monitor}"),
-    )  # fmt: skip
-    Console().print(table)
-    pictures = sorted(p.name for p in run.path.glob("*.png"))
-    run.logger.info("%s are in %s", ", ".join(["best.safetensors", "last.safetensors", "metrics.json", *pictures]), run.path)
+def _calibrated(
+    config: DictConfig, built: TaskModel, handle: Handle, data: Datasets, run: RunFolder
+) -> Callable[[], Any] | None:
+    """Let the method look at data, or take over what it found before; what to call in later epochs, where it looks again."""
+    loader = make_loader(data.train, config.train.batch_size, train=True, seed=config.seed, workers=config.data.workers)
+    calibrate = partial(handle.calibrate, loader, **built.calibration())
+    if run.resuming:
+        # What an earlier calibration chose decides which numbers there are to train.
+        handle.load_state_dict(RunState.read(run.file("state.safetensors")).trained)
+    elif handle.method.needs_calibration:
+        calibrate(progress=run.main)
+    return partial(calibrate, progress=False) if handle.method.calibrates_each_epoch else None

@@ -1,5 +1,6 @@
 """AdaMix: a mixture of adapters that ends as one (Wang et al., EMNLP 2022, arXiv 2205.12410)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -51,6 +52,17 @@ class AdaMix(Adapter):
     experts: int = option(4, ge=1, le=1000, unit="copies")
     share: Literal["none", "down", "up"] = "none"
     consistency: float = nonnegative(100.0)
+
+    @property
+    def compares_runs(self) -> bool:
+        return self.consistency != 0
+
+    def step_loss(self, logits: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """Symmetric Kullback-Leibler divergence of two runs, mean over the batch, times ``consistency``."""
+        a, b = logits.float().log_softmax(-1), again().float().log_softmax(-1)
+        divergence = F.kl_div(a, b, log_target=True, reduction="batchmean")
+        divergence = divergence + F.kl_div(b, a, log_target=True, reduction="batchmean")
+        return self.consistency * divergence
 
     def projections(self, width: int, size: int) -> tuple[nn.Module, nn.Module]:
         down, up = super().projections(width, size)

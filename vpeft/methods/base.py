@@ -130,9 +130,18 @@ class Method:
         """What the method does after each update, while the gradients are still there."""
 
     @property
-    def consistency_weight(self) -> float:
-        """Weight of the divergence between two runs on one batch that the method's loss asks for; 0 for most."""
-        return float(getattr(self, "consistency", 0.0))
+    def compares_runs(self) -> bool:
+        """``step_loss`` is to be called, and looks at the task's logits; a task that has none refuses the method."""
+        return False
+
+    def step_loss(self, logits: Tensor, again: Callable[[], Tensor]) -> Tensor | None:
+        """A term that the method adds to a training step's loss, from what the model gave; None for none.
+
+        Args:
+            logits: (N, classes) of the step's batch, with their graph.
+            again: runs the model once more on the same batch and gives these logits of it.
+        """
+        return None
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         """Further lines of ``handle.summary()``, as (title, text)."""

@@ -1,4 +1,4 @@
-"""Model, data and task of one configuration."""
+"""What tasks do alike with a configuration: the method, the timm model, its preprocessing, the check of its outputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..errors import ConfigError, DataError, VpeftError, did_you_mean
+from ..errors import ConfigError, VpeftError, did_you_mean
 from ..methods import Method, create
+from ..numerics import eval_mode
 
 
 def make_method(config: DictConfig) -> Method:
@@ -40,7 +41,7 @@ def check_model_name(config: DictConfig) -> None:
         raise ConfigError(f"model.pretrained: timm has no weights for '{name}'; set pretrained=false or give a checkpoint")
 
 
-def pretrained_cfg(name: str) -> dict:
+def _pretrained_cfg(name: str) -> dict:
     """timm's data config of a model's weights, without building the model; a tag that timm lacks falls to the default."""
     cfg = timm.get_pretrained_cfg(name) if "." in name else None
     cfg = cfg or timm.get_pretrained_cfg(name.partition(".")[0])
@@ -71,18 +72,6 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
 
 
-def check_classes(config: DictConfig, classes: Sequence[str]) -> None:
-    """Refuse a number of classes that is not that of the data.
-
-    Raises:
-        DataError: names both.
-    """
-    if config.data.num_classes not in (None, len(classes)):
-        raise DataError(
-            f"data.num_classes: {config.data.num_classes} asked for, but '{config.data.source}' has {len(classes)}"
-        )
-
-
 @torch.no_grad()
 def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> None:
     """Refuse a model whose outputs are not one per class (a frozen classifier that nothing maps).
@@ -95,15 +84,18 @@ def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> No
     Raises:
         ConfigError: names both numbers.
     """
-    like, training = next(model.parameters()), model.training
-    width = model.eval()(torch.zeros(1, *size, dtype=like.dtype, device=like.device)).shape[-1]
-    model.train(training)
+    like = next(model.parameters())
+    with eval_mode(model):
+        width = model(torch.zeros(1, *size, dtype=like.dtype, device=like.device)).shape[-1]
     if width != num_classes:
         raise ConfigError(f"method.options.classes: the model gives {width} outputs for {num_classes} classes of the data")
 
 
-def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:
-    """timm's data config of a model (input_size, mean, std, interpolation, crop) under the configuration's overrides."""
+def data_stats(config: DictConfig) -> dict[str, Any]:
+    """timm's data config of the model (input_size, mean, std, interpolation, crop) under the configuration's overrides.
+
+    No model is built for it.
+    """
     d = config.data
     overrides = {"mean": d.mean, "std": d.std, "interpolation": d.interpolation, "crop_pct": d.crop_pct}
     overrides = {k: (list(v) if k in ("mean", "std") else v) for k, v in overrides.items() if v is not None}
@@ -111,4 +103,4 @@ def data_stats(config: DictConfig, pretrained_cfg: dict) -> dict:
         overrides["crop_mode"] = d.crop_mode
     if config.model.img_size:
         overrides["input_size"] = (3, config.model.img_size, config.model.img_size)
-    return resolve_data_config(overrides, pretrained_cfg=pretrained_cfg)
+    return resolve_data_config(overrides, pretrained_cfg=_pretrained_cfg(config.model.name))

@@ -1,61 +1,29 @@
-"""What the engine needs of a task."""
+"""What a task is: the one object that the engine works with, whatever is learned."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from .. import checkpoint
 from ..data.splits import Datasets
+from .step import Step, training_loss
 
-
-class Task(Protocol):
-    """Loss and metrics of one kind of task.
-
-    ``model`` below is the module that the loop calls: the timm model itself, or one that holds it beside a decode head or
-    around clips. The loop sets ``training`` on that module, on the heads and on the method; the frozen backbone stays in
-    eval mode.
-
-    Attributes:
-        monitor: the key of ``evaluate`` by which the best epoch is chosen; larger is better.
-        title: what it is, for axes and tables, with its unit.
-    """
-
-    monitor: ClassVar[str]
-    title: ClassVar[str]
-
-    def loss(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        consistency: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Mean training loss of a batch.
-
-        With ``consistency`` the model runs twice, and what that gives for the two results is added.
-        """
-        ...
-
-    def scores(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """What a batch of test inputs is judged by: (B, classes, …)."""
-        ...
-
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
-        """Metrics over all processes' batches (each passes its own share), accuracies in percent."""
-        ...
+if TYPE_CHECKING:
+    from omegaconf import DictConfig  # not needed to use a task's model alone
 
 
 @dataclass
-class Built:
-    """A model ready for the loop.
+class TaskModel:
+    """A model ready for the training loop.
 
     Attributes:
-        model: the module that the loop calls.
+        model: the module that the loop calls: the timm model itself, or one that holds it beside a decode head or around
+            clips.
         backbone: the timm model in it, to which the method is attached.
         task: loss and metrics.
         heads: modules outside the backbone that train with the method.
@@ -63,36 +31,103 @@ class Built:
 
     model: nn.Module
     backbone: nn.Module
-    task: Task
+    task: Step
     heads: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
 
     def calibration(self) -> dict[str, Any]:
         """What calibration measures by; the handle's own cross-entropy where the loop calls the timm model itself."""
-        return {} if self.model is self.backbone else {"outer": self.model, "criterion": self.task.loss}
+        if self.model is self.backbone:
+            return {}
+        return {"outer": self.model, "criterion": partial(training_loss, self.task)}
 
 
-class Kind(Protocol):
-    """The functions of a module in this folder."""
+@dataclass(frozen=True)
+class PredictOptions:
+    """How predictions are made.
 
-    TASK: type[Task]
+    Attributes:
+        topk: classes to report for each file.
+        batch_size: files at once.
+        weights: a local file of the backbone's weights, where timm's own are neither cached nor to be downloaded.
+        out: folder for what is a picture (masks, overlays).
+    """
 
-    def check(self, config: DictConfig) -> None:
-        """Refuse, before any model is built, what cannot work: sections of the configuration, paths, packages."""
+    topk: int = 5
+    batch_size: int = 64
+    weights: str | None = None
+    out: str | Path | None = None
 
-    def open_data(self, config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
-        """Data sets, and the preprocessing that goes with the model (timm's data config)."""
 
-    def build_backbone(self, config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
+class Task(Step, Protocol):
+    """One task of one experiment, whole: data, model around the backbone, loss and metrics, prediction, pictures.
+
+    It is made from the experiment's configuration and is called in the order below. The engine knows this protocol and no
+    task's name. ``vpeft/tasks/classification`` is the one to read before writing another; ``registry.py`` names them all.
+
+    Attributes:
+        no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
+            the loop then calls the timm model itself, on one image for each integer label.
+
+    Args:
+        config: the experiment.
+    """
+
+    no_cache: ClassVar[str | None]
+    config: "DictConfig"
+
+    def __init__(self, config: "DictConfig"): ...
+
+    def check(self) -> None:
+        """Refuse, before any model is built, what cannot work: sections of the configuration, paths, packages.
+
+        Raises:
+            ConfigError, DataError: names the key.
+        """
+        ...
+
+    def open_data(self) -> tuple[Datasets, dict[str, Any]]:
+        """Data sets, and the preprocessing that goes with the model (timm's data config).
+
+        Raises:
+            DataError: data that cannot be read, or that contradict the configuration.
+        """
+        ...
+
+    def build_backbone(self, num_classes: int, keep_head: bool = False) -> nn.Module:
         """The timm model; with ``keep_head`` it keeps the head of its weights."""
+        ...
 
-    def assemble(self, config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
-        """The task's model around a backbone."""
+    def assemble(self, backbone: nn.Module, num_classes: int) -> TaskModel:
+        """The task's model around a backbone; from here on loss and metrics are those of ``num_classes``."""
+        ...
 
-    def check_attached(self, built: Built, num_classes: int) -> None:
-        """Refuse, after the method was attached, a model that does not serve the task."""
+    def check_attached(self, built: TaskModel) -> None:
+        """Refuse, after the method was attached, a model that does not serve the task.
 
-    def finish(self, config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
+        Raises:
+            ConfigError: names what does not fit.
+        """
+        ...
+
+    def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
         """Pictures and the like, written into the folder of a run at its end."""
+        ...
 
-    def predict(self, file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
-        """Apply a checkpoint to files; see ``vpeft.engine.predict``."""
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+        """Apply a checkpoint to files; one plain dict for each, which JSON can hold.
+
+        Args:
+            file: the checkpoint, whose configuration the task was made from.
+            paths: files, or folders that are searched.
+            options: how much to report, and where to write.
+
+        Raises:
+            DataError: a path that does not exist, or a file that cannot be read.
+            CheckpointError: a checkpoint that does not serve the task.
+        """
+        ...

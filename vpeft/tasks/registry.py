@@ -1,18 +1,30 @@
-"""The tasks by name."""
+"""The tasks by name. The command line, the benchmarks and ``train``'s default choose here; nothing else names a task."""
 
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
-from .protocol import Kind
+from .protocol import Task
 
-KINDS = ("classification", "segmentation", "video")
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+TASKS = ("classification", "segmentation", "video")
 
 
-def kind_of(config: DictConfig) -> Kind:
-    """What stands for the configuration's kind of task; only that one is imported."""
-    if config.task == "segmentation":
-        from .segmentation import task
-    elif config.task == "video":
-        from .video import task
-    else:
-        from .classification import task
-    return task
+def task_class(name: str) -> type[Task]:
+    """A task's class by its name, one of ``TASKS``; only that task's package is imported."""
+    if name == "segmentation":
+        from .segmentation.task import SemanticSegmentation
+
+        return SemanticSegmentation
+    if name == "video":
+        from .video.task import ActionRecognition
+
+        return ActionRecognition
+    from .classification.task import ImageClassification
+
+    return ImageClassification
+
+
+def get_task(config: "DictConfig") -> Task:
+    """The task of an experiment, which its ``task`` key names."""
+    return task_class(config.task)(config)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -333,11 +332,9 @@ class Handle:
         return torch.zeros((), device=next(self.model.parameters()).device) if value is None else value
 
     def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor:
-        """Symmetric Kullback-Leibler divergence of two runs' logits (B, C), mean over the batch, times its weight."""
-        a, b = first.float().log_softmax(-1), second.float().log_softmax(-1)
-        divergence = F.kl_div(a, b, log_target=True, reduction="batchmean")
-        divergence = divergence + F.kl_div(b, a, log_target=True, reduction="batchmean")
-        return self.method.consistency_weight * divergence
+        """What the method adds to a step's loss for two runs' logits (B, C) on one batch; 0 for most methods."""
+        value = self.method.step_loss(first, lambda: second)
+        return first.new_zeros(()) if value is None else value
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,1 +1,1 @@
-"""Image classification."""
+"""Image classification; ``task.py`` is the place to start reading, and the pattern for a new task."""

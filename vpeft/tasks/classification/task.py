@@ -1,61 +1,94 @@
-"""Image classification: the timm model with a classifier of the data's classes."""
+"""Image classification: the timm model with a classifier of the data's classes.
 
+This is the smallest task, and the one to read before writing another: a class that is made from the experiment's
+configuration and has the methods of ``vpeft.tasks.protocol.Task``, in the order in which the engine calls them. Loss and
+metrics come from ``LabelStep``, which every task with one label for each sample shares; ``data.py`` opens the images.
+A new task is a package like this one, with a line in ``vpeft/tasks/registry.py``.
+"""
+
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from timm.data import create_transform
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ... import checkpoint
 from ...backbone.reading import input_size
-from ...data.splits import Datasets
-from ...errors import CheckpointError
-from ..models import build_model, check_classes, check_outputs, data_stats, pretrained_cfg
-from ..protocol import Built
+from ...data.find import find_images
+from ...data.images import ImageFiles
+from ...data.splits import Datasets, check_class_count
+from ..labels import LabelStep
+from ..models import build_model, check_outputs, data_stats
+from ..prediction import check_classifier, ranked
+from ..protocol import PredictOptions, TaskModel
+from ..restore import restored
 from .data import build_datasets, check_source
-from .metrics import Classification
-
-TASK = Classification
 
 
-def check(config: DictConfig) -> None:
-    check_source(config.data)
+class ImageClassification(LabelStep):
+    """Images with one label each. A batch is images (B, 3, H, W) and labels (B,).
+
+    Args:
+        config: the experiment.
+    """
+
+    no_cache = None
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        # How many classes there are, the data say: see ``assemble``.
+        super().__init__(0, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
+
+    # ---- before any model is built ----
+
+    def check(self) -> None:
+        """Refuse a data section that cannot work; see ``check_source``."""
+        check_source(self.config.data)
+
+    def open_data(self) -> tuple[Datasets, dict[str, Any]]:
+        """The splits with timm's transforms, and the model's preprocessing."""
+        config = self.config
+        stats = data_stats(config)
+        data = build_datasets(config.data, config.augment, stats, seed=config.seed)
+        check_class_count(config.data, data.classes)
+        return data, stats
+
+    # ---- the model ----
+
+    def build_backbone(self, num_classes: int, keep_head: bool = False) -> nn.Module:
+        """The timm model; see ``build_model``."""
+        return build_model(self.config, num_classes, keep_head)
+
+    def assemble(self, backbone: nn.Module, num_classes: int) -> TaskModel:
+        """The timm model itself: there is nothing around it."""
+        self.num_classes = num_classes
+        return TaskModel(backbone, backbone, self)
+
+    def check_attached(self, built: TaskModel) -> None:
+        """Refuse a model that does not give one output for each class."""
+        check_outputs(built.model, input_size(built.backbone), self.num_classes)
+
+    # ---- when it is trained ----
+
+    def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
+        """Nothing is written beside the run's own files."""
+
+    @torch.inference_mode()
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+        """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per image, best class first."""
+        files = find_images(paths)
+        check_classifier(file)
+        built = restored(self, file, options.weights)
+        loader = DataLoader(ImageFiles(files, _transform_of(file)), options.batch_size)
+        scores = (row for batch in loader for row in self.scores(built.model, batch.to(built.device)).softmax(-1).cpu())
+        return ranked(file, files, scores, options.topk)
 
 
-def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
-    stats = data_stats(config, pretrained_cfg(config.model.name))
-    data = build_datasets(config.data, config.augment, stats, seed=config.seed, **kwargs)
-    check_classes(config, data.classes)
-    return data, stats
-
-
-build_backbone = build_model
-
-
-def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
-    task = Classification(num_classes, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
-    return Built(backbone, backbone, task)
-
-
-def check_attached(built: Built, num_classes: int) -> None:
-    check_outputs(built.model, input_size(built.backbone), num_classes)
-
-
-def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
-    pass
-
-
-@torch.inference_mode()
-def predict(file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
-    """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per image, best class first."""
-    from ...engine.predict import ImageFiles, find_images, ranked, rebuilt, transform_of
-
-    files = find_images(paths)
-    if not file.head_names:
-        raise CheckpointError(f"{file.path} holds no classifier")
-    built, device = rebuilt(file, options["weights"])
-    loader = DataLoader(ImageFiles(files, transform_of(file)), options["batch_size"])
-    scores = (row for batch in loader for row in built.model(batch.to(device)).float().softmax(-1).cpu())
-    return ranked(file, files, scores, options["topk"])
+def _transform_of(file: checkpoint.File) -> Callable:
+    """timm's evaluation transform, as the checkpoint's model was trained with."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(**{k: file.metadata["data"][k] for k in keys if k in file.metadata["data"]})

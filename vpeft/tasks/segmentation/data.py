@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.embedded import check_fashion_mnist
-from ...data.images import IGNORED, IMAGE_ENDINGS, read_image, read_mask
-from ...data.splits import Datasets
+from ...data.find import find_images
+from ...data.images import IGNORED, read_image, read_mask
+from ...data.splits import Datasets, check_root, class_names, named_splits
 from ...errors import DataError, did_you_mean
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
 
@@ -45,9 +46,6 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def name(self, index: int) -> str:
-        return self.images[index].stem
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and class ids (H, W), uint8.
@@ -80,9 +78,7 @@ def _pairs(images: Path, masks: Path, ending: str, cut: str = "") -> tuple[list[
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"data.root: folder {folder} does not exist")
-    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-    if not found:
-        raise DataError(f"{images} holds no image ({', '.join(IMAGE_ENDINGS)})")
+    found = find_images([images])
     partners = [masks / p.relative_to(images).parent / f"{p.stem.removesuffix(cut)}{ending}" for p in found]
     missing = [(p, m) for p, m in zip(found, partners, strict=True) if not m.is_file()]
     if missing:
@@ -95,8 +91,7 @@ def folder(root: Path, split: str, data: Any) -> Source:
     """ROOT/images/<split> and ROOT/masks/<split>, files of one stem; ids 0 … C-1, 255 where not labelled."""
     if not (data.classes or data.num_classes):
         raise DataError("data.num_classes: a folder of masks names no classes; say how many there are, or data.classes")
-    classes = tuple(data.classes or (str(i) for i in range(data.num_classes)))
-    return Source(*_pairs(root / "images" / split, root / "masks" / split, ".png"), classes)
+    return Source(*_pairs(root / "images" / split, root / "masks" / split, ".png"), class_names(data, None))
 
 
 def ade20k(root: Path, split: str, data: Any) -> Source:
@@ -219,7 +214,7 @@ class SegmentationSet(Dataset):
     """Pairs through one transform: image (3, H, W) float, class ids (H, W) int64 with 255 where not labelled.
 
     Args:
-        source: a sequence of (image, ids) arrays with ``name(index)``, such as ``Source`` or ``Scenes``.
+        source: a sequence of (image, ids) arrays, such as ``Source`` or ``Scenes``.
         transform: see ``PairTransform``.
     """
 
@@ -255,13 +250,11 @@ def check_segmentation(config: Any) -> None:
     if data.source == "scenes":
         check_fashion_mnist(data.root)
         return
-    if not data.root or not Path(data.root).is_dir():
-        raise DataError(f"data.root: folder '{data.root}' does not exist; {LAYOUTS[data.source].__doc__.strip()}")
+    check_root(data, LAYOUTS[data.source].__doc__.strip())
     if data.val_size:
         raise DataError("data.val_size: masks have splits of their own; give data.val_split")
-    for split in (data.train_split, data.val_split, data.test_split):
-        if split:
-            LAYOUTS[data.source](Path(data.root), split, data)
+    for split in named_splits(data).values():
+        LAYOUTS[data.source](Path(data.root), split, data)
 
 
 def build_segmentation(config: Any, stats: dict) -> Datasets:
@@ -276,18 +269,16 @@ def build_segmentation(config: Any, stats: dict) -> Datasets:
     common = {"mean": stats["mean"], "std": stats["std"]}
     train = PairTransform(**common, crop=seg.crop or stats["input_size"][-1], augment=augment)
     evaluate = PairTransform(**common, short=seg.short)
-    splits = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    splits = named_splits(data)
     if data.source == "scenes":
-        size = {"train": seg.scenes.train, "val": seg.scenes.val, "test": seg.scenes.test}
         options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
-        found = {k: Scenes(s, size[k], options, data.root) if s and size[k] else None for k, s in splits.items()}
+        found = {k: Scenes(s, seg.scenes[k], options, data.root) for k, s in splits.items() if seg.scenes[k]}
         classes = SCENE_CLASSES
     else:
-        layout = LAYOUTS[data.source]
-        found = {k: layout(Path(data.root), s, data) if s else None for k, s in splits.items()}
+        found = {k: LAYOUTS[data.source](Path(data.root), s, data) for k, s in splits.items()}
         classes = found["train"].classes
-    sets = {k: None if s is None else SegmentationSet(s, train if k == "train" else evaluate) for k, s in found.items()}
-    return Datasets(**sets, classes=tuple(classes))
+    sets = {k: SegmentationSet(s, train if k == "train" else evaluate) for k, s in found.items()}
+    return Datasets(sets.get("train"), sets.get("val"), sets.get("test"), tuple(classes))
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

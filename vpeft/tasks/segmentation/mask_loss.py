@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...data.images import IGNORED
+from ...numerics import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SetLoss:
         targets = [binary_masks(t, classes[0].shape[-1] - 1) for t in truth]
         number = _mean_count(sum(len(labels) for labels, _ in targets), truth.device)
         layers = zip(masks, classes, strict=True)
-        return torch.stack([self._layer(_full(m), _full(c), targets, number) for m, c in layers]).sum()
+        return torch.stack([self._layer(at_least_float32(m), at_least_float32(c), targets, number) for m, c in layers]).sum()
 
     def _layer(self, masks: Tensor, classes: Tensor, targets: list[tuple[Tensor, Tensor]], number: float) -> Tensor:
         matches = [self.match(m, c, *t) for m, c, t in zip(masks, classes, targets, strict=True)]
@@ -111,10 +112,6 @@ def binary_masks(truth: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     labels = truth.unique()
     labels = labels[(labels != IGNORED) & (labels < classes)]
     return labels, truth[None] == labels[:, None, None]
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mean_count(count: int, device: torch.device) -> float:

@@ -1,5 +1,6 @@
-"""Semantic segmentation: a decode head beside the timm model."""
+"""Semantic segmentation: a decode head, or SAN, beside the timm model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,175 +14,178 @@ from ... import checkpoint
 from ...backbone.maps import map_count
 from ...backbone.modules import head_places
 from ...backbone.reading import input_size
+from ...data.find import find_images
 from ...data.images import overlay, read_image, write_mask
 from ...data.splits import Datasets
 from ...errors import ConfigError, VpeftError
-from ..models import build_model, data_stats, make_method, pretrained_cfg
-from ..protocol import Built
+from ...numerics import eval_mode
+from ..models import build_model, data_stats, make_method
+from ..prediction import Predictions, names_of
+from ..protocol import PredictOptions, TaskModel
+from ..restore import restored
 from . import model as heads
 from .data import PairTransform, build_segmentation, check_segmentation, palette
 from .features import FeatureMaps
-from .model import Segmentation, SegmentationModel
-
-TASK = Segmentation
-SAN = "san"
-
-
-def check(config: DictConfig) -> None:
-    check_segmentation(config)
-    seg = config.seg
-    if seg.head == SAN and make_method(config).consistency_weight:
-        raise ConfigError(
-            f"method: {config.method.name} compares two runs' logits pixel by pixel, but SAN gives proposals; set "
-            "method.options.consistency=0"
-        )
-    if seg.head != SAN:
-        heads.reads_all_maps(seg.head)  # raises where there is no such head
-        heads.need_mmseg()
-    for name in seg.losses:
-        if name not in heads.LOSSES:
-            raise ConfigError(f"seg.losses: '{name}' is not one of {', '.join(heads.LOSSES)}")
-    if config.augment.enabled:
-        raise ConfigError("augment.enabled: masks must move with their images; use seg.augment instead")
-    if config.train.label_smoothing:
-        raise ConfigError("train.label_smoothing: not for segmentation; set it to 0")
+from .mask_loss import SetLoss
+from .model import SegmentationModel
+from .pictures import draw_overlays
+from .san import SAN
+from .side_adapter import SideAdapter
+from .step import SegmentationStep
 
 
-def open_data(config: DictConfig, **kwargs: Any) -> tuple[Datasets, dict]:
-    stats = data_stats(config, pretrained_cfg(config.model.name))
-    return build_segmentation(config, stats), stats
+class SemanticSegmentation(SegmentationStep):
+    """A class for each pixel. A batch is images (B, 3, H, W) and masks (B, H, W) of class ids, 255 where not labelled.
 
+    Args:
+        config: the experiment.
+    """
 
-def build_backbone(config: DictConfig, num_classes: int, keep_head: bool = False) -> nn.Module:
-    """The timm model without its classifier; for SAN with text the weights' own, which projects into the text's space."""
-    projects = config.seg.head == SAN and config.seg.options.get("text") is not None
-    return build_model(config, 0, keep_head=projects)
+    no_cache = "features are stored for task=classification alone; choose that"
 
+    def __init__(self, config: DictConfig):
+        self.config = config
+        # Classes, size and criterion are known when the model is there: see ``assemble``.
+        super().__init__(0, 0)
 
-def assemble(config: DictConfig, backbone: nn.Module, num_classes: int) -> Built:
-    seg, size = config.seg, input_size(backbone)[-1]
-    crop = seg.crop or size
-    stride = None if seg.mode == "whole" else seg.stride or max(1, 2 * crop // 3)
-    task = Segmentation(num_classes, crop, stride)
-    options = OmegaConf.to_container(seg.options)
-    try:
-        if seg.head == SAN:
-            model = _san(backbone, num_classes, crop, options)
-            return Built(model, backbone, task, {"san": model.san})
+    @property
+    def _is_san(self) -> bool:
+        return self.config.seg.head == "san"
+
+    # ---- before any model is built ----
+
+    def check(self) -> None:
+        """Refuse data, heads, losses and training options that segmentation has no use for."""
+        config, seg = self.config, self.config.seg
+        check_segmentation(config)
+        if self._is_san and make_method(config).compares_runs:
+            raise ConfigError(
+                f"method: {config.method.name} compares two runs' logits pixel by pixel, but SAN gives proposals; set "
+                "method.options.consistency=0"
+            )
+        if not self._is_san:
+            heads.reads_all_maps(seg.head)  # raises where there is no such head
+            heads.need_mmseg()
+        for name in seg.losses:
+            if name not in heads.LOSSES:
+                raise ConfigError(f"seg.losses: '{name}' is not one of {', '.join(heads.LOSSES)}")
+        if config.augment.enabled:
+            raise ConfigError("augment.enabled: masks must move with their images; use seg.augment instead")
+        if config.train.label_smoothing:
+            raise ConfigError("train.label_smoothing: not for segmentation; set it to 0")
+
+    def open_data(self) -> tuple[Datasets, dict[str, Any]]:
+        """The splits of pairs of image and mask, and the model's preprocessing."""
+        stats = data_stats(self.config)
+        return build_segmentation(self.config, stats), stats
+
+    # ---- the model ----
+
+    def build_backbone(self, num_classes: int, keep_head: bool = False) -> nn.Module:
+        """The timm model without its classifier; for SAN with text with the weights' own, which projects into its space."""
+        projects = self._is_san and self.config.seg.options.get("text") is not None
+        return build_model(self.config, 0, keep_head=projects)
+
+    def assemble(self, backbone: nn.Module, num_classes: int) -> TaskModel:
+        """Feature maps, a decode head and auxiliary heads on the backbone, or SAN beside it."""
+        seg, size = self.config.seg, input_size(backbone)[-1]
+        self.num_classes, self.crop = num_classes, seg.crop or size
+        self.stride = None if seg.mode == "whole" else seg.stride or max(1, 2 * self.crop // 3)
+        try:
+            model = self._san(backbone) if self._is_san else self._decoded(backbone)
+        except VpeftError as error:
+            raise ConfigError(f"seg: {error}") from error
+        self.criterion = model.loss
+        return TaskModel(model, backbone, self, model.heads)
+
+    def _decoded(self, backbone: nn.Module) -> SegmentationModel:
+        seg = self.config.seg
         maps = FeatureMaps(
-            backbone, _indices(config, backbone), seg.pyramid, seg.norm, class_token=heads.reads_class_token(seg.head)
+            backbone, self._indices(backbone), seg.pyramid, seg.norm, class_token=heads.reads_class_token(seg.head)
         )
-        head = heads.build_head(seg.head, maps, num_classes, options)
-        aux = [heads.auxiliary_head(maps, index, num_classes) for index in seg.aux]
-        model = SegmentationModel(maps, head, aux, dict(seg.losses), seg.aux_weight)
-    except VpeftError as error:
-        raise ConfigError(f"seg: {error}") from error
-    return Built(model, backbone, task, model.heads)
+        head = heads.build_head(seg.head, maps, self.num_classes, OmegaConf.to_container(seg.options))
+        aux = [heads.auxiliary_head(maps, index, self.num_classes) for index in seg.aux]
+        return SegmentationModel(maps, head, aux, dict(seg.losses), seg.aux_weight)
 
+    def _san(self, backbone: nn.Module) -> SAN:
+        """SAN with the options of its side adapter; ``loss`` and ``recognition`` are the model's own."""
+        options = OmegaConf.to_container(self.config.seg.options)
+        try:
+            loss, recognition = SetLoss(**options.pop("loss", {})), options.pop("recognition", "auto")
+            classes = None if options.get("text") else self.num_classes
+            adapter = SideAdapter(backbone, classes, **{"image_size": (self.crop, self.crop), **options})
+        except TypeError as error:
+            raise ConfigError(f"seg.options: {error}") from error
+        if adapter.num_classes != self.num_classes:
+            raise ConfigError(
+                f"seg.options.text: {adapter.num_classes} text embeddings for {self.num_classes} classes of the data"
+            )
+        return SAN(backbone, adapter, loss, recognition)
 
-def _san(backbone: nn.Module, num_classes: int, crop: int, options: dict[str, Any]) -> nn.Module:
-    """SAN with the options of its side adapter; ``loss`` and ``recognition`` are the model's own."""
-    from .mask_loss import SetLoss
-    from .san import SAN as Model
-    from .san import SideAdapter
+    def _indices(self, backbone: nn.Module) -> list[int]:
+        """The blocks or stages whose maps the head reads."""
+        seg = self.config.seg
+        if seg.out_indices is not None:
+            return list(seg.out_indices)
+        count = map_count(backbone)
+        if not heads.reads_all_maps(seg.head) and not seg.pyramid:
+            return [count - 1]
+        return sorted({(i + 1) * count // 4 - 1 for i in range(4)} - {-1})
 
-    try:
-        loss, recognition = SetLoss(**options.pop("loss", {})), options.pop("recognition", "auto")
-        classes = None if options.get("text") else num_classes
-        adapter = SideAdapter(backbone, classes, **{"image_size": (crop, crop), **options})
-    except TypeError as error:
-        raise ConfigError(f"seg.options: {error}") from error
-    if adapter.num_classes != num_classes:
-        raise ConfigError(f"seg.options.text: {adapter.num_classes} text embeddings for {num_classes} classes of the data")
-    return Model(backbone, adapter, loss, recognition)
+    @torch.no_grad()
+    def check_attached(self, built: TaskModel) -> None:
+        """One image through the whole model, so that what does not fit is said before training."""
+        for head in head_places(built.backbone):  # a projection that is not trained, though it stands where classifiers do
+            head.module.requires_grad_(False)
+        like = next(built.backbone.parameters())
+        image = torch.zeros(1, 3, self.crop, self.crop, dtype=like.dtype, device=like.device)
+        try:
+            with eval_mode(built.model):
+                built.model.semantic(image)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"seg: the model does not take an image of {self.crop}x{self.crop}: {error}") from error
 
+    # ---- when it is trained ----
 
-def _indices(config: DictConfig, backbone: nn.Module) -> list[int]:
-    if config.seg.out_indices is not None:
-        return list(config.seg.out_indices)
-    count = map_count(backbone)
-    if not heads.reads_all_maps(config.seg.head) and not config.seg.pyramid:
-        return [count - 1]
-    return sorted({(i + 1) * count // 4 - 1 for i in range(4)} - {-1})
+    @torch.no_grad()
+    def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
+        """overlays.png: images, what they hold, and what was found."""
+        shown = data.test or data.val
+        if shown is None or not self.config.seg.overlays:
+            return
+        colours, rows = palette(len(data.classes)), []
+        for index in range(min(self.config.seg.overlays, len(shown))):
+            image, truth = shown.source[index]
+            x, _ = shown.transform(image, truth)
+            found = self._found(built, x, truth.shape)
+            rows.append((image, overlay(image, truth, colours), overlay(image, found, colours)))
+        draw_overlays(rows, data.classes, colours, folder / "overlays.png")
 
+    @torch.inference_mode()
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+        """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
+        files, out = find_images(paths), Path(options.out or "predictions")
+        built = restored(self, file, options.weights)
+        about = file.metadata["data"]
+        transform = PairTransform(about["mean"], about["std"], short=self.config.seg.short)
+        names = names_of(file, self.num_classes)
+        colours, found, used = palette(len(names)), Predictions(), set()
+        out.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            image = read_image(path)
+            x, _ = transform(image, np.zeros(image.shape[:2], np.uint8))
+            mask = self._found(built, x, image.shape[:2])
+            stem = path.stem if path.stem not in used else f"{path.stem}_{len(used)}"
+            used.add(stem)
+            row = {"file": str(path), "mask": str(out / f"{stem}_mask.png"), "overlay": str(out / f"{stem}_overlay.png")}
+            write_mask(Path(row["mask"]), mask, colours)
+            Image.fromarray(overlay(image, mask, colours)).save(row["overlay"])
+            shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
+            row["classes"] = {names[i]: round(float(shares[i]), 6) for i in np.argsort(-shares) if shares[i]}
+            shown = "  ".join(f"{n} {s:.3f}" for n, s in list(row["classes"].items())[:5])
+            found.add(row, row["file"], row["mask"], shown)
+        return found.rows
 
-@torch.no_grad()
-def check_attached(built: Built, num_classes: int) -> None:
-    """One image through the whole model, so that what does not fit is said before the data is read."""
-    for head in head_places(built.backbone):  # a projection that is not trained, though it stands where classifiers do
-        head.module.requires_grad_(False)
-    model, like = built.model, next(built.backbone.parameters())
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        image = torch.zeros(1, 3, built.task.crop, built.task.crop, dtype=like.dtype, device=like.device)
-        model.semantic(image)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"seg: the model does not take an image of {built.task.crop}x{built.task.crop}: {error}"
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@torch.no_grad()
-def finish(config: DictConfig, built: Built, data: Datasets, folder: Path) -> None:
-    """overlays.png: images, what they hold, and what was found."""
-    shown = data.test or data.val
-    if shown is None or not config.seg.overlays:
-        return
-    colours, rows = palette(len(data.classes)), []
-    device = next(built.backbone.parameters()).device
-    for index in range(min(config.seg.overlays, len(shown))):
-        image, truth = shown.source[index]
-        x, _ = shown.transform(image, truth)
-        found = built.task.scores(built.model, x[None].to(device), truth.shape).argmax(1)[0].cpu().numpy()
-        rows.append((image, overlay(image, truth, colours), overlay(image, found, colours)))
-    _picture(rows, data.classes, colours, folder / "overlays.png")
-
-
-def _picture(rows: list[tuple], classes: tuple[str, ...], colours: list, path: Path) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(2.2 * len(rows) + 1.6, 6.6), layout="constrained")
-    axes = figure.subplots(3, len(rows), squeeze=False)
-    for column, pictures in enumerate(rows):
-        for axis, picture in zip(axes[:, column], pictures, strict=True):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
-    for axis, text in zip(axes[:, 0], ("image", "truth", "prediction"), strict=True):
-        axis.set_ylabel(text)
-    if len(classes) <= 30:
-        patches = [Patch(color=np.array(c) / 255, label=n) for c, n in zip(colours, classes, strict=True)]
-        figure.legend(handles=patches, loc="outside right center", fontsize=7)
-    figure.savefig(path, dpi=110)
-
-
-@torch.inference_mode()
-def predict(file: checkpoint.File, paths: list[str], options: dict[str, Any]) -> list[dict]:
-    """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
-    from ...engine.predict import config_of, find_images, rebuilt
-
-    files, out = find_images(paths), Path(options["out"] or "predictions")
-    built, device = rebuilt(file, options["weights"])
-    about = file.metadata["data"]
-    transform = PairTransform(about["mean"], about["std"], short=config_of(file).seg.short)
-    names = file.metadata["class_names"] or [str(i) for i in range(built.task.num_classes)]
-    colours, found, used = palette(len(names)), [], set()
-    out.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        image = read_image(path)
-        x, _ = transform(image, np.zeros(image.shape[:2], np.uint8))
-        mask = built.task.scores(built.model, x[None].to(device), image.shape[:2]).argmax(1)[0].cpu().numpy()
-        stem = path.stem if path.stem not in used else f"{path.stem}_{len(used)}"
-        used.add(stem)
-        row = {"file": str(path), "mask": str(out / f"{stem}_mask.png"), "overlay": str(out / f"{stem}_overlay.png")}
-        write_mask(Path(row["mask"]), mask, colours)
-        Image.fromarray(overlay(image, mask, colours)).save(row["overlay"])
-        shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-        row["classes"] = {names[i]: round(float(shares[i]), 6) for i in np.argsort(-shares) if shares[i]}
-        found.append(row)
-        print(row["file"], row["mask"], "  ".join(f"{n} {s:.3f}" for n, s in list(row["classes"].items())[:5]), sep="\t")
-    return found
+    def _found(self, built: TaskModel, x: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+        """The class ids (H, W) that the model finds in one normalised image (3, h, w)."""
+        return self.scores(built.model, x[None].to(built.device), size).argmax(1)[0].cpu().numpy()

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import ConfigError, DataError
+from ...errors import CheckpointError, ConfigError, DataError
+from ...files import read_tensors, write_tensors
 
 TENSOR, NAMES = "text", "class_names"
 
@@ -38,11 +37,9 @@ def read_text(path: str | Path) -> tuple[Tensor, list[str]]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file of text embeddings")
     try:
-        with safe_open(path, "pt") as file:
-            names = json.loads((file.metadata() or {}).get(NAMES, "[]"))
-            found = list(file.keys())
-            text = file.get_tensor(TENSOR) if TENSOR in found else None
-    except (SafetensorError, OSError, ValueError) as error:
+        metadata, found = read_tensors(path)
+        names, text = json.loads(metadata.get(NAMES, "[]")), found.get(TENSOR)
+    except (CheckpointError, ValueError) as error:
         raise DataError(f"{path}: no readable safetensors file with text embeddings ({error})") from error
     if text is None or text.ndim != 2:
         raise DataError(f"{path}: expected a tensor '{TENSOR}' (classes, width); it has {', '.join(found) or 'no tensors'}")
@@ -61,7 +58,7 @@ def save_text(path: str | Path, text: Tensor, names: Sequence[str]) -> None:
     """
     if len(names) != len(text):
         raise DataError(f"{len(text)} text embeddings for {len(names)} class names")
-    save_file({TENSOR: text.contiguous()}, str(path), {NAMES: json.dumps(list(names))})
+    write_tensors(path, {TENSOR: text}, {NAMES: json.dumps(list(names))})
 
 
 @torch.no_grad()
@@ -70,7 +67,7 @@ def clip_text(
 ) -> Tensor:
     """Normalised text embeddings (C, d) of class names: CLIP's text tower over every template, averaged.
 
-    CacheNeeds ``pip install open_clip_torch``, which downloads the weights.
+    Needs ``pip install open_clip_torch``, which downloads the weights.
 
     Raises:
         ConfigError: open_clip is not installed, or there are no names.

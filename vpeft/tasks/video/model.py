@@ -105,12 +105,21 @@ class TubeletEmbed(nn.Module):
         frames: T.
         tubelet: k, frames of one token.
         img_size, patch_size, in_chans, embed_dim, bias: as in timm.
+        **factory: ``device`` and ``dtype``.
     """
 
     def __init__(
-        self, img_size=224, patch_size=16, in_chans: int = 3, embed_dim: int = 768, bias: bool = True, *, frames: int = 16,
-        tubelet: int = 2, dynamic_img_pad: bool = False, device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        *,
+        frames: int = 16,
+        tubelet: int = 2,
+        **factory: Any,
+    ):
         super().__init__()
         if frames < 1 or tubelet < 1 or frames % tubelet:
             raise VpeftError(f"frames: {frames} frames are not cut into tubelets of {tubelet}")
@@ -119,11 +128,12 @@ class TubeletEmbed(nn.Module):
         )
         if any(s % p for s, p in zip(self.img_size, self.patch_size, strict=True)):
             raise VpeftError(f"img_size: {self.img_size} is not cut into patches of {self.patch_size}")
+        factory.pop("dynamic_img_pad", None)  # which timm always gives; clips are never padded
         self.frames, self.tubelet = frames, tubelet
         self.grid_size = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
         self.num_patches = frames // tubelet * self.grid_size[0] * self.grid_size[1]
         kernel = (tubelet, *self.patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel, stride=kernel, bias=bias, device=device, dtype=dtype)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel, stride=kernel, bias=bias, **factory)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         return max(self.patch_size) if as_scalar else self.patch_size

@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ....data.splits import Datasets, make_transforms
+from ....data.find import find_files, with_ending
+from ....data.splits import (
+    Datasets,
+    check_label,
+    check_root,
+    check_validation,
+    class_names,
+    cut_validation,
+    make_transforms,
+    named_splits,
+)
 from ....errors import DataError, did_you_mean
 from ..motion import MOTIONS, check_motion, make_motion
-from .clips import Clips
+from .clips import ClipOptions, Clips
 from .decode import Timeline, count_folder, fits, scan
 from .index import open_index, usable
 from .lists import Video, read_hmdb51, read_list
@@ -34,20 +42,18 @@ def check_video_source(data: Any, video: Any) -> None:
     """
     if data.source not in SOURCES:
         raise DataError(f"data.source: '{data.source}' is not a source of videos{did_you_mean(data.source, SOURCES)}")
-    if data.val_split and data.val_size:
-        raise DataError("data.val_size: give a validation split (val_split) or a size to cut from training, not both")
+    check_validation(data)
     if video.template and not fits(video.template):
         raise DataError(f"video.template: '{video.template}' has no place for the frame's number, as in img_{{:05d}}.jpg")
     if data.source == "motion":
         check_motion(data.root, video.motion)
         return
-    if not data.root or not Path(data.root).is_dir():
-        raise DataError(f"data.root: folder '{data.root}' does not exist; it holds the videos that the lists name")
+    check_root(data, "it holds the videos that the lists name")
     if video.lists and not Path(video.lists).is_dir():
         raise DataError(f"video.lists: folder '{video.lists}' does not exist")
-    for key in ("train_split", "val_split", "test_split"):
-        if data[key] and data.source == "list":
-            list_file(data, video, data[key])
+    if data.source == "list":
+        for split in named_splits(data).values():
+            list_file(data, video, split)
 
 
 def list_file(data: Any, video: Any, split: str) -> Path:
@@ -64,19 +70,27 @@ def list_file(data: Any, video: Any, split: str) -> Path:
     raise DataError(f"data: there is no list {folder / split}, nor .txt or .csv{did_you_mean(split, have)}")
 
 
-def build_clips(
-    data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0, splits=("train", "val", "test")
-) -> Datasets:
-    """The task's data sets of clips; arguments as of ``build_datasets``, and the video section."""
+def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0) -> Datasets:
+    """The task's data sets of clips.
+
+    Args:
+        data, augment, video: sections of the configuration.
+        stats: timm's data config of the model.
+        seed: decides which training videos are cut off for validation when ``data.val_size`` > 0.
+
+    Raises:
+        DataError: lists or videos that cannot be used, or labels that are no classes.
+    """
     check_video_source(data, video)
     if data.source == "motion":
         make_motion(data.root, video.motion)
-    wanted = {"train": data.train_split if "train" in splits or ("val" in splits and data.val_size) else None}
-    wanted |= {"val": data.val_split if "val" in splits else None, "test": data.test_split if "test" in splits else None}
-    lists = {split: _listed(data, video, name) for split, name in wanted.items() if name}
+    lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
-    classes = _class_names(data, lists.values())
-    _check_labels(lists.values(), classes)
+    highest = [max(listed.videos, key=lambda v: v.label) for listed in lists.values()]
+    own = next((listed.classes for listed in lists.values() if listed.classes), None)
+    classes = class_names(data, own, max(v.label for v in highest) + 1)
+    for worst in highest:
+        check_label(worst.label, classes, worst.path)
     if augment.enabled and video.flip:
         _check_flip(classes)
     train_transform, test_transform = clip_transforms(augment, video, stats)
@@ -85,7 +99,10 @@ def build_clips(
         for split, listed in lists.items()
     }
     if data.val_size and "train" in found:
-        found["train"], found["val"] = _cut(found["train"], data.val_size, test_transform, seed)
+        train = found["train"]
+        kept, held = cut_validation(len(train), data.val_size, seed, "videos")
+        # The part is judged like a test video.
+        found["train"], found["val"] = train.subset(kept), train.subset(held, transform=test_transform, training=False)
     return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
 
 
@@ -123,14 +140,11 @@ def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool) -
     videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
     if left_out:
         logger.warning("%s: %d videos left out, the first: %s", listed.split, len(left_out), left_out[0])
-    return _clips(videos, timelines, transform, video, training=training, left_out=left_out)
+    return Clips(videos, timelines, transform, _options(video), training=training, left_out=left_out)
 
 
-def _clips(videos, timelines, transform, video: Any, **kwargs) -> Clips:
-    return Clips(
-        videos, timelines, transform, length=video.frames, stride=video.stride, sampling=video.sampling,
-        views=video.views, template=video.template, skip=video.skip_broken, **kwargs,
-    )  # fmt: skip
+def _options(video: Any) -> ClipOptions:
+    return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, video.skip_broken)
 
 
 def _listed(data: Any, video: Any, split: str) -> _Listed:
@@ -158,20 +172,13 @@ def find_videos(paths: Iterable[str | Path], template: str | None = None) -> lis
     Raises:
         DataError: a path that does not exist, or a folder without videos.
     """
-    found: list[str] = []
-    for path in map(Path, paths):
-        if template and path.is_dir():
-            inside = [p for p in (path, *sorted(path.rglob("*"))) if p.is_dir() and count_folder(p, template)]
-        elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
-        elif path.exists():
-            inside = [path]
-        else:
-            raise DataError(f"{path} does not exist")
-        if not inside:
-            raise DataError(f"{path} holds no video ({template or ', '.join(VIDEO_ENDINGS)})")
-        found += map(str, inside)
-    return found
+
+    def inside(folder: Path) -> list[Path]:
+        if template is None:
+            return with_ending(folder, VIDEO_ENDINGS)
+        return [p for p in (folder, *sorted(folder.rglob("*"))) if p.is_dir() and count_folder(p, template)]
+
+    return [str(p) for p in find_files(paths, inside, f"video ({template or ', '.join(VIDEO_ENDINGS)})")]
 
 
 def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
@@ -183,34 +190,7 @@ def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
     folders = video.template
     videos = [Video(f, -1, count_folder(f, folders) if folders else None) for f in files]
     timelines = [Timeline(v.frames) if folders else scan(v.path) for v in videos]
-    transform = fixed_crops(video, stats)
-    return _clips(videos, timelines, transform, video, training=False)
-
-
-def _cut(train: Clips, size: int, transform: Callable, seed: int) -> tuple[Clips, Clips]:
-    """A random validation part of the training videos, judged like a test video."""
-    if size >= len(train):
-        raise DataError(f"data.val_size: {size} leaves nothing of {len(train)} training videos")
-    order = np.random.default_rng(seed).permutation(len(train))
-    return train.subset(sorted(order[size:])), train.subset(sorted(order[:size]), transform=transform, training=False)
-
-
-def _class_names(data: Any, lists: Iterable[_Listed]) -> tuple[str, ...]:
-    if data.classes:
-        return tuple(data.classes)
-    named = next((listed.classes for listed in lists if listed.classes), None)
-    highest = max(v.label for listed in lists for v in listed.videos)
-    return named or tuple(str(i) for i in range(data.num_classes or highest + 1))
-
-
-def _check_labels(lists: Iterable[_Listed], classes: tuple[str, ...]) -> None:
-    for listed in lists:
-        worst = max(listed.videos, key=lambda v: v.label)
-        if worst.label >= len(classes):
-            raise DataError(
-                f"data.num_classes: {worst.path} has the label {worst.label}, but there are {len(classes)} classes "
-                "(labels count from 0)"
-            )
+    return Clips(videos, timelines, fixed_crops(video, stats), _options(video))
 
 
 def _check_flip(classes: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,25 +19,41 @@ from .sampling import fixed_clips, random_clip
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ClipOptions:
+    """How clips are cut from videos.
+
+    Attributes:
+        length: frames of a clip.
+        stride: frames from one to the next, for dense sampling.
+        sampling: ``uniform``, ``dense`` or ``videomae``.
+        views: temporal views of each video in evaluation.
+        template: the videos are folders of frames with these names.
+        skip: leave out what cannot be read.
+    """
+
+    length: int
+    stride: int = 1
+    sampling: str = "uniform"
+    views: int = 1
+    template: str | None = None
+    skip: bool = False
+
+
 class Clips(Dataset):
     """Videos as clips with integer labels.
 
     An item is ``(clip, label)``: for training one random clip ``(3, T, H, W)``; else the fixed views of the video,
     ``(V, 3, T, H, W)`` with V = temporal views x crops.
 
-    A video that breaks after its timeline was made is an error; with ``skip`` its item is None, ``collate`` drops it
+    A video that breaks after its timeline was made is an error; with ``options.skip`` its item is None, ``collate`` drops it
     from the batch, and ``skipped`` counts it. Nothing is put in its place.
 
     Args:
         videos, timelines: of equal length.
         transform: uint8 ``(T, H, W, 3)`` to float ``(3, T, H, W)``, or to ``(crops, 3, T, H, W)`` for the fixed views.
-        length: frames of a clip.
-        stride: frames from one to the next, for dense sampling.
-        sampling: ``uniform``, ``dense`` or ``videomae``.
+        options: how clips are cut.
         training: random clips, or fixed views.
-        views: temporal views of each video.
-        template: the videos are folders of frames with these names.
-        skip: leave out what cannot be read.
         left_out: why videos of the list are not in ``videos``, kept for reports.
     """
 
@@ -45,20 +62,13 @@ class Clips(Dataset):
         videos: Sequence[Video],
         timelines: Sequence[Timeline],
         transform: Callable[[np.ndarray], Tensor],
+        options: ClipOptions,
         *,
-        length: int,
-        stride: int = 1,
-        sampling: str = "uniform",
         training: bool = False,
-        views: int = 1,
-        template: str | None = None,
-        skip: bool = False,
         left_out: Sequence[str] = (),
     ):
         self.videos, self.timelines, self.transform = list(videos), list(timelines), transform
-        self.length, self.stride, self.sampling, self.views = length, stride, sampling, views
-        self.training, self.template, self.skip = training, template, skip
-        self.left_out = list(left_out)
+        self.options, self.training, self.left_out = options, training, list(left_out)
         self.labels = [v.label for v in self.videos]
         # Loader workers are processes: they add to one number in shared memory.
         self._broken = multiprocessing.Value("q", 0)
@@ -70,7 +80,7 @@ class Clips(Dataset):
         try:
             return self.clip(index), self.labels[index]
         except DataError as error:
-            if not self.skip:
+            if not self.options.skip:
                 raise
             with self._broken.get_lock():
                 self._broken.value += 1
@@ -83,17 +93,17 @@ class Clips(Dataset):
         Raises:
             DataError: the video cannot be read.
         """
-        count = self.timelines[index].count
+        count, o = self.timelines[index].count, self.options
         if self.training:
-            return self.transform(self._frames(index, random_clip(self.sampling, count, self.length, self.stride)))
-        chosen = fixed_clips(self.sampling, count, self.length, self.stride, self.views)
+            return self.transform(self._frames(index, random_clip(o.sampling, count, o.length, o.stride)))
+        chosen = fixed_clips(o.sampling, count, o.length, o.stride, o.views)
         frames = self._frames(index, chosen.reshape(-1))  # one pass through the file for all views
-        return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), self.length, *frames.shape[1:])])
+        return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), o.length, *frames.shape[1:])])
 
     def _frames(self, index: int, numbers: np.ndarray) -> np.ndarray:
         video = self.videos[index]
-        if self.template:
-            return read_folder(video.path, self.template, numbers)
+        if self.options.template:
+            return read_folder(video.path, self.options.template, numbers)
         return read_frames(video.path, numbers, self.timelines[index])
 
     def subset(self, indices: Sequence[int], **changes) -> "Clips":

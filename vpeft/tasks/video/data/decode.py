@@ -1,4 +1,4 @@
-"""Frames of a video file by number, exact whatever the container owned_names.
+"""Frames of a video file by number, exact whatever the container claims.
 
 A file is looked through once, without decoding where its packets carry presentation times. The times become its
 ``Timeline``, with which any frame is found by a seek to the key frame before it, also at a variable frame rate.
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from ....data.images import read_image
 from ....errors import DataError
 
 SMALL = 128 * 128
@@ -189,19 +190,13 @@ def read_folder(folder: str | Path, template: str, indices: Sequence[int]) -> np
     Raises:
         DataError: a missing or unreadable frame, with its path.
     """
-    from PIL import Image, UnidentifiedImageError
-
     first = first_number(folder, template)
     frames: dict[int, np.ndarray] = {}
     for index in set(map(int, indices)):
         file = Path(folder) / template.format(index + first)
-        try:
-            with Image.open(file) as image:
-                frames[index] = np.asarray(image.convert("RGB"))
-        except FileNotFoundError:
-            raise DataError(f"{file}: no such frame") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{file}: not a readable frame: {error}") from error
+        if not file.is_file():
+            raise DataError(f"{file}: no such frame")
+        frames[index] = read_image(file)
     if len({f.shape for f in frames.values()}) > 1:
         raise DataError(f"{folder}: the picture size changes within the video")
     return np.stack([frames[int(i)] for i in indices])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ....errors import DataError
+from ....files import write_text
 from .decode import Timeline, check_folder, scan
 from .lists import Video
 
@@ -93,11 +94,8 @@ def _store(entries: dict[str, dict], places: Sequence[Path]) -> None:
     """Write to the first place that allows it; processes that write at once leave one whole file."""
     text = json.dumps({"format": FORMAT, "videos": entries}, separators=(",", ":"))
     for place in places:
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text)
-            os.replace(temporary, place)
+            write_text(place, text)
             return
         except OSError as error:
             reason = error

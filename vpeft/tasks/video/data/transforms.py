@@ -1,6 +1,5 @@
 """From decoded frames to a model's input: one spatial transform for all frames of a clip."""
 
-import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from ....numerics import RandomStates
 
 
 class SameForAll:
@@ -26,11 +27,9 @@ class SameForAll:
 
     def __call__(self, frames: np.ndarray) -> Tensor:
         """uint8 ``(T, H, W, 3)`` to float ``(3, T, h, w)``."""
-        generator = torch.default_generator
-        states = random.getstate(), np.random.get_state(), generator.get_state()
-        clip = []
+        states, clip = RandomStates(), []
         for frame in frames:
-            random.setstate(states[0]), np.random.set_state(states[1]), generator.set_state(states[2])
+            states.restore()
             clip.append(self.transform(Image.fromarray(frame)))
         return torch.stack(clip, 1)
 

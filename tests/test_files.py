@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vpeft
+from vpeft.files import read_tensors, replacing, write_bytes, write_tensors, write_text
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def killed():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_folders_are_made_and_the_new_file_takes_the_place(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.bin"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+
+
+def test_tensors_of_any_layout_with_their_metadata(tmp_path):
+    whole = torch.randn(4, 6, requires_grad=True)
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"whole": whole, "again": whole, "turned": whole.T, "part": whole[1:3]}, {"why": "test"})
+    metadata, tensors = read_tensors(path)
+    assert metadata == {"why": "test"}
+    for name, value in {"whole": whole, "again": whole, "turned": whole.T, "part": whole[1:3]}.items():
+        assert torch.equal(tensors[name], value)
+    write_tensors(path, {"x": whole})
+    assert read_tensors(path)[0] == {}
+    assert load_file(path).keys() == {"x"}
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(vpeft.CheckpointError, match=r"no\.safetensors does not exist"):
+        read_tensors(tmp_path / "no.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"12345678901234567890")
+    with pytest.raises(vpeft.CheckpointError, match=r"b\.safetensors is damaged or no safetensors file"):
+        read_tensors(tmp_path / "b.safetensors")

@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: the bar of an epoch, the wait for data, tensors that get no gradient."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+class Bar:
+    """rich's progress bar as a context that yields ``advance()``; silent in all but the main process.
+
+    Args:
+        show: draw it.
+        total: steps.
+        text: in front of it.
+    """
+
+    def __init__(self, show: bool, total: int, text: str):
+        self.show, self.total, self.text = show, total, text
+
+    def __enter__(self) -> Callable[[], Any]:
+        if not self.show:
+            return lambda: None
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, transient=True)
+        task = self.bar.add_task(self.text, total=self.total)
+        self.bar.start()
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *error) -> None:
+        if self.show:
+            self.bar.stop()
+
+
+class TimedBatches:
+    """A loader's batches, gone through once.
+
+    Attributes:
+        waited: seconds that the loop has stood still for them.
+    """
+
+    def __init__(self, batches: Iterable):
+        self.batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
+class GradientWatch:
+    """Warns of trained tensors that no gradient has reached in the first steps: a dead site, or an initial value that can
+    never learn.
+
+    Args:
+        named: the trained tensors.
+        logger: of the run.
+        steps: how many steps are watched.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], logger: logging.Logger, steps: int = 5):
+        self.left, self.logger, self.steps, self.seen = dict(named), logger, steps, 0
+
+    def step(self) -> None:
+        """To be called in each step while the gradients are there."""
+        self.seen += 1
+        if not self.left or self.seen > self.steps:
+            return
+        self.left = {n: p for n, p in self.left.items() if p.grad is None or not p.grad.any()}
+        if self.left and self.seen == self.steps:
+            self.logger.warning(
+                "no gradient in the first %d steps reached %d trained tensors: %s", self.steps, len(self.left),
+                ", ".join(list(self.left)[:4]),
+            )  # fmt: skip

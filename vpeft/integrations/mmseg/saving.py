@@ -1,0 +1,197 @@
+"""The hook that saves what was trained and continues an interrupted run."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from ...engine.state import optimizer_state, optimizer_tensors
+from ...errors import CheckpointError, VpeftError
+from ...numerics import random_states_from_json, random_states_to_json
+from .backbone import bare
+from .registries import VPEFT_HOOKS
+from .trained import MODEL, fingerprints, load_trained, put_trained, read_trained, trained_tensors, write_trained
+
+STATE = "state.safetensors"
+
+
+@VPEFT_HOOKS.register_module()
+class SaveTrained(Hook):
+    """In place of mmengine's CheckpointHook: writes what was trained, and continues an interrupted run exactly.
+
+    ``WORK_DIR/iter_N.safetensors`` holds the trained tensors alone, for ``load_trained``; ``WORK_DIR/state.safetensors``
+    also holds the optimiser, the schedules and the random states, and is written after it. Both appear whole or not at all,
+    and no pickle is read.
+
+    The Runner's own ``resume=True`` (``--resume`` of mmsegmentation's ``tools/train.py``) continues from the work folder's
+    state, or from the state that ``load_from`` names. Iteration-based loops pass the batches that were trained on already,
+    and end with the weights of an uninterrupted run. ``load_from`` of an ``iter_N.safetensors`` without ``resume`` starts
+    from, or tests, these weights.
+
+    Args:
+        interval: iterations (in epoch-based loops epochs) between saves; the end is always saved.
+        keep: how many ``iter_N`` files remain.
+        resume: as the Runner's ``resume``, for where that cannot be set.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, interval: int = 1000, keep: int = 2, resume: bool = False):
+        if interval < 1 or keep < 1:
+            raise VpeftError(f"SaveTrained: interval={interval} and keep={keep} must be at least 1")
+        self.interval, self.keep, self.resume = interval, keep, resume
+        self._from: Path | None = None
+        self._saved = -1
+        self._frozen: dict[str, str] = {}
+
+    # ---- when ----
+
+    def before_run(self, runner) -> None:
+        """Take over what the Runner would load, since its own way reads pickles."""
+        self.resume = self.resume or runner._resume
+        given = Path(runner._load_from) if runner._load_from else None
+        if self.resume and given is None and (Path(runner.work_dir) / STATE).is_file():
+            given = Path(runner.work_dir) / STATE
+        if given is not None and given.suffix != ".safetensors":
+            if self.resume:
+                raise CheckpointError(f"{given}: SaveTrained continues from its own files only ({STATE})")
+            return  # weights of another library's, which torch.load reads without unpickling code
+        if self.resume and given is None:
+            runner.logger.info("nothing to continue from in %s", runner.work_dir)
+        runner._has_loaded = runner._has_loaded or self.resume or given is not None
+        self._from = given
+
+    def before_train(self, runner) -> None:
+        # Not earlier: the Runner initialises weights after before_run.
+        counts = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        if self.interval % counts and not self._by_epoch(runner):
+            raise VpeftError(
+                f"SaveTrained: interval={self.interval} would save between two steps of an optimiser that steps every "
+                f"{counts} iterations; make it a multiple"
+            )
+        self._frozen = fingerprints(bare(runner.model))
+        file, self._from = self._from, None
+        if file is None:
+            return
+        if self.resume:
+            self._restore(runner, file)
+        else:
+            load_trained(bare(runner.model), file)
+
+    def before_val(self, runner) -> None:
+        file, self._from = self._from, None
+        if file is not None:
+            load_trained(bare(runner.model), file)
+
+    before_test = before_val
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        done = runner.iter + 1
+        if not self._by_epoch(runner) and self._due(done, runner.max_iters):
+            self._save(runner, done, runner.epoch)
+
+    def after_train_epoch(self, runner) -> None:
+        if self._by_epoch(runner) and self._due(runner.epoch + 1, runner.max_epochs):
+            self._save(runner, runner.iter, runner.epoch + 1)
+
+    def after_val(self, runner) -> None:
+        # A validation draws random numbers too, and is not repeated after an interruption.
+        if self._saved == runner.iter and runner.iter < runner.max_iters:
+            self._save_state(runner, runner.iter, runner.epoch)
+
+    def _due(self, done: int, last: int) -> bool:
+        return done % self.interval == 0 or done == last
+
+    @staticmethod
+    def _by_epoch(runner) -> bool:
+        return hasattr(runner.train_loop, "run_epoch")
+
+    # ---- what ----
+
+    def _save(self, runner, iteration: int, epoch: int) -> None:
+        folder = Path(runner.work_dir)
+        if is_main_process():
+            trained = {f"{MODEL}{n}": t for n, t in trained_tensors(bare(runner.model)).items()}
+            about = {"iter": iteration, "epoch": epoch, "backbones": self._frozen}
+            write_trained(folder / f"iter_{iteration}.safetensors", trained, about)
+            files = sorted(folder.glob("iter_*.safetensors"), key=lambda p: int(re.findall(r"\d+", p.stem)[0]))
+            for old in [f for f in files if f.stem != f"iter_{iteration}"][: -self.keep + 1 or None]:
+                old.unlink()
+        self._save_state(runner, iteration, epoch)
+        self._saved = iteration
+
+    def _save_state(self, runner, iteration: int, epoch: int) -> None:
+        states = all_gather_object(random_states_to_json())
+        if not is_main_process():
+            return
+        wrapper = runner.optim_wrapper.state_dict()
+        moments, scalars = optimizer_tensors(wrapper["state"])
+        tensors = {f"{MODEL}{n}": t for n, t in trained_tensors(bare(runner.model)).items()} | moments
+        base = wrapper.get("base_param_settings")
+        about = {
+            "iter": iteration, "epoch": epoch, "backbones": self._frozen, "scalars": scalars,
+            "groups": wrapper["param_groups"], "scaler": wrapper.get("loss_scaler"), "random": states,
+            "base": base and {k: v for k, v in base.items() if k != "params"},
+            "schedulers": [s.state_dict() for s in runner.param_schedulers or []],
+        }  # fmt: skip
+        write_trained(Path(runner.work_dir) / STATE, tensors, about)
+
+    def _restore(self, runner, file: Path) -> None:
+        tensors, about = read_trained(file)
+        if "random" not in about:
+            raise CheckpointError(f"{file} holds weights alone; a run continues from {STATE}")
+        if len(about["random"]) != get_world_size():
+            raise CheckpointError(f"{file}: written by {len(about['random'])} processes, here are {get_world_size()}")
+        put_trained(bare(runner.model), tensors, about, file)
+        self._restore_optimizer(runner, tensors, about)
+        loop = runner.train_loop
+        loop._iter, loop._epoch = about["iter"], about["epoch"]
+        runner.optim_wrapper.initialize_count_status(runner.model, loop.iter, loop.max_iters)
+        states = about["random"][get_rank()]
+        if self._by_epoch(runner) or not about["iter"]:
+            random_states_from_json(states)
+        else:
+            loop.dataloader_iterator = _Passing(loop.dataloader_iterator, about["iter"], states)
+        runner.logger.info("continues after iteration %d, from %s", about["iter"], file)
+
+    @staticmethod
+    def _restore_optimizer(runner, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        # JSON has no tuples (betas).
+        groups = [
+            {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in about["groups"]
+        ]
+        wrapper = {"state": optimizer_state(tensors, about["scalars"]), "param_groups": groups}
+        if about["scaler"] is not None:
+            wrapper["loss_scaler"] = about["scaler"]
+        schedulers = runner.param_schedulers or []
+        try:
+            runner.optim_wrapper.load_state_dict(wrapper)
+            for scheduler, values in zip(schedulers, about["schedulers"], strict=True):
+                scheduler.load_state_dict(values)
+        except ValueError as error:
+            raise CheckpointError(f"the optimiser or the schedule is not the one that was saved: {error}") from error
+        base = runner.optim_wrapper.base_param_settings
+        if base is not None:
+            base.update(about["base"] or {})
+
+
+class _Passing:
+    """A loader's iterator that puts the random states back when the batches of the first part have gone by."""
+
+    def __init__(self, batches: Iterator, count: int, states: dict[str, Any]):
+        self.batches, self.left, self.states = batches, count, states
+
+    def __iter__(self) -> "_Passing":
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                random_states_from_json(self.states)
+        return batch

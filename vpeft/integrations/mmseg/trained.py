@@ -1,0 +1,103 @@
+"""What was trained of a segmentor, in files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import fingerprint
+from ...errors import CheckpointError, VpeftError
+from ...files import read_tensors, write_tensors
+from .backbone import backbones
+
+FORMAT = "vpeft.mmseg.2"
+MODEL = "model/"  # in front of the names of trained tensors
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A segmentor's tensors without those that are frozen.
+
+    The attached method's are named ``backbone.method.…``, with the names of ``Handle.state_dict`` behind; all others, the
+    heads' buffers among them, as in the model.
+    """
+    state = model.state_dict()
+    for path, backbone in backbones(model):
+        state = {n: t for n, t in state.items() if not n.startswith(f"{path}maps.backbone.")}
+        if backbone.handle is not None:
+            state |= {f"{path}method.{n}": t for n, t in backbone.handle.state_dict().items()}
+    return state
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Fingerprints of the frozen weights of a segmentor's backbones, by their paths."""
+    return {path: fingerprint(b.timm, b.handle.state_dict() if b.handle is not None else ()) for path, b in backbones(model)}
+
+
+def load_trained(model: nn.Module, file: str | Path) -> nn.Module:
+    """Put the tensors of a file that ``SaveTrained`` wrote into a segmentor of the same configuration.
+
+    Raises:
+        CheckpointError: damaged or foreign, of another configuration, or trained on other frozen weights; the model is then
+            as it was.
+    """
+    tensors, about = read_trained(Path(file))
+    put_trained(model, tensors, about, Path(file))
+    return model
+
+
+def read_trained(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of ``SaveTrained``, and what else it knows.
+
+    Raises:
+        CheckpointError: damaged, or another program's.
+    """
+    header, tensors = read_tensors(file)
+    about = json.loads(header.get("vpeft", "{}"))
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is no file of vpeft.SaveTrained")
+    return tensors, about
+
+
+def write_trained(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write a file of ``SaveTrained``, whole or not at all.
+
+    Args:
+        file: path.
+        tensors: the trained ones with ``MODEL`` in front of their names, and perhaps an optimiser's.
+        about: what else there is to know, as plain values.
+    """
+    write_tensors(file, tensors, {"vpeft": json.dumps({"format": FORMAT, **about}, default=_number)})
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value.item()
+    raise VpeftError(f"SaveTrained: cannot write a {type(value).__name__} of the optimiser's or scheduler's state")
+
+
+@torch.no_grad()
+def put_trained(model: nn.Module, tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> None:
+    """Put the tensors of a file into a segmentor; arguments as ``read_trained`` gives them.
+
+    Raises:
+        CheckpointError: of another configuration, or trained on other frozen weights; the model is then as it was.
+    """
+    values = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
+    own = trained_tensors(model)
+    methods = {f"{path}method.": b.handle for path, b in backbones(model) if b.handle is not None}
+    if own.keys() != values.keys():
+        missing, unknown = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
+        raise CheckpointError(f"{file}: not of this configuration: lacks {missing[:3]}, has unknown {unknown[:3]}")
+    plain = {n: t for n, t in values.items() if not n.startswith(tuple(methods))}
+    for name, value in plain.items():
+        if own[name].shape != value.shape:
+            raise CheckpointError(f"{file}: {name} is {tuple(value.shape)}, here {tuple(own[name].shape)}")
+    if about["backbones"] != fingerprints(model):
+        raise CheckpointError(f"{file}: trained on other frozen weights than this backbone's")
+    for prefix, handle in methods.items():
+        handle.load_state_dict({n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)})
+    for name, value in plain.items():
+        own[name].copy_(value)

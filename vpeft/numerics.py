@@ -1,0 +1,86 @@
+"""Precision, training modes and random states: what many places set for a while and put back."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@contextmanager
+def kept_modes(*modules: nn.Module) -> Iterator[None]:
+    """Put every submodule's training flag back at the end, also after an error; several flags may differ."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every submodule's training flag is what it was."""
+    with kept_modes(*modules):
+        for module in modules:
+            module.eval()
+        yield
+
+
+class RandomStates:
+    """The states of Python's, numpy's and torch's random generators on the CPU, as they are when this is made."""
+
+    def __init__(self) -> None:
+        # torch.random.get_rng_state gives the same; the generator is named here because torch.manual_seed, its
+        # counterpart, would visit every accelerator too.
+        self._states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+
+    def restore(self) -> None:
+        """Put them back."""
+        random.setstate(self._states[0])
+        np.random.set_state(self._states[1])
+        torch.default_generator.set_state(self._states[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All three generators started from ``seed`` for a while; afterwards they go on where they were."""
+    before = RandomStates()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def random_states_to_json() -> dict[str, Any]:
+    """The states of all generators, accelerators' included, as lists of numbers that JSON can hold."""
+    kind, keys, *rest = np.random.get_state()
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [torch.cuda.get_rng_state(i).tolist() for i in range(devices)],
+    }
+
+
+def random_states_from_json(states: dict[str, Any]) -> None:
+    """Put back what ``random_states_to_json`` gave."""
+    version, inside, gauss = states["python"]
+    random.setstate((version, tuple(inside), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    for index, state in enumerate(states["cuda"]):
+        torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), index)

@@ -1,0 +1,91 @@
+"""Loss and metrics of tasks whose samples have one label each: cross-entropy, and accuracies from torchmetrics."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class LabelStep:
+    """Loss and metrics of one label for each sample.
+
+    Args:
+        num_classes: classes of the data; must equal the width of the model's head.
+        label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: timm's alphas, 0 for off.
+    """
+
+    monitor = "top1"
+    title = "top-1 accuracy, %"
+
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.mixup, self.cutmix = mixup, cutmix
+
+    def mix(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix of a batch (B, C, H, W), labels (B,) becoming shares (B, classes); else the batch itself."""
+        # timm's mixup pairs a batch with its own reverse, so it cannot take an odd last batch.
+        if not (self.mixup or self.cutmix) or len(inputs) % 2:
+            return inputs, labels
+        mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.num_classes)
+        return mix(inputs, labels)
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits (B, classes) of a batch."""
+        return model(inputs)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, classes) with labels (B,), or with shares (B, classes) of a mixed batch."""
+        if targets.is_floating_point():
+            return SoftTargetCrossEntropy()(outputs, targets)
+        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves, (B, classes)."""
+        return outputs
+
+    def scores(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits (B, classes), float32, of a batch of test inputs, on the model's device."""
+        return model(inputs).float()
+
+    def scores_on(self, model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
+        """``scores`` of inputs that are not on the model's device yet."""
+        return self.scores(model, inputs.to(device))
+
+    def scores_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a test batch (a number), from its ``scores``."""
+        return F.cross_entropy(scores, labels)
+
+    def metrics(self) -> MetricCollection:
+        """Fresh metrics, as shares."""
+        top5 = min(5, self.num_classes)
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(self.num_classes, average="micro"),
+                "top5": MulticlassAccuracy(self.num_classes, average="micro", top_k=top5),
+                "per_class": MulticlassAccuracy(self.num_classes, average="macro"),
+            },
+            compute_groups=False,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
+        """Top-1, top-5 and class-mean accuracy in percent and mean loss over all processes' batches.
+
+        Each process passes its own share of the samples; torchmetrics adds the counts up, so that every sample counts
+        once whatever the number of processes.
+        """
+        metrics, mean_loss = self.metrics().to(device), MeanMetric().to(device)
+        for inputs, labels in batches:
+            if not len(labels):
+                continue
+            scores, labels = self.scores_on(model, inputs, device), labels.to(device)
+            metrics.update(scores, labels)
+            mean_loss.update(self.scores_loss(scores, labels), weight=len(labels))
+        values = {k: 100 * float(v) for k, v in metrics.compute().items()}
+        return values | {"loss": float(mean_loss.compute())}

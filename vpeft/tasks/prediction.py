@@ -1,0 +1,59 @@
+"""What predictions have in common: class names, the best classes of each file, one printed line for each."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..errors import CheckpointError
+
+
+class Predictions:
+    """Collects one dict for each file, and prints a line for it as it comes.
+
+    Attributes:
+        rows: the dicts so far.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any], *cells: Any) -> None:
+        """Take a file's dict, and print these cells, with tabs between them."""
+        self.rows.append(row)
+        print(*cells, sep="\t")
+
+
+def names_of(file: checkpoint.File, count: int) -> list[str]:
+    """A checkpoint's class names; numbers up to ``count`` where it was saved without."""
+    return file.metadata["class_names"] or [str(i) for i in range(count)]
+
+
+def check_classifier(file: checkpoint.File) -> None:
+    """Refuse a checkpoint that cannot classify.
+
+    Raises:
+        CheckpointError: no classifier in the file.
+    """
+    if not file.head_names:
+        raise CheckpointError(f"{file.path} holds no classifier")
+
+
+def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[Tensor], topk: int) -> list[dict[str, Any]]:
+    """The best classes of each file, as ``{"file": …, "classes": [{"class": …, "probability": …}, …]}``, best first.
+
+    Args:
+        file: the checkpoint, for the classes' names.
+        names: of the files.
+        scores: probabilities (C,), one row for each file.
+        topk: classes to report.
+    """
+    found = Predictions()
+    for name, row in zip(names, scores, strict=True):
+        classes = names_of(file, len(row))
+        best, index = row.topk(min(topk, len(classes)))
+        pairs = [{"class": classes[c], "probability": round(p, 6)} for p, c in zip(best.tolist(), index, strict=True)]
+        shown = "  ".join(f"{r['class']} {r['probability']:.3f}" for r in pairs)
+        found.add({"file": str(name), "classes": pairs}, name, shown)
+    return found.rows

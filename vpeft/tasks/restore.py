@@ -1,0 +1,57 @@
+"""A checkpoint's model from the file alone: its metadata names the backbone, the method, the head and the experiment."""
+
+import copy
+
+import timm
+import torch
+from torch import nn
+
+from .. import checkpoint
+from ..errors import CheckpointError
+from ..tuning.attach import load
+from .protocol import Task, TaskModel
+
+
+def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = None) -> nn.Module:
+    """The frozen backbone that a checkpoint was trained on.
+
+    Args:
+        task: made from the checkpoint's configuration.
+        file: the checkpoint.
+        weights: a local weight file, where timm's own are neither cached nor to be downloaded.
+
+    Raises:
+        CheckpointError: no timm name in the file, or no weights for it.
+    """
+    about = file.metadata["model"]
+    if not about["name"] or not timm.is_model(about["name"]):
+        raise CheckpointError(f"{file.path}: timm has no model '{about['name']}'; load it in code with vpeft.load")
+    config = copy.deepcopy(task.config)
+    if weights:
+        config.model.checkpoint = weights
+    config.model.name = about["name"]
+    # Nothing of the backbone's own is needed where the checkpoint holds all of it.
+    config.model.pretrained = False
+    same = type(task)(config)
+    names = set(same.build_backbone(0).state_dict())
+    config.model.pretrained = bool(names - file.tensors.keys())
+    try:
+        return same.build_backbone(0).eval()
+    except Exception as error:  # hub, cache and file errors have no common class
+        raise CheckpointError(
+            f"{file.path}: no weights for its backbone {about['name']}: {error}; give a weight file (--checkpoint)"
+        ) from error
+
+
+def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> TaskModel:
+    """A checkpoint's model in evaluation mode, on the GPU where there is one; arguments as of ``restored_backbone``.
+
+    Raises:
+        CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
+    """
+    classes = file.metadata["class_names"] or range(file.metadata["num_classes"] or 0)
+    built = task.assemble(restored_backbone(task, file, weights), len(classes))
+    handle = load(built.backbone, file.path, heads=built.heads)
+    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    handle.eval()
+    return built
