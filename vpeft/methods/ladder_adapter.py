@@ -17,7 +17,7 @@ from ..interventions.side import SideFeatures, Tap
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
-class Step(Tap):
+class LadderStep(Tap):
     """s + up(gelu(down(t + s))), with t the block's output and s first sent through the merging before its stage.
 
     Of size 0 it only sends s on.
@@ -83,7 +83,7 @@ class LadderAdapter(Method):
         tap: Tap | None = None
         for block in sites.blocks:
             if tap is not None or block.index in sizes:
-                tap = Step(sites, block, sizes.get(block.index, 0), tap)
+                tap = LadderStep(sites, block, sizes.get(block.index, 0), tap)
                 yield f"{block.path}.ladder_adapter", tap
         if tap is not None:
             yield "ladder_adapter", Highway(sites, tap, on_input=True)
