@@ -4,7 +4,7 @@ from .backbone import embedded as _backbones  # noqa: F401 - registers the embed
 from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
 from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
-from .tuning.attach import attach, get_handle, load
+from .tuning.attaching import attach, get_handle, load
 from .tuning.description import describe
 from .tuning.handle import Handle
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from .backbone.modules import head_places
+from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
 from .files import read_tensors, write_bytes
@@ -145,7 +145,7 @@ def fingerprint(model: nn.Module, trained: Iterable[str]) -> str:
 
     Tensors on an accelerator are copied over one by one.
     """
-    skip = (*tuple(f"{h.path}." for h in head_places(model)), "vpeft.")
+    skip = (*tuple(f"{h.path}." for h in head_places(model)), f"{CONTAINER}.")
     trained = set(trained)
     chosen = [(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)]
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Precision, training modes and random states: what many places set for a while and put back."""
+"""Precision, references between modules, training modes and random states: what many places need."""
 
 import random
 from collections.abc import Iterator
@@ -13,6 +13,17 @@ from torch import Tensor, nn
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor's values in float32 or better, without a graph: what merging computes with before it casts once."""
+    return at_least_float32(x.detach())
+
+
+def unregistered(owner: nn.Module, **modules: nn.Module | None) -> None:
+    """Give a module references to others that stay no part of it: they are saved, moved and trained where they belong."""
+    for name, module in modules.items():
+        object.__setattr__(owner, name, module)
 
 
 @contextmanager

@@ -91,24 +91,17 @@ class Declared:
     option: Option
 
 
-def option(
-    default: Any,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: Sequence[str] = (),
-    unit: str = "",
-    length: int | tuple[int, int] = (0, LONGEST),
-    free: str = "",
-    words: str = "",
-    pattern: str = "",
-    help: str = "",
-) -> Any:
-    """A dataclass field that knows what it may be; see ``Option``. ``length`` may be one number, for exactly as many."""
-    length = (length, length) if isinstance(length, int) else length
-    spec = Option(ge, gt, le, lt, tuple(choices), unit, length, free, words, pattern, help)
+def option(default: Any, *, length: int | tuple[int, int] = (0, LONGEST), **limits: Any) -> Any:
+    """A dataclass field that knows what it may be.
+
+    Args:
+        default: of the option.
+        length: of a list: how many entries, exactly or from … to ….
+        limits: what ``Option`` holds besides: ``ge``, ``gt``, ``le``, ``lt``, ``choices``, ``unit``, ``free``, ``words``,
+            ``pattern``, ``help``.
+    """
+    limits["choices"] = tuple(limits.get("choices", ()))
+    spec = Option(length=(length, length) if isinstance(length, int) else length, **limits)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(copy.deepcopy, default), metadata={_KEY: spec})
     return dataclasses.field(default=default, metadata={_KEY: spec})

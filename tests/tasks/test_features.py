@@ -10,7 +10,7 @@ from torch import nn
 
 import vpeft
 from vpeft.tasks.segmentation.features import FeatureMaps
-from vpeft.tuning.attach import get_handle
+from vpeft.tuning.attaching import get_handle
 
 INDICES = {"vit": (0, 1, 2), "vit_reg": (0, 1, 2), "swin": (0, 1)}
 FED_BACK = {"dtl", "dtl_plus", "ladder_adapter", "lst"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VpeftError
-from .modules import QKV_SLOTS, BlockSite, ModuleRef
+from .modules import CONTAINER, QKV_SLOTS, BlockSite, ModuleRef
 
 # A block may have these parts and no other that holds parameters; anything else would act where we do not know of it.
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -29,31 +29,20 @@ def input_size(model: nn.Module) -> tuple[int, ...]:
 
 
 def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    found = []
-    parents = {path: module for path, module in model.named_modules() if not path.startswith("vpeft")}
-    almost: dict[str, str] = {}
-    for path, module in parents.items():
+    found, almost = [], {}
+    modules = {path: module for path, module in model.named_modules() if not path.startswith(CONTAINER)}
+    for path, module in modules.items():
         missing = [p for p in ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2") if not _has(module, p)]
-        if missing:
-            if _has(module, "attn"):  # an attention block of another shape; a convolution's norm1 is no matter
-                owner = path
-                while isinstance(parents[owner], nn.Sequential | nn.ModuleList | nn.ModuleDict):
-                    owner = owner.rpartition(".")[0]
-                almost.setdefault(type(parents[owner]).__name__, f"no {', '.join(missing)}")
-            continue
-        strange = [n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())]
-        if strange:
-            almost.setdefault(type(module).__name__, f"it also has {', '.join(strange)}")
-            continue
-        parent = parents[path.rpartition(".")[0]]
-        if not isinstance(parent, nn.Sequential | nn.ModuleList):
-            almost.setdefault(type(module).__name__, f"it is a part of {type(parent).__name__}")
-            continue
-        reason = _attention_reason(module.attn)
-        if reason:
-            almost.setdefault(type(module).__name__, reason)
-            continue
-        found.append((path, module))
+        if not missing:
+            reason = _block_reason(module, modules[path.rpartition(".")[0]])
+            if reason is None:
+                found.append((path, module))
+            else:
+                almost.setdefault(type(module).__name__, reason)
+        elif _has(module, "attn"):  # an attention block of another shape; a convolution's norm1 is no matter
+            while isinstance(modules[path], nn.Sequential | nn.ModuleList | nn.ModuleDict):
+                path = path.rpartition(".")[0]
+            almost.setdefault(type(modules[path]).__name__, f"no {', '.join(missing)}")
     name = type(model).__name__
     if almost:
         text = "; ".join(f"{k}: {v}" for k, v in almost.items())
@@ -63,6 +52,16 @@ def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"{name} has no transformer blocks: no module with norm1, attn, drop_path1, norm2, mlp and drop_path2"
         )
     return found
+
+
+def _block_reason(module: nn.Module, parent: nn.Module) -> str | None:
+    """Why a module that has all parts of a block cannot be taken for one, or None."""
+    strange = [n for n, m in module.named_children() if n not in _BLOCK_PARTS and any(True for _ in m.parameters())]
+    if strange:
+        return f"it also has {', '.join(strange)}"
+    if not isinstance(parent, nn.Sequential | nn.ModuleList):
+        return f"it is a part of {type(parent).__name__}"
+    return _attention_reason(module.attn)
 
 
 def _has(module: nn.Module, part: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError, VpeftError
-from .modules import FIRST, LAST, BlockSite, ModuleRef, head_places, is_norm
+from .modules import CONTAINER, FIRST, LAST, BlockSite, ModuleRef, head_places, is_norm
 from .reading import _find_blocks, _read_blocks, input_size
 
 
@@ -61,7 +61,7 @@ class Sites:
         """The backbone's own parameters: not the classifier's, not what a method brought."""
         heads = tuple(f"{h.path}." for h in self.heads)
         for name, parameter in self.model.named_parameters():
-            if not name.startswith(("vpeft.", *heads)):
+            if not name.startswith((f"{CONTAINER}.", *heads)):
                 yield name, parameter
 
     def position(self, name: str) -> int:
@@ -156,7 +156,7 @@ class Sites:
     def norms(self) -> Iterator[ModuleRef]:
         """Every normalisation module of the backbone."""
         for path, module in self.model.named_modules():
-            if is_norm(module) and not path.startswith("vpeft."):
+            if is_norm(module) and not path.startswith(f"{CONTAINER}."):
                 yield ModuleRef(path, module)
 
 

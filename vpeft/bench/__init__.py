@@ -2,3 +2,5 @@
 
 Nothing is imported here, since ``measure`` would hide the module of its name.
 """
+
+__all__: list[str] = []

@@ -22,7 +22,7 @@ from ..tasks.labels import LabelStep
 from ..tasks.protocol import TaskModel
 from ..tasks.registry import get_task
 from ..tasks.step import training_loss
-from ..tuning.attach import attach
+from ..tuning.attaching import attach
 from ..tuning.handle import Handle
 from .config import PEFT
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbone.reading import input_size
 from ..errors import MethodError, UnsupportedModelError
 from ..methods import METHODS, list_methods, on_images
-from ..tuning.attach import attach, load
+from ..tuning.attaching import attach, load
 from ..tuning.handle import Handle
 
 _TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -7,3 +7,5 @@ command of that name calls. ``config.py`` reads configurations, ``loop.py`` is t
 
 Nothing is imported here, since the functions would hide the modules, and the loop's libraries are large.
 """
+
+__all__: list[str] = []

@@ -12,7 +12,7 @@ from ..files import write_tensors
 from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
-from ..tuning.attach import attach
+from ..tuning.attaching import attach
 from .loop import Trainer
 from .run import RunFolder
 from .setup import make_accelerator, start_tracking

@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
+from ..methods.base import Method
 from ..tasks.models import check_model_name, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
-from ..tuning.attach import attach
+from ..tuning.attaching import attach
 from ..tuning.handle import Handle
 from .loop import Trainer
 from .report import show
@@ -23,8 +24,8 @@ from .setup import make_accelerator, start_tracking
 from .state import RunState
 
 
-def check(config: DictConfig, task: Task | None = None) -> None:
-    """Refuse, before any model is built, what cannot work.
+def check(config: DictConfig, task: Task | None = None) -> Method:
+    """Refuse, before any model is built, what cannot work; returns the method, which is made here and nowhere else.
 
     Args:
         config: the experiment.
@@ -36,8 +37,9 @@ def check(config: DictConfig, task: Task | None = None) -> None:
     check_model_name(config)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
-    make_method(config)
-    (task or get_task(config)).check()
+    method = make_method(config)
+    (task or get_task(config)).check(method)
+    return method
 
 
 def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
         VpeftError: what a user can put right; see ``check``.
     """
     task = task or get_task(config)
-    check(config, task)
+    method = check(config, task)
     accelerator = make_accelerator(config)
     data, stats = task.open_data()
     run = RunFolder(config, main=accelerator.is_main_process)
@@ -59,7 +61,7 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     set_seed(config.seed)
-    built, handle = _attached(config, task, data)
+    built, handle = _attached(config, task, data, method)
     if run.main:
         run.logger.info("%s", handle.summary())
     again = _calibrated(config, built, handle, data, run)
@@ -73,9 +75,8 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     return metrics
 
 
-def _attached(config: DictConfig, task: Task, data: Datasets) -> tuple[TaskModel, Handle]:
+def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:
     """The task's model with the method on its backbone."""
-    method = make_method(config)
     backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
     built = task.assemble(backbone, len(data.classes))
     handle = attach(backbone, method, heads=built.heads)

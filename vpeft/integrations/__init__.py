@@ -1,1 +1,3 @@
 """Where vpeft meets what surrounds a model: feature caches, other libraries, hubs."""
+
+__all__: list[str] = []

@@ -37,7 +37,6 @@ class Intervention(nn.Module):
 
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
-        routable: samples of one batch may use different instances of it.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
@@ -47,7 +46,6 @@ class Intervention(nn.Module):
     """
 
     mergeable: bool = False
-    routable: bool = True
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
     needs_unpooled: bool = False

@@ -1,9 +1,9 @@
 """Additions to a frozen linear's output."""
 
-import torch
 from torch import Tensor
 
 from ..backbone.modules import LinearSite, ModuleRef
+from ..numerics import at_least_float32
 from .base import Folded, Intervention
 
 
@@ -37,6 +37,5 @@ class AddToLinear(Intervention):
         raise NotImplementedError
 
     def fold(self) -> list[Folded]:
-        weight = self.site.module.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return [Folded(self.site, {"weight": weight.detach().to(wide) + self.delta().to(wide)})]
+        weight = at_least_float32(self.site.module.weight.detach())
+        return [Folded(self.site, {"weight": weight + self.delta().to(weight.dtype)})]

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backbone.modules import LAST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..numerics import unregistered
 from .base import Intervention
 from .output import MapOutput
 
@@ -32,7 +33,7 @@ class Tap(Intervention):
         super().__init__(LAST)  # its tensors get their gradient through the side state
         self.place, self.reads, self.on_input, self.cut = place, reads, on_input, cut
         # Not registered as a submodule: each step's tensors are saved once, under their own name.
-        object.__setattr__(self, "previous", previous)
+        unregistered(self, previous=previous)
         self.turn = 0 if previous is None else previous.join()
         self.users = 0
 
@@ -107,7 +108,7 @@ class SideOutput(MapOutput):
 
     def __init__(self, place: ModuleRef, position: int, tap: Tap, *, on_input: bool = False):
         super().__init__(place, position, on_input=on_input)
-        object.__setattr__(self, "tap", tap)
+        unregistered(self, tap=tap)
         self.turn = tap.join()
         self.needs_unpooled = position == LAST
 

@@ -8,6 +8,7 @@ from ..backbone.blocks import check_windows, through_block, through_merging
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..numerics import unregistered
 from .base import Intervention
 from .junction import Inner
 
@@ -33,7 +34,7 @@ class PromptTokens(Intervention):
         check_sequence(block)
         self.block, self.tokens, self.prefix, self.keeps_outputs = block, tokens, prefix, keeps_outputs
         # Not registered as a submodule: each block's tokens are saved once, under their own name.
-        object.__setattr__(self, "previous", previous)
+        unregistered(self, previous=previous)
 
     def hooked(self) -> list[ModuleRef]:
         return [self.block]
@@ -91,7 +92,7 @@ class JoinWindows(Intervention):
         check_windows(block)
         self.block, self.tokens, self.keeps_outputs = block, tokens, keeps_outputs
         self.merging = sites.merging_before(block)
-        object.__setattr__(self, "previous", previous)
+        unregistered(self, previous=previous)
 
     def hooked(self) -> list[ModuleRef]:
         return [self.block]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..backbone.attention import separate_bias
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
+from ..numerics import at_least_float32
 from .base import Folded, Intervention, replacing
 
 
@@ -23,7 +24,6 @@ class ReplaceTensor(Intervention):
     """
 
     mergeable = True
-    routable = False
 
     def __init__(self, sites: Sites, name: str):
         super().__init__(sites.position(name))
@@ -52,9 +52,7 @@ class ReplaceTensor(Intervention):
             self.hub.at(self.place.module).replace(self.owner, self.leaf, self)
 
     def fold(self) -> list[Folded]:
-        value = self.frozen.detach()
-        wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        return [Folded(self.place, {self.leaf: self(wide).detach()})]
+        return [Folded(self.place, {self.leaf: self(at_least_float32(self.frozen.detach())).detach()})]
 
 
 class ExistingTensors(Intervention):
@@ -67,7 +65,6 @@ class ExistingTensors(Intervention):
     """
 
     mergeable = True
-    routable = False
 
     def __init__(self, model: nn.Module, names: Iterable[str], position: int):
         super().__init__(position)

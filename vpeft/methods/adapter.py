@@ -14,6 +14,7 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
+from ..numerics import unregistered
 from ..options import nonnegative, option, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
 
@@ -276,7 +277,7 @@ class AdapterDrop(Adapter):
         skipped, first = Skipped(n, self.robust, depth), True
         for path, part in super().build(sites):
             if isinstance(part, Bottleneck):
-                object.__setattr__(part, "skipped", skipped)
+                unregistered(part, skipped=skipped)
                 part.first, first = first, False
                 if not self.robust and part.position < n:
                     part.position = LAST

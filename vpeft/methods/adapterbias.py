@@ -9,6 +9,7 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.branch import AddToBranch
+from ..numerics import unregistered
 from .base import Blocks, Method, Paper, register, tensors_of, which_blocks
 
 
@@ -21,7 +22,7 @@ class TokenBias(AddToBranch):
         self.v = nn.Parameter(torch.zeros(block.width))
         if alpha is None:
             self.alpha = alpha = nn.Linear(fc2.in_features, 1)
-        object.__setattr__(self, "weigh", alpha)
+        unregistered(self, weigh=alpha)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.weigh(h) * self.v

@@ -16,6 +16,7 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.output import MapOutput
+from ..numerics import unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, register, which_blocks
 
@@ -59,8 +60,7 @@ class Temporal(_Adapter, MapOutput):
     def __init__(self, method: "AIM", block: BlockSite, clip: Clip, before: AdapterBeforeTemporal | None):
         super().__init__(block, block.index, on_input=True)
         check_attention(block)
-        object.__setattr__(self, "clip", clip)
-        object.__setattr__(self, "before", before)
+        unregistered(self, clip=clip, before=before)
         self.norm1, self.attn = block.norm1, block.attn
         self.add_parts(block.width, block.width // method.reduction)
         self.drop_path = _drop_path(block.branch1)
@@ -122,7 +122,7 @@ class TemporalEmbedding(MapOutput):
         entrance = sites.entrance
         first = sites.blocks[0]
         super().__init__(entrance, first.index if entrance is first else FIRST, on_input=True)
-        object.__setattr__(self, "clip", clip)
+        unregistered(self, clip=clip)
         self.temporal_embed = nn.Parameter(torch.zeros(frames, first.width))
 
     def forward(self, x: Tensor) -> Tensor:

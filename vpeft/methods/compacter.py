@@ -11,6 +11,7 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..numerics import unregistered
 from ..options import nonnegative, option
 from .adapter import Adapter, Variant
 from .base import Blocks, Paper, PerBlock, count, per_block, register, which_blocks
@@ -29,7 +30,7 @@ class KroneckerLinear(nn.Module):
 
     def __init__(self, shared: PHMRule, in_features: int, out_features: int, rank: int):
         super().__init__()
-        object.__setattr__(self, "shared", shared)
+        unregistered(self, shared=shared)
         self.n = n = shared.rule.shape[0]
         self.left = nn.Parameter(torch.empty(n, in_features // n, rank))
         self.right = nn.Parameter(torch.empty(n, rank, out_features // n))

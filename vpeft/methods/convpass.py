@@ -16,6 +16,7 @@ from ..errors import UnsupportedModelError
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
+from ..numerics import unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, which_blocks
 
@@ -25,7 +26,7 @@ class Bypass(AddToBranch):
 
     def __init__(self, method: "Convpass", block: BlockSite, size: int, grid: Grid, norm: ModuleRef, branch: ModuleRef):
         super().__init__(block, norm, branch, output=True)
-        object.__setattr__(self, "grid", grid)
+        unregistered(self, grid=grid)
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
         self.conv = nn.Conv2d(size, size, 3, padding=1)
         self.drop, self.scale = nn.Dropout(method.dropout), method.scale

@@ -11,6 +11,7 @@ from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.hub import bare
+from ..numerics import at_least_float32
 from ..options import option
 from .base import Paper, count, register
 from .pixel import SIDES, PixelMethod, PixelPrompt, frame, frame_parts, frame_width
@@ -57,8 +58,8 @@ class ClusterFrames(PixelPrompt):
     def forward(self, x: Tensor) -> Tensor:
         self.check_size(x)
         features = self.features(x)
-        wide = torch.promote_types(features.dtype, torch.float32)
-        distances = (features.to(wide)[:, None] - self.prototypes.to(wide)).square().sum(-1)
+        wide, prototypes = at_least_float32(features), at_least_float32(self.prototypes)
+        distances = (wide[:, None] - prototypes).square().sum(-1)
         nearest = distances.argmin(1)
         around = frame(*(getattr(self, side)[nearest] for side in SIDES))
         return x + (around if x.ndim == 4 else around.unsqueeze(2))

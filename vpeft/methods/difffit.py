@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..interventions.base import Folded, Intervention
+from ..numerics import wide
 from .base import Blocks, Method, Paper, register, tensors_of, which_blocks
 from .selective import BitFit, NormTuning
 
@@ -45,9 +46,7 @@ class BranchGains(Intervention):
         for place, gamma in zip(self.ends(), (self.gamma1, self.gamma2), strict=True):
             tensors = {}
             for name, value in place.module.named_parameters(recurse=False):  # the weight, and the bias if there is one
-                wide = torch.promote_types(value.dtype, torch.float32)
-                gain = gamma.detach().to(wide).view(-1, *(1,) * (value.ndim - 1))
-                tensors[name] = gain * value.detach().to(wide)
+                tensors[name] = wide(gamma).view(-1, *(1,) * (value.ndim - 1)) * wide(value)
             folds.append(Folded(place, tensors))
         return folds
 

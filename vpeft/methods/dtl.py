@@ -16,6 +16,7 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
+from ..numerics import unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, grids, register, which_blocks
 
@@ -61,8 +62,7 @@ class Swish(SideOutput):
         super().__init__(block, block.index, tap)
         self.beta = beta
         # Unregistered: shared by the blocks of a stage, and saved once.
-        object.__setattr__(self, "fusion", fusion)
-        object.__setattr__(self, "grid", grid)
+        unregistered(self, fusion=fusion, grid=grid)
 
     def feed(self, state: Tensor, y: Tensor) -> Tensor:
         u = state * torch.sigmoid(self.beta * state)

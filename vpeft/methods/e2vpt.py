@@ -16,6 +16,7 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import PrefixKeysValues
+from ..numerics import unregistered
 from ..options import option, probability
 from .base import Method, Paper, count, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
@@ -80,7 +81,7 @@ class KeyValue(PrefixKeysValues):
             else:
                 bound = math.sqrt(6 / (patch_fan(sites) + block.width))
                 nn.init.uniform_(tensor, -bound, bound)
-        object.__setattr__(self, "source", source or self)
+        unregistered(self, source=source or self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         own = self.source._parameters
@@ -154,7 +155,7 @@ class E2VPT(VPTDeep):
         if block.width % self.segments:
             raise MethodError(f"{self.name}.segments: {self.segments} does not divide the width {block.width}")
         planted = super()._plant(sites, block, **how)
-        object.__setattr__(planted, "masks", self._masks)
+        unregistered(planted, masks=self._masks)
         return planted
 
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.junction import Inner
 from ..interventions.linear import AddToLinear
+from ..numerics import at_least_float32, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
@@ -175,7 +176,7 @@ class FactLinear(FusedAddToLinear):
 
     def __init__(self, sites: list[LinearSite], position: int, factors: Factors, scale: float, dropout: float):
         super().__init__(sites[0], position)
-        object.__setattr__(self, "factors", factors)
+        unregistered(self, factors=factors)
         self.slots = [s.slot for s in sites]
         self.scale, self.drop = scale, nn.Dropout(dropout)
         width = factors.u.shape[1]
@@ -201,7 +202,7 @@ class FactLinear(FusedAddToLinear):
 
     def delta(self) -> Tensor:
         tensors = (self.factors.v, self.core(), self.factors.u)
-        v, core, u = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+        v, core, u = (at_least_float32(t.detach()) for t in tensors)
         core = core.view(self.slices_out, len(u), self.slices_in, len(u))
         whole = torch.einsum("da,oaib,be->odie", v, core, u)
         return self.scale * whole.reshape(self.slices_out * len(v), self.slices_in * len(v))
@@ -212,7 +213,7 @@ class TrainLinear(FactLinear):
 
     def __init__(self, *args: Any, cores: Cores):
         super().__init__(*args)
-        object.__setattr__(self, "cores", cores)
+        unregistered(self, cores=cores)
 
     def core(self) -> Tensor:
         cores = [getattr(self.cores, s) for s in self.slots]

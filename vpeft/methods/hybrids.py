@@ -12,6 +12,7 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..numerics import unregistered
 from ..options import nonnegative, option, probability
 from .adapter import BottleneckAdapter, MappedBottleneck
 from .adaptformer import AdaptFormer
@@ -148,7 +149,7 @@ class _Gated:
     gates: UniPELTGates
 
     def behind(self, gates: UniPELTGates) -> "_Gated":
-        object.__setattr__(self, "gates", gates)
+        unregistered(self, gates=gates)
         return self
 
 

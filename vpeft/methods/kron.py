@@ -13,6 +13,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import Folded
 from ..interventions.linear import AddToLinear
+from ..numerics import unregistered, wide
 from ..options import SIZE, nonnegative, option, probability
 from .base import Blocks, Method, Paper, linears_by_path, register, slots, which_blocks
 
@@ -45,11 +46,6 @@ class AddToRows(AddToLinear):
             total = rows.new_zeros(module.out_features, module.in_features) if total is None else total
             total[start:stop] = rows
         return total
-
-
-def wide(t: Tensor) -> Tensor:
-    """In float32 or better."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
 class KroneckerPair(nn.Module):
@@ -185,8 +181,7 @@ class KAdaptationLinear(AddToRows):
 
     def __init__(self, sites: list[LinearSite], position: int, rules: nn.ModuleDict, own: KAdaptationBlock, **options: Any):
         super().__init__(sites, position)
-        object.__setattr__(self, "rules", rules)
-        object.__setattr__(self, "own", own)
+        unregistered(self, rules=rules, own=own)
         self.scale, self.dropout = options["scale"], options["dropout"]
 
     def factors(self, slot: str) -> tuple[Tensor, Tensor]:

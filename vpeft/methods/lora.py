@@ -12,6 +12,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.linear import AddToLinear
+from ..numerics import at_least_float32
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, slots, which_blocks
 
@@ -99,7 +100,7 @@ class LoraLinear(AddToLinear):
 
     def product(self) -> Tensor:
         """scale * B A of the whole linear, in float32 or better."""
-        a, b = (f.detach().to(torch.promote_types(f.dtype, torch.float32)) for f in self.factors())
+        a, b = (at_least_float32(f.detach()) for f in self.factors())
         return self.scale * (b @ a)
 
     def delta(self) -> Tensor:

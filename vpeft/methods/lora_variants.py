@@ -16,6 +16,7 @@ from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..numerics import unregistered, wide
 from ..options import nonnegative, option
 from .base import Paper, register
 from .lora import LoRA, LoraLinear
@@ -24,13 +25,9 @@ _WHERE = "output of frozen linears, from their input"
 _PEFT = {"peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0}}
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _rows(site: LinearSite) -> Tensor:
     """The frozen rows of a slot, in float32 or better."""
-    return _wide(site.module.weight[slice(*site.rows)])
+    return wide(site.module.weight[slice(*site.rows)])
 
 
 # ---- rsLoRA ----
@@ -72,7 +69,7 @@ class DoraLinear(LoraLinear):
 
     def gain(self) -> Tensor:
         """g (O,) of the whole linear; 1 in rows that no slot covers."""
-        norm = torch.linalg.vector_norm(_wide(self.site.module.weight) + self.product(), dim=1)
+        norm = torch.linalg.vector_norm(wide(self.site.module.weight) + self.product(), dim=1)
         # Rounded as m was, so that g is 1 at the start in every type.
         norm = norm.to(self.site.module.weight.dtype)
         pieces, end = [], 0
@@ -95,8 +92,8 @@ class DoraLinear(LoraLinear):
         return torch.addcmul(updated, direction, more)
 
     def delta(self) -> Tensor:
-        weight, product = _wide(self.site.module.weight), self.product()
-        g = _wide(self.gain())[:, None]
+        weight, product = wide(self.site.module.weight), self.product()
+        g = wide(self.gain())[:, None]
         return (g - 1) * weight + g * product
 
 
@@ -234,7 +231,7 @@ class DeltaLinear(LoraLinear):
 
     def __init__(self, *args, schedule: Schedule, ratio: float, start: int):
         super().__init__(*args)
-        object.__setattr__(self, "schedule", schedule)
+        unregistered(self, schedule=schedule)
         self.ratio, self.start = ratio, start
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:

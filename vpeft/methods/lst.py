@@ -16,6 +16,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import Intervention
 from ..interventions.side import SideFeatures, Tap
+from ..numerics import unregistered
 from ..options import option
 from .base import Blocks, Method, Paper, count, register, which_blocks
 from .lst_prune import pruned_blocks
@@ -72,8 +73,7 @@ class Rung(Tap):
         _linear(self, site.width, width)
         self.name = str(index)
         # Unregistered: they are saved under their own names.
-        object.__setattr__(self, "gates", gates)
-        object.__setattr__(self, "block", block)
+        unregistered(self, gates=gates, block=block)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         mu = self.gates.gate(self.name)
@@ -87,8 +87,7 @@ class Up(SideFeatures):
         super().__init__(sites, tap)
         _linear(self, norm.normalized_shape[0], sites.blocks[-1].width)
         self.merge = merge
-        object.__setattr__(self, "norm", norm)
-        object.__setattr__(self, "gates", gates)
+        unregistered(self, norm=norm, gates=gates)
 
     def feed(self, state: Tensor, y: Tensor) -> Tensor:
         z = F.linear(self.norm(state), self.weight, self.bias)

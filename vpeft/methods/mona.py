@@ -13,6 +13,7 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
 from ..interventions.output import MapOutput
+from ..numerics import unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, which_blocks
 
@@ -23,7 +24,7 @@ class _Mona:
     no_decay = frozenset({"gamma", "gammax"})
 
     def add_parts(self, method: "Mona", block: BlockSite, size: int, grid: Grid) -> None:
-        object.__setattr__(self, "grid", grid)
+        unregistered(self, grid=grid)
         width = block.width
         self.norm = nn.LayerNorm(width)
         self.gamma, self.gammax = nn.Parameter(torch.full((width,), 1e-6)), nn.Parameter(torch.ones(width))

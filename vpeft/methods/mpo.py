@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.weights import ReplaceTensor
+from ..numerics import at_least_float32
 from ..options import option
 from .base import Blocks, Method, Paper, register, slots, which_blocks
 
@@ -42,7 +43,7 @@ class MpoWeight(ReplaceTensor):
         weight = self.frozen.detach()
         self.rows, self.columns = (split(size, parts) for size in weight.shape)
         self.centre = parts // 2
-        start = self.decompose(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        start = self.decompose(at_least_float32(weight))
         for k, tensor in start.items():
             self.register_parameter(f"t{k + 1}", torch.nn.Parameter(tensor.clone()))
             # The loading machine's SVD may choose other signs, or other vectors of equal singular values.

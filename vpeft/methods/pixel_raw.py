@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..numerics import at_least_float32
 from .base import Paper, count, per_channel, register
 from .pixel import PixelMethod, PixelPrompt
 
@@ -51,8 +52,8 @@ class Surround(PixelPrompt):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.inner:
             self.check_size(x)
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            x = F.interpolate(wide, self.inner, mode=self.resampling, antialias=True, align_corners=False).to(x.dtype)
+            how = {"mode": self.resampling, "antialias": True, "align_corners": False}
+            x = F.interpolate(at_least_float32(x), self.inner, **how).to(x.dtype)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return F.pad(x, self.margins) + (self.pixels(len(x)) - mean * self.outside) / std
 

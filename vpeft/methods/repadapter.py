@@ -11,6 +11,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.output import MapOutput
+from ..numerics import wide
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, count, per_block, register, which_blocks
 
@@ -66,14 +67,12 @@ class RepBottleneck(MapOutput):
             raise MethodError(f"cannot be merged: {reason}")
         folds = []
         for site in self.feeds:
-            weight, bias = site.module.weight.detach(), site.module.bias
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight = weight.to(wide)
-            up, down = self.up.matrix().detach().to(wide), self.down.weight.detach().to(wide)
-            shift = up @ self.down.bias.detach().to(wide) + self.up.bias.detach().to(wide)
+            weight, bias = wide(site.module.weight), site.module.bias
+            up, down = wide(self.up.matrix()).to(weight.dtype), wide(self.down.weight).to(weight.dtype)
+            shift = up @ wide(self.down.bias).to(weight.dtype) + wide(self.up.bias).to(weight.dtype)
             shift = self.scale * (weight @ shift)
             tensors = {"weight": weight + self.scale * (weight @ up @ down)}
-            tensors["bias"] = shift if bias is None else bias.detach().to(wide) + shift
+            tensors["bias"] = shift if bias is None else wide(bias) + shift
             folds.append(Folded(site, tensors))
         return folds
 

@@ -12,6 +12,7 @@ from ..backbone.modules import BlockSite
 from ..interventions.base import Folded, Intervention, set_tensor
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
+from ..numerics import wide
 from ..options import option
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
@@ -66,10 +67,9 @@ class SalientMLP(Salient, MapOutput):
 
     def fold(self) -> list[Folded]:
         site = self.block.linears("fc2")[0]
-        dtype = torch.promote_types(site.module.weight.dtype, torch.float32)
-        weight = site.module.weight.detach().to(dtype).clone()
-        bias = weight.new_zeros(len(weight)) if site.module.bias is None else site.module.bias.detach().to(dtype).clone()
-        matrix, vector = self.matrix(dtype)
+        weight = wide(site.module.weight).clone()
+        bias = weight.new_zeros(len(weight)) if site.module.bias is None else wide(site.module.bias).clone()
+        matrix, vector = self.matrix(weight.dtype)
         index = self.idx.long()
         weight[index], bias[index] = matrix @ weight[index], matrix @ bias[index] + vector
         return [Folded(site, {"weight": weight, "bias": bias})]
@@ -149,13 +149,17 @@ class SCT(Method):
         try:
             with tree.off(), torch.no_grad():
                 for images, labels in batches:
-                    if labels.ndim > 1:
-                        tree.objective.need_classifier(self.name)
-                    for norm in norms:
-                        norm.labels = labels
-                    tree.objective.forward(images)
+                    self._look(tree, norms, images, labels)
         finally:
             for norm in norms:
                 norm.hook.remove()
         for part, norm in zip(parts, norms, strict=True):
             set_tensor(part, "idx", norm.salient(len(part.idx)))
+
+    def _look(self, tree: Tree, norms: list[_Norms], images: Tensor, labels: Tensor) -> None:
+        """Let all norms see one batch."""
+        if labels.ndim > 1:
+            tree.objective.need_classifier(self.name)
+        for norm in norms:
+            norm.labels = labels
+        tree.objective.forward(images)

@@ -13,6 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.junction import Inner
 from ..interventions.output import MapOutput
+from ..numerics import wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -53,13 +54,13 @@ class ScaleShiftFunction(torch.autograd.Function):
             with torch.autocast(**ctx.precision):
                 y = ctx.again(kept)
         others = [d for d in range(grad.ndim) if d != ctx.axis % grad.ndim]
-        wide = torch.promote_types(grad.dtype, scale.dtype)
+        dtype = torch.promote_types(grad.dtype, scale.dtype)
         product = grad * y
-        to_scale, to_shift = product.sum(others, dtype=wide), grad.sum(others, dtype=wide)
+        to_scale, to_shift = product.sum(others, dtype=dtype), grad.sum(others, dtype=dtype)
         if ctx.again is None:
             to_scale = (to_scale - shift * to_shift) / scale
         factor = _along(scale, grad, ctx.axis)
-        if torch.is_grad_enabled() or product.dtype != wide:
+        if torch.is_grad_enabled() or product.dtype != dtype:
             return grad * factor, to_scale, to_shift, None, None, None
         # The product's memory is not needed any more.
         return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
@@ -189,10 +190,8 @@ class ScaleAndShift(MapOutput):
         if reason:
             raise MethodError(f"cannot merge: {reason}")
         module = self.place.module
-        wide = torch.promote_types(module.weight.dtype, torch.float32)
-        scale, shift = (v.detach().to(wide) for v in self.vectors())
-        weight = module.weight.detach().to(wide)
-        bias = shift if module.bias is None else scale * module.bias.detach().to(wide) + shift
+        weight, (scale, shift) = wide(module.weight), map(wide, self.vectors())
+        bias = shift if module.bias is None else scale * wide(module.bias) + shift
         return [Folded(self.place, {"weight": scale.view(-1, *(1,) * (weight.ndim - 1)) * weight, "bias": bias})]
 
 

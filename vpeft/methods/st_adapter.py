@@ -14,6 +14,7 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.context import Clip, Grid
 from ..interventions.output import MapOutput
+from ..numerics import unregistered
 from ..options import option
 from .base import Blocks, Method, Paper, PerBlock, count, grids, per_block, register, which_blocks
 
@@ -51,8 +52,7 @@ class _STAdapter:
     """The parts of conv(x Wd^T + bd) Wu^T + bu on the patches of whole clips; prefix tokens get 0."""
 
     def add_parts(self, method: "STAdapter", block: BlockSite, size: int, grid: Grid, clip: Clip) -> None:
-        object.__setattr__(self, "grid", grid)
-        object.__setattr__(self, "clip", clip)
+        unregistered(self, grid=grid, clip=clip)
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
         padding = [k // 2 for k in method.kernel]
         self.conv = nn.Conv3d(size, size, method.kernel, padding=padding, groups=size)

@@ -15,6 +15,7 @@ from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import ComputedKeysValues
 from ..interventions.output import ForPooling
 from ..interventions.tokens import JoinWindows, PromptTokens
+from ..numerics import unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, count, register, which_blocks
 
@@ -36,8 +37,7 @@ class _Tokens:
             bound = math.sqrt(6 / (patch_fan(sites) + (method.project or sites.blocks[0].width)))
             self.prompts = nn.Parameter(torch.empty(method.tokens, width).uniform_(-bound, bound))
         # Unregistered: what blocks share is saved once, where it belongs.
-        object.__setattr__(self, "source", self if own else source)
-        object.__setattr__(self, "shared_proj", proj)
+        unregistered(self, source=self if own else source, shared_proj=proj)
 
     def rows(self) -> Tensor:
         """The prompts (P, D) as they enter the block, before dropout."""
@@ -103,7 +103,7 @@ class PromptedPool(ForPooling):
 
     def __init__(self, place: ModuleRef, last: WindowPrompts):
         super().__init__(place, LAST)
-        object.__setattr__(self, "last", last)
+        unregistered(self, last=last)
 
     def skip(self) -> None:
         self.last.pop()

@@ -15,6 +15,7 @@ from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import AttentionPrefix
 from ..interventions.base import Intervention
+from ..numerics import unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
@@ -83,7 +84,6 @@ class WideHead(Intervention):
         more: inputs beyond the ordinary classifier's.
     """
 
-    routable = False
     needs_unpooled = True
 
     def __init__(self, sites: Sites, more: int):
@@ -152,7 +152,7 @@ class Features(WideHead):
         super().__init__(sites, sum(r.width for r in readers))
         self.normalize = normalize
         # Unregistered: their tensors are saved once, under the blocks.
-        object.__setattr__(self, "readers", readers)
+        unregistered(self, readers=readers)
 
     def forward(self, x: Tensor) -> Tensor:
         entries = [x.detach(), *(reader.entry() for reader in self.readers)]

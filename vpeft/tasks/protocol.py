@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import checkpoint
 from ..data.splits import Datasets
+from ..methods.base import Method
 from .step import Step, training_loss
 
 if TYPE_CHECKING:
@@ -82,8 +83,11 @@ class Task(Step, Protocol):
 
     def __init__(self, config: "DictConfig"): ...
 
-    def check(self) -> None:
+    def check(self, method: Method | None = None) -> None:
         """Refuse, before any model is built, what cannot work: sections of the configuration, paths, packages.
+
+        Args:
+            method: what is to be trained, where something is.
 
         Raises:
             ConfigError, DataError: names the key.

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import checkpoint
 from ..errors import CheckpointError
-from ..tuning.attach import load
+from ..tuning.attaching import load
 from .protocol import Task, TaskModel
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..methods.base import Method, Paper, create
-from .attach import attach
+from .attaching import attach
 
 BACKBONE = "vit_base_patch16_224"
 

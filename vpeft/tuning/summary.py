@@ -5,6 +5,7 @@ import math
 from torch import nn
 
 from ..attached.tree import Tree
+from ..backbone.modules import CONTAINER
 from ..interventions.base import Intervention
 from ..interventions.weights import ExistingTensors
 
@@ -36,7 +37,7 @@ def sites_table(tree: Tree) -> list[str]:
 
 def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
     """Sites, parameters, properties and paper, as text for people."""
-    method, prefix = tree.method, "vpeft."
+    method, prefix = tree.method, f"{CONTAINER}."
     own = sum(p.numel() for _, p in tree.trained())
     head = sum(p.numel() for _, p in tree.head_parameters()) if method.trains_head else 0
     inside = sum(p.numel() for n, p in tree.model.named_parameters() if not n.startswith(prefix))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...backbone.modules import CONTAINER
 from ...errors import MethodError
 from ...tasks.segmentation.features import FeatureMaps
-from ...tuning.attach import attach
+from ...tuning.attaching import attach
 from ...tuning.handle import Handle
 from .registries import VPEFT_MODELS
 

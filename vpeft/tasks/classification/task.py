@@ -21,6 +21,7 @@ from ...backbone.reading import input_size
 from ...data.find import find_images
 from ...data.images import ImageFiles
 from ...data.splits import Datasets, check_class_count
+from ...methods.base import Method
 from ..labels import LabelStep
 from ..models import build_model, check_outputs, data_stats
 from ..prediction import check_classifier, ranked
@@ -45,7 +46,7 @@ class ImageClassification(LabelStep):
 
     # ---- before any model is built ----
 
-    def check(self) -> None:
+    def check(self, method: Method | None = None) -> None:
         """Refuse a data section that cannot work; see ``check_source``."""
         check_source(self.config.data)
 

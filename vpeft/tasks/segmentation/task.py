@@ -18,8 +18,9 @@ from ...data.find import find_images
 from ...data.images import overlay, read_image, write_mask
 from ...data.splits import Datasets
 from ...errors import ConfigError, VpeftError
+from ...methods.base import Method
 from ...numerics import eval_mode
-from ..models import build_model, data_stats, make_method
+from ..models import build_model, data_stats
 from ..prediction import Predictions, names_of
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -54,13 +55,13 @@ class SemanticSegmentation(SegmentationStep):
 
     # ---- before any model is built ----
 
-    def check(self) -> None:
+    def check(self, method: Method | None = None) -> None:
         """Refuse data, heads, losses and training options that segmentation has no use for."""
         config, seg = self.config, self.config.seg
         check_segmentation(config)
-        if self._is_san and make_method(config).compares_runs:
+        if self._is_san and method is not None and method.compares_runs:
             raise ConfigError(
-                f"method: {config.method.name} compares two runs' logits pixel by pixel, but SAN gives proposals; set "
+                f"method: {method.name} compares two runs' logits pixel by pixel, but SAN gives proposals; set "
                 "method.options.consistency=0"
             )
         if not self._is_san:

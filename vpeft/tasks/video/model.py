@@ -224,17 +224,7 @@ def inflate(
     values = {n: t for n, t in source.items() if n.startswith(("blocks.", "norm_pre."))}
     for n in ("weight", "bias"):
         values |= {f"fc_norm.{n}": source[k] for k in (f"norm.{n}", f"fc_norm.{n}") if k in source}
-    weight, own = source["patch_embed.proj.weight"], embed.proj.weight
-    if weight.shape != (*own.shape[:2], *own.shape[3:]):
-        raise CheckpointError(
-            f"patch_embed: shape {tuple(weight.shape)} of the image model's does not fit {tuple(own.shape)}"
-        )
-    if kernel == "mean":
-        wide = repeat(weight, "d c h w -> d c k h w", k=embed.tubelet) / embed.tubelet
-    else:
-        wide = weight.new_zeros(*weight.shape[:2], embed.tubelet, *weight.shape[2:])
-        wide[:, :, embed.tubelet // 2] = weight
-    values["patch_embed.proj.weight"] = wide
+    values["patch_embed.proj.weight"] = _kernel_in_time(source["patch_embed.proj.weight"], embed, kernel)
     if "patch_embed.proj.bias" in source:
         values["patch_embed.proj.bias"] = source["patch_embed.proj.bias"]
     if positions == "image":
@@ -249,6 +239,20 @@ def inflate(
         values["pos_embed"] = rearrange(time[:, None] + image, "t n d -> 1 (t n) d")
     _fill(model, values, needed=[n for n in target if not n.startswith(("head.", "pos_embed"))], origin="the image model")
     return model
+
+
+def _kernel_in_time(weight: Tensor, embed: TubeletEmbed, kernel: str) -> Tensor:
+    """A patch kernel (D, C, h, w) over a tubelet's frames: divided over all of them, or in the middle one alone."""
+    own = embed.proj.weight
+    if weight.shape != (*own.shape[:2], *own.shape[3:]):
+        raise CheckpointError(
+            f"patch_embed: shape {tuple(weight.shape)} of the image model's does not fit {tuple(own.shape)}"
+        )
+    if kernel == "mean":
+        return repeat(weight, "d c h w -> d c k h w", k=embed.tubelet) / embed.tubelet
+    found = weight.new_zeros(*weight.shape[:2], embed.tubelet, *weight.shape[2:])
+    found[:, :, embed.tubelet // 2] = weight
+    return found
 
 
 def load_videomae(model: VisionTransformer, path: str | Path) -> list[str]:

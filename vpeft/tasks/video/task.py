@@ -14,6 +14,7 @@ from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.splits import SPLITS, Datasets, check_class_count
 from ...errors import ConfigError
+from ...methods.base import Method
 from ..models import build_model, check_outputs, data_stats
 from ..prediction import check_classifier, ranked
 from ..protocol import PredictOptions, TaskModel
@@ -40,7 +41,7 @@ class ActionRecognition(ClipStep):
 
     # ---- before any model is built ----
 
-    def check(self) -> None:
+    def check(self, method: Method | None = None) -> None:
         """Refuse settings of clips that contradict each other, lists that are not there, and a missing PyAV."""
         video = self.config.video
         try:
