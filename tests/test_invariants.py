@@ -126,7 +126,7 @@ def test_save_load_is_bit_identical(method, kind, tmp_path):
     loaded = vpeft.load(fresh, path)
     loaded.eval()
     assert torch.equal(run(fresh, images(model)), expected)
-    assert loaded.method == handle.method.exported(handle)[0]
+    assert loaded.method == handle.method.exported(handle.root)[0]
     # In the file is what was trained, and at most as much again of what it started from or where it stands: nothing of the
     # backbone's size.
     own = sum(p.numel() for p in handle.trainable_parameters())
