@@ -58,8 +58,8 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     data, stats = task.open_data()
     run = RunFolder(config, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    # Said either way: an earlier run of the same process may have wanted the other.
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)
     built, handle = _attached(config, task, data, method)
     if run.main:

@@ -69,7 +69,22 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
         model = timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs)
         model.reset_classifier(num_classes)
         return model
+    if m.pretrained and m.checkpoint and num_classes:
+        return _with_own_head(config, num_classes, kwargs)
     return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+
+
+def _with_own_head(config: DictConfig, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    """The model with all that the configuration's weight file holds, the classifier included."""
+    m = config.model
+    # Unless the file is said to have as many classes as the model, timm leaves its classifier out.
+    kwargs["pretrained_cfg_overlay"]["num_classes"] = num_classes
+    try:
+        return timm.create_model(m.name, pretrained=True, num_classes=num_classes, **kwargs)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.keep_head: {m.checkpoint} does not hold {m.name} with a classifier for {num_classes} classes: {error}"
+        ) from error
 
 
 @torch.no_grad()
