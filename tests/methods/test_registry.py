@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from models import make
-
 import vpeft
+from tests.support.models import make
 from vpeft.methods import METHODS
 
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from models import attached, images, make, randomise, train_steps
 from torch.autograd.graph import saved_tensors_hooks
 
+from tests.support.models import attached, images, make, randomise, train_steps
 from vpeft.interventions.side import SideFeatures, Tap
 
 
