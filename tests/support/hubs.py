@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -108,3 +109,29 @@ def failing(module: nn.Module):
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal but for the rounding of float64."""
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-12, rtol=1e-10)
+
+
+def attention(attn: nn.Module, x: Tensor, bias: Tensor | float = 0.0, keys=None, values=None) -> Tensor:
+    """Plain attention, written down: ``keys`` and ``values`` (heads, P, d), or by sample, stand before the tokens' own."""
+    linear = (
+        attn.qkv(x)
+        if getattr(attn, "q_bias", None) is None
+        else attn.qkv(x) + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    )
+    q, k, v = linear.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if keys is not None:
+        k, v = (torch.cat([extra.expand(len(x), *extra.shape[-3:]), own], 2) for extra, own in ((keys, k), (values, v)))
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5 + bias
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return attn.proj(torch.einsum("bhnm,bhmd->bnhd", weights, v).flatten(2))
+
+
+def beit() -> nn.Module:
+    """A frozen random BEiT, whose attentions have a table of relative-position biases, and add their q, k, v bias themselves."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("beit_base_patch16_224", **sizes).double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "table" in name or "gamma" in name or "_bias" in name:
+            p.copy_(torch.randn_like(p))
+    return model
