@@ -84,7 +84,7 @@ def test_who_meets_the_keys_sees_input_keys_and_values_and_may_add_none():
     attn, x = block.attn.module, torch.randn(4, 5, 16, dtype=torch.float64)
     put(hub_on(model), Watching(block, 0))
     assert close(attn(x), attention(attn, x))
-    q, k, v = attn.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    _, k, v = attn.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     assert met[0][0] is x
     assert torch.equal(met[0][1], k)
     assert torch.equal(met[0][2], v)
@@ -189,7 +189,7 @@ def computed(given: Callable | None = None, trains: bool = False):
 
 
 def test_they_are_made_once_before_the_block_and_gone_behind_it():
-    model, block, hub, part, tensor = computed(trains=True)
+    _, block, hub, part, tensor = computed(trains=True)
     x, attn, seen = torch.randn(4, 5, 16, dtype=torch.float64), block.attn.module, []
     block.norm1.module.register_forward_pre_hook(lambda m, args: seen.append(part.made))
     with hub.running() as flow:
@@ -206,7 +206,7 @@ def test_they_are_made_once_before_the_block_and_gone_behind_it():
 
 
 def test_a_failure_between_making_and_meeting_leaves_nothing():
-    model, block, hub, part, _ = computed(trains=True)
+    model, block, hub, *_ = computed(trains=True)
     x, before = images(model), surface(model)
     right = model(x)
     with hub.running() as flow:
@@ -222,7 +222,7 @@ def test_a_failure_between_making_and_meeting_leaves_nothing():
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_without_gradients_they_are_kept_until_a_source_changes(trains):
-    model, block, hub, part, tensor = computed(trains=trains)
+    _, block, _, part, tensor = computed(trains=trains)
     x, attn = torch.randn(4, 5, 16, dtype=torch.float64), block.attn.module
 
     def right() -> int:

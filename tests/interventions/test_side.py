@@ -57,7 +57,7 @@ def formula(model, one, two, x: Tensor, cut: bool = True, on_input: bool = False
 @grads
 @pytest.mark.parametrize("on_input", [False, True])
 def test_steps_follow_each_other_and_the_last_state_comes_back(grad, on_input):
-    model, hub, start, one, two, back = network(on_input=on_input)
+    model, hub, start, one, two, _ = network(on_input=on_input)
     with torch.set_grad_enabled(grad), hub.running() as flow:
         assert close(model(X), formula(model, one, two, X, on_input=on_input))
         assert flow.state == {}, "the last user has taken it"
@@ -134,7 +134,7 @@ def test_a_state_that_is_not_there_says_so(grad):
 
 @grads
 def test_a_failure_between_reading_and_feeding_leaves_nothing(grad):
-    model, hub, _, one, two, _ = network()
+    model, hub, *_ = network()
     before = surface(model)
     with torch.set_grad_enabled(grad):
         right = model(X)

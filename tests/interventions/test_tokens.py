@@ -199,7 +199,7 @@ class Joined(JoinWindows):
 
 def windows(block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """A block without shift on maps x, one window after another, each with the tokens in front."""
-    (batch, height, width, _), count, (wh, ww) = x.shape, tokens.shape[1], block.window_size
+    (_, height, width, _), count, (wh, ww) = x.shape, tokens.shape[1], block.window_size
     index = block.attn.relative_position_index
     bias = F.pad(block.attn.relative_position_bias_table[index].permute(2, 0, 1), (count, 0, count, 0))
     n, t = block.norm1(x), block.norm1(tokens)
