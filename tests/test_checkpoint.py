@@ -6,11 +6,11 @@ import random
 import pytest
 import timm
 import torch
-from models import images, make, randomise
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vpeft
+from tests.support.models import images, make, randomise
 from vpeft import checkpoint
 from vpeft.backbone import embedded
 
@@ -175,5 +175,5 @@ def test_embedded_backbones(name):
     assert timm.create_model(name, pretrained=True, num_classes=7)(torch.zeros(1, 3, 28, 28)).shape == (1, 7)
     features = timm.create_model(name, pretrained=True, features_only=True)(torch.zeros(1, 3, 28, 28))
     assert all(f.ndim == 4 for f in features)
-    # Fashion-MNIST's own classes, which a random network would not know: see tests/test_embedded.py
+    # Fashion-MNIST's own classes, which a random network would not know: see tests/backbone/test_embedded.py
     assert embedded.WEIGHTS.joinpath(f"{name.partition('.')[0]}.safetensors").stat().st_size < 6 * 2**20

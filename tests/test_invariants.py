@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from models import CASES, MODELS, REFUSED, UNREACHED, attached, images, make, randomise, scatter, train_steps
 from torch import nn
 
 import vpeft
+from tests.support.models import CASES, MODELS, REFUSED, UNREACHED, attached, images, make, randomise, scatter, train_steps
 from vpeft.methods import METHODS, create
 
 sweep = pytest.mark.parametrize(("method", "kind"), CASES)

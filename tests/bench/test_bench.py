@@ -7,10 +7,10 @@ import types
 import pytest
 import timm
 import torch
-from fashion import fashion_root
-from models import SMALL
 
 import vpeft
+from tests.support.fashion import fashion_root
+from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.measure import bench, measure, saved_bytes

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from models import CASES as CASES_OF_METHODS
-from models import attached, images, make, randomise
 from safetensors.torch import load_file
 
 import vpeft
+from tests.support.models import CASES as CASES_OF_METHODS
+from tests.support.models import attached, images, make, randomise
 from vpeft.engine.cache import CacheError, FeatureCache, why_not
 from vpeft.engine.config import load_config
 from vpeft.engine.train import train

@@ -96,8 +96,7 @@ def test_base_files_and_overrides(tmp_path):
 
 def test_shipped_configurations_are_valid(tmp_path):
     """Every file in configs/; the one data set that is not in a Python package gets a stand-in of four small files."""
-    from places import ROOT
-
+    from tests.support.places import ROOT
     from vpeft.bench.config import load_bench_config
 
     for stem in ("train", "t10k"):

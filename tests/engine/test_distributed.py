@@ -4,9 +4,9 @@ import json
 import subprocess
 
 import torch
-from places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
+from tests.support.places import ENVIRONMENT, ROOT
 from vpeft.engine.train import train
 
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from places import ROOT
 from safetensors.torch import load_file
 
 import vpeft
+from tests.support.places import ROOT
 from vpeft.engine.train import train
 
 OPTIONS = [

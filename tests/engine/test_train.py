@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
 import vpeft
+from tests.support.places import ENVIRONMENT, ROOT
 from vpeft.cli import main
 from vpeft.data.embedded import digits
 from vpeft.engine.predict import predict

@@ -5,11 +5,11 @@ import gc
 
 import pytest
 import torch
-from models import CASES, attached, images, make, randomise
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import vpeft
+from tests.support.models import CASES, attached, images, make, randomise
 from vpeft.interventions.hub import running
 
 sweep = pytest.mark.parametrize(("method", "kind"), CASES)

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from models import CASES, attached, images, make, randomise
 
 import vpeft
+from tests.support.models import CASES, attached, images, make, randomise
 
 sweep = pytest.mark.parametrize(("method", "kind"), CASES)
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare, kinds, state
-from models import images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import compare, kinds, state
+from tests.support.models import images, make, randomise
+from tests.support.reference import Reference
 
 
 class AdaMix(Reference):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, VIT_B, compare, count, kinds, state, uniform
-from models import images, make, randomise, train_steps
-from reference import Reference
 
 import vpeft
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import images, make, randomise, train_steps
+from tests.support.reference import Reference
 
 
 class Bottleneck(Reference):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch.nn.functional as F
-from compare import VIT_B, compare, count, kinds, state, uniform
-from models import make
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import make
+from tests.support.reference import Reference
 
 
 class AdapterBias(Reference):

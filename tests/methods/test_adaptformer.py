@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state, uniform
-from reference import Reference
+
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state, uniform
+from tests.support.reference import Reference
 
 
 class AdaptFormer(Reference):

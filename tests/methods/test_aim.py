@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from compare import VIT_B, VIT_L, compare, count, kinds, state
-from models import UNREACHED, images, make, randomise, train_steps
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, VIT_L, compare, count, kinds, state
+from tests.support.models import UNREACHED, images, make, randomise, train_steps
+from tests.support.reference import Reference
 from vpeft.interventions.context import Clip
 
 

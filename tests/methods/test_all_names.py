@@ -9,10 +9,10 @@ import collections
 import pytest
 import timm
 import torch
-from models import TIMM_MODULES
 from torch import nn
 
 import vpeft
+from tests.support.models import TIMM_MODULES
 from vpeft.methods import METHODS
 
 

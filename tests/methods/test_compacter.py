@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import VIT_B, compare, count, kinds, state, uniform
-from models import make
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import make
+from tests.support.reference import Reference
 
 
 class Compacter(Reference):

@@ -5,12 +5,12 @@ import math
 import pytest
 import timm
 import torch
-from compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform, vits
-from models import attached, images, make, randomise
-from reference import Reference
-from test_side import counted_saves
 
 import vpeft
+from tests.methods.test_side import counted_saves
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform, vits
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 
 class Disentangled(Reference):

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
-from models import attached, images, make, randomise, train_steps
-from test_prefix import Prefix
-from test_vpt import Prompts, SwinPrompts
 
 import vpeft
+from tests.methods.test_prefix import Prefix
+from tests.methods.test_vpt import Prompts, SwinPrompts
+from tests.support.compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
+from tests.support.models import attached, images, make, randomise, train_steps
 from vpeft.methods.e2vpt import keep
 
 

@@ -6,12 +6,12 @@ import statistics
 import pytest
 import timm
 import torch
-from compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
-from models import attached, images, make, randomise
-from reference import Reference
 from torch.nn import functional as F
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 from vpeft.methods import METHODS, create
 from vpeft.methods.fact import FrozenLinearPlus, FusedAddToLinear
 

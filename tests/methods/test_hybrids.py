@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import VIT_B, VIT_L, compare, count, kinds, state, uniform
 from einops import rearrange
-from models import attached, images, make, randomise
-from reference import Reference
-from test_prefix import Prefix
 
 import vpeft
+from tests.methods.test_prefix import Prefix
+from tests.support.compare import VIT_B, VIT_L, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 from vpeft.methods.hybrids import spindle
 
 

@@ -7,11 +7,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import VIT_B, count, kinds, state
-from models import attached, images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, count, kinds, state
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 LABELS = torch.tensor([0, 1, 2, 3])
 

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from compare import VIT_B, compare, count, kinds, state, uniform
-from models import attached, images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 from vpeft.backbone.modules import BlockSite, LinearSite, ModuleRef
 from vpeft.backbone.sites import Sites
 from vpeft.methods import create, kron

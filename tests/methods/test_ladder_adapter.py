@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compare import SWIN_T, compare, count, kinds, state
 from einops import rearrange
-from models import attached, make
-from reference import Reference
-from test_side import counted_saves
 
 import vpeft
+from tests.methods.test_side import counted_saves
+from tests.support.compare import SWIN_T, compare, count, kinds, state
+from tests.support.models import attached, make
+from tests.support.reference import Reference
 from vpeft.methods.not_built import NOT_BUILT
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state, uniform
-from reference import Reference
 
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state, uniform
+from tests.support.reference import Reference
 from vpeft.methods import METHODS
 
 

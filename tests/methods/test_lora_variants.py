@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
-from models import attached, images, make, randomise
-from reference import Reference
 from torch import nn
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 ALL = ["q", "k", "v", "proj", "fc1", "fc2"]
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, compare, count, kinds, state, uniform
-from reference import Reference
+
+from tests.support.compare import SWIN_B, SWIN_L, compare, count, kinds, state, uniform
+from tests.support.reference import Reference
 
 
 class LoRand(Reference):
@@ -65,9 +66,8 @@ def test_published_shares_count_biases_twice():
 
 
 def test_no_size_is_refused():
-    from models import make
-
     import vpeft
+    from tests.support.models import make
 
     with pytest.raises(vpeft.MethodError, match="reduction"):
         vpeft.attach(make("vit"), "lorand", reduction=64)

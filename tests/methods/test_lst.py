@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import VIT_B, compare, count, state, vits
 from einops import rearrange
-from models import attached, images, make, randomise
-from reference import Reference
-from test_side import counted_saves
 
 import vpeft
+from tests.methods.test_side import counted_saves
+from tests.support.compare import VIT_B, compare, count, state, vits
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 
 class Ladder(Reference):

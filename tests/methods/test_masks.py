@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds
-from models import attached, images, make, randomise
-from reference import Reference
 from torch import nn
 
 import vpeft
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
 OPTIONS = {"gps": {"views": "same"}, "fish": {"ratio": 0.02}}

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import kinds
-from models import attached, images, make
-from test_masks import LABELS, backbone, batches, gradients, masks
 from torch import nn
 
 import vpeft
+from tests.methods.test_masks import LABELS, backbone, batches, gradients, masks
+from tests.support.compare import kinds
+from tests.support.models import attached, images, make
 from vpeft.methods.masks_learned import gate, settled
 
 # ---- Child-Tuning ----

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, SWIN_L, SWIN_T, VIT_B, compare, count, kinds, state, uniform
-from reference import Reference
+
+from tests.support.compare import SWIN_B, SWIN_L, SWIN_T, VIT_B, compare, count, kinds, state, uniform
+from tests.support.reference import Reference
 
 
 class Mona(Reference):

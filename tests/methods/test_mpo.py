@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from compare import SWIN_B, VIT_B, compare, count, kinds, state
-from models import attached, images, make, randomise, train_steps
-from reference import Reference
 from torch import nn
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state
+from tests.support.models import attached, images, make, randomise, train_steps
+from tests.support.reference import Reference
 from vpeft.backbone.sites import Sites
 from vpeft.methods.mpo import MpoWeight, split
 

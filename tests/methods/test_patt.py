@@ -3,12 +3,12 @@
 import pytest
 import timm
 import torch
-from compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
 from einops import rearrange
-from models import images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import images, make, randomise
+from tests.support.reference import Reference
 
 
 class PATT(Reference):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-from compare import SWIN_B, VIT_B, compare, count, kinds
-from models import attached, calibrated, images, make, randomise
-from reference import Reference
 from torch.nn.functional import cross_entropy
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds
+from tests.support.models import attached, calibrated, images, make, randomise
+from tests.support.reference import Reference
 from vpeft.interventions.weights import ReplaceTensor
 from vpeft.methods.pixel_raw import first_come_map, greedy_map
 

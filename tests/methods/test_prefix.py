@@ -3,12 +3,12 @@
 import pytest
 import timm
 import torch
-from compare import VIT_B, compare, count, kinds, state, uniform
 from einops import rearrange
-from models import attached, images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import VIT_B, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 from vpeft.backbone.attention import attend, attention_bias, attention_inputs, attention_output
 from vpeft.backbone.sites import Sites
 

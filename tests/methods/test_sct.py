@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from compare import VIT_B, compare, count, kinds, state
-from models import attached, images, make, randomise
-from reference import Reference
-from test_side import counted_saves
 
 import vpeft
+from tests.methods.test_side import counted_saves
+from tests.support.compare import VIT_B, compare, count, kinds, state
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 
 class SalientChannels(Reference):

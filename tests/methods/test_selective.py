@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds
-from models import make
-from reference import Reference
 
 import vpeft
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds
+from tests.support.models import make
+from tests.support.reference import Reference
 
 
 @kinds

@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import SWIN_T, VIT_B, compare, count, kinds, state
-from models import attached, images, make, randomise
-from reference import Reference
-from test_side import counted_saves
 
 import vpeft
+from tests.methods.test_side import counted_saves
+from tests.support.compare import SWIN_T, VIT_B, compare, count, kinds, state
+from tests.support.models import attached, images, make, randomise
+from tests.support.reference import Reference
 
 
 class Blended(Reference):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state
-from models import images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state
+from tests.support.models import images, make, randomise
+from tests.support.reference import Reference
 from vpeft.docs.compatibility import small_model
 from vpeft.methods.ssf import ScaleShiftFunction
 

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
-from models import images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
+from tests.support.models import images, make, randomise
+from tests.support.reference import Reference
 from vpeft.docs.compatibility import small_model
 from vpeft.interventions.attention import ComputedKeysValues
 from vpeft.interventions.tokens import JoinWindows, PromptTokens

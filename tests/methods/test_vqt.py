@@ -6,14 +6,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import VIT_B, compare, count, state, uniform, vits
 from einops import rearrange
-from models import MODELS, attached, images, make, randomise, train_steps
-from reference import Reference
 from timm.layers import apply_rot_embed_cat
 from torch import nn
 
 import vpeft
+from tests.support.compare import VIT_B, compare, count, state, uniform, vits
+from tests.support.models import MODELS, attached, images, make, randomise, train_steps
+from tests.support.reference import Reference
 from vpeft.backbone.attention import attention_inputs
 from vpeft.backbone.blocks import rows_through_block
 from vpeft.backbone.sites import Sites

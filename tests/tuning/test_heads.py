@@ -7,9 +7,9 @@ import pickle
 import pytest
 import timm
 import torch
-from models import CASES, SMALL, attached, images, make, randomise, train_steps
 
 import vpeft
+from tests.support.models import CASES, SMALL, attached, images, make, randomise, train_steps
 from vpeft import checkpoint
 
 sweep = pytest.mark.parametrize(("method", "kind"), CASES)

@@ -76,7 +76,7 @@ class _Stored:
     """
 
     def __init__(self, sources: list[Tensor], made: tuple[Tensor, Tensor]):
-        self.sources, self.made = sources, made
+        self.sources, self.made = list(sources), made  # the caller may go on with the list
         self.half, self.states = self._half(), [self._state(t) for t in sources]
 
     def _half(self) -> torch.dtype | None:

@@ -9,7 +9,7 @@ import vpeft
 from vpeft.docs.pages import write_pages
 from vpeft.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

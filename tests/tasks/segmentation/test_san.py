@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import make, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import vpeft
+from tests.support.models import make, randomise
 from vpeft.errors import ConfigError, DataError, UnsupportedModelError, VpeftError
 from vpeft.tasks.segmentation.mask_loss import SetLoss, at_points, binary_masks
 from vpeft.tasks.segmentation.plain_vit import finished_rows

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fashion import fashion_root
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vpeft
+from tests.support.fashion import fashion_root
 from vpeft.data.images import read_mask
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict

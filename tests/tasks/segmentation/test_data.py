@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fashion import fashion_root
 from PIL import Image
 
 import vpeft
+from tests.support.fashion import fashion_root
 from vpeft.data.images import IGNORED, coloured, overlay, read_mask, write_mask
 from vpeft.tasks.segmentation.data import LAYOUTS, Augment, PairTransform, SegmentationSet, palette
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import CASES, make, randomise
 from torch import nn
 
 import vpeft
+from tests.support.models import CASES, make, randomise
 from vpeft.methods import METHODS
 from vpeft.tasks.video.model import FramewiseModel, inflate, joint_vit, load_videomae, sinusoid
 

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from models import images, make, randomise
 
 import vpeft
+from tests.support.models import images, make, randomise
 
 
 def test_unknown_things_name_the_nearest():

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from models import make, randomise
 from torch import nn
 
 import vpeft
+from tests.support.models import make, randomise
 from vpeft.methods import METHODS, on_images
 from vpeft.tasks.segmentation.features import FeatureMaps
 from vpeft.tasks.segmentation.model import (

@@ -6,10 +6,10 @@ import math
 import pytest
 import timm
 import torch
-from models import MODELS, attached, images, make, randomise
-from reference import Reference
 
 import vpeft
+from tests.support.models import MODELS, attached, images, make, randomise
+from tests.support.reference import Reference
 
 kinds = pytest.mark.parametrize("kind", list(MODELS))
 vits = pytest.mark.parametrize("kind", ["vit", "vit_reg"])

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CASES, MODELS, attached, images, make, randomise
 from torch import nn
 
 import vpeft
+from tests.support.models import CASES, MODELS, attached, images, make, randomise
 from vpeft.tasks.segmentation.features import FeatureMaps
 from vpeft.tuning.attaching import get_handle
 

@@ -10,7 +10,7 @@ from vpeft.docs import compatibility
 from vpeft.docs.compatibility import ARCHITECTURES, Cell, compatibility_page, matrix, small_model, try_cell
 from vpeft.methods import METHODS
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 
 def test_a_cell_that_works_and_one_that_is_refused():

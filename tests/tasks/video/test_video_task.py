@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import make
 from torch import nn
 
 import vpeft
+from tests.support.models import make
 from vpeft.tasks.step import training_loss
 from vpeft.tasks.video.step import ClipStep, view_mean
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import timm
 import torch
-from models import TIMM_MODULES, images, make, randomise
 from torch import nn
 
 import vpeft
+from tests.support.models import TIMM_MODULES, images, make, randomise
 from vpeft.backbone.modules import FIRST, LAST
 from vpeft.backbone.sites import Sites, block_indices
 from vpeft.docs.compatibility import ARCHITECTURES
