@@ -69,10 +69,12 @@ def test_dynamic_image_size():
         for p in handle.parameters():
             p.normal_(0, 0.1)
         tall, wide = (torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) for size in ((48, 32), (32, 48)))
+        grid, sizes = handle.root.get_submodule("grid"), []
+        model.norm.register_forward_hook(lambda m, args, out: sizes.append(grid.size))
         first = model(tall)
         model(wide)
         assert torch.equal(model(tall), first)
-        assert handle.root.get_submodule("grid").size == (6, 4)
+        assert sizes == [(6, 4), (4, 6), (6, 4)]
 
 
 def test_initial_values():

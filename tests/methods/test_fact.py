@@ -355,5 +355,5 @@ def test_the_separate_path_serves_autocast_trained_weights_and_second_methods():
     assert len({t.sum().item() for t in (alone, both, first)}) == 3
     handle.detach()
     assert torch.equal(model(x), alone)
-    assert all("forward" not in vars(m) for m in model.modules())
     other.detach()
+    assert all("forward" not in vars(m) for m in model.modules())

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import attached, images, make, randomise, train_steps
 from torch import nn
+
+from tests.support.models import attached, images, make, randomise, train_steps
 
 LABELS = torch.tensor([0, 1, 2, 3])
 

@@ -13,6 +13,7 @@ import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds
 from tests.support.models import attached, calibrated, images, make, randomise
 from tests.support.reference import Reference
+from vpeft.interventions.hub import running
 from vpeft.interventions.weights import ReplaceTensor
 from vpeft.methods.pixel_raw import first_come_map, greedy_map
 
@@ -264,8 +265,7 @@ def test_iterative_map_follows_the_prompt():
         handle.calibrate([(x, labels)], progress=False)
         assert handle.method.calibrates_each_epoch == (method == "ilm_vp" and not options)
         found = handle.state_dict()[f"{method}.map"]
-        handle.root.get_submodule(method).picks = False
-        with torch.no_grad():
+        with torch.no_grad(), running(model, all_outputs=True):
             prompted = model(x).argmax(1)
         assert not torch.equal(prompted, bare)
         assert torch.equal(found, expected(bare, first_come_map) if method == "evp" else expected(prompted, greedy_map))
@@ -522,6 +522,8 @@ def test_beside_a_method_that_keeps_something_between_two_hooks():
     handle = attached(model, "dam_vp", n_clusters=3)
     randomise(handle)
     second.enable()
+    handle.disable()
+    handle.enable()  # the last one's head is in the model
     x = images(model, 8, seed=11)
     y = model(x)
     plain = make("vit", dtype=torch.float64)

@@ -85,6 +85,12 @@ class Intervention(nn.Module):
             )
         return flow
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Under here this thread runs a forward of its own in which this handle does not act, though others may."""
+        with self.hub.running(tuple(name for name in self.hub.acting_now() if name != self.owner)):
+            yield
+
     @property
     def enabled(self) -> bool:
         """Whether it acts: in the forward under way, or in one that starts now."""

@@ -257,16 +257,6 @@ def running(module: nn.Module, **facts: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def bare(hub: Hub | None) -> Iterator[None]:
-    """Under here nobody acts on this thread: a forward of the frozen model."""
-    if hub is None:
-        yield
-        return
-    with hub.running(()):
-        yield
-
-
 def untouched(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module of a model computes what its class does; see ``Hub.untouched``."""
     hub = hub_of(model) or Hub(model, [])

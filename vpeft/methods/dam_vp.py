@@ -10,7 +10,6 @@ from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions.hub import bare
 from ..numerics import at_least_float32
 from ..options import option
 from .base import Paper, count, register
@@ -46,7 +45,7 @@ class ClusterFrames(PixelPrompt):
         try:
             for module in dropping:
                 module.training = False
-            with bare(self.hub):  # a forward of the frozen model, inside or outside of another one
+            with self.left_out():  # a forward of its own, inside of another one or not
                 return model.forward_head(model.forward_features(x), pre_logits=True)
         finally:
             for module in dropping:
