@@ -72,7 +72,7 @@ class Tree(nn.Module):
 
     @property
     def objective(self) -> Objective:
-        """The task's loss: what calibration was told, else the cross-entropy of the model's logits."""
+        """The task's loss while ``calibrate`` runs for a task of its own; else the cross-entropy of the model's logits."""
         return self.task or Objective(self.model, self.heads)
 
     def forward(self) -> None:

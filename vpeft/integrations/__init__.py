@@ -1,1 +1,1 @@
-"""Where vpeft meets what surrounds a model: feature caches, other libraries, hubs."""
+"""Where vpeft meets other libraries, one package for each."""

@@ -74,7 +74,7 @@ class Clip(Watch):
     Args:
         sites: of the model.
         default: T where nothing tells it.
-        fixed: a clip has ``default`` frames, or is a single image; anything else told is an error.
+        fixed: a clip has ``default`` frames, or is a single image; any other length is an error.
     """
 
     def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):
