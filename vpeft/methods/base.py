@@ -77,7 +77,7 @@ class Paper:
 class Method:
     """Base of all methods: subclasses add their hyper-parameters, whose fields say what they may be, and ``build``.
 
-    A method sees ``Sites`` (what the model has), its own ``Tree`` once it is attached, and the task's loss; never the handle.
+    A method sees what the model has (``Sites``), once attached its own ``Tree``, and the task's loss; never the handle.
 
     Attributes:
         name: under which it is registered.
