@@ -1,1 +1,1 @@
-"""Attaching a method to a model: the handle, its files, and what it tells."""
+"""Attaching a method to a model: the handle, loading from a file, merging, and what the handle prints."""

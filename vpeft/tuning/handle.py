@@ -74,7 +74,7 @@ class Handle:
     # ---- tensors ----
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The method's tensors under the method cards' names, and tensors of the model it trains under their own.
+        """The method's tensors, named as in its file, and tensors of the model that it trains, under the model's names.
 
         The head is not among them; ``save`` adds it.
         """
