@@ -63,7 +63,7 @@ def save(
         path: of the file.
         name: of the handle.
         method: its name and options rebuild it.
-        model: the timm model, whose frozen weights are told by a fingerprint.
+        model: the timm model; a fingerprint of its frozen weights is saved.
         own: the method's tensors.
         head: the heads' tensors.
         described: what the user says of it: ``class_names``, ``metrics``, ``data``, ``config``.

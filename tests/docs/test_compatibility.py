@@ -1,6 +1,5 @@
 """The matrix of methods and architectures."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -53,19 +52,12 @@ def test_page():
     assert "1. why" in page
 
 
-def test_shipped_page_covers_the_registry():
-    text = PAGE.read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(METHODS), "run `vpeft docs --compatibility`"
-    assert all(f"| {a} |" in text for a in ARCHITECTURES)
-    assert "0 are broken" in text
-
-
 @pytest.mark.slow
 def test_no_cell_is_broken_and_the_page_is_fresh():
     torch.set_num_threads(1)
     cells = matrix()
     assert [c for c in cells if c.outcome == "broken"] == []
-    assert PAGE.read_text() == compatibility_page(cells)
+    assert PAGE.read_text() == compatibility_page(cells), "run `vpeft docs --compatibility`"
 
 
 def test_small_models_are_small():

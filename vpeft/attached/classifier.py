@@ -11,7 +11,7 @@ from ..backbone.modules import ModuleRef, classifier_modules
 
 @dataclass
 class Classifier:
-    """The modules that stand where timm has a model's classifier, and the number of classes that the model tells of.
+    """The modules that stand where timm has a model's classifier, and the model's number of classes.
 
     Attributes:
         modules: by path; an Identity where the model has no classifier (``num_classes=0``).

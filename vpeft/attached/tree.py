@@ -18,7 +18,7 @@ from .objective import Objective
 
 
 class Tree(nn.Module):
-    """A method's modules under the method cards' names. It is what a method sees of itself once it is attached.
+    """A method's modules, at the paths that ``build`` gave. It is what a method sees of itself once it is attached.
 
     Attributes:
         name: of the handle.
@@ -72,7 +72,7 @@ class Tree(nn.Module):
 
     @property
     def objective(self) -> Objective:
-        """The task's loss: what calibration was told, else the cross-entropy of the model's logits."""
+        """The task's loss while ``calibrate`` runs for a task of its own; else the cross-entropy of the model's logits."""
         return self.task or Objective(self.model, self.heads)
 
     def forward(self) -> None:
@@ -111,7 +111,7 @@ class Tree(nn.Module):
     # ---- tensors ----
 
     def state(self) -> dict[str, Tensor]:
-        """The method's tensors by the method cards' names, and tensors of the model that it trains by their own."""
+        """The method's tensors by their names in this tree, and tensors of the model that it trains by the model's names."""
         state = dict(self.state_dict())  # parameters and persistent buffers
         for existing in self.existing:
             state |= existing.values()

@@ -21,7 +21,7 @@ _SWIN = {
     "img_size": 48, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 5,
 }  # fmt: skip
 
-# One small instance of every shape of block that ``sites`` reads: label -> (timm name, arguments).
+# One small instance of every shape of block that ``vpeft.backbone`` reads: label -> (timm name, arguments).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit class token": ("vit_tiny_patch16_224", dict(_TINY, img_size=32)),
     "vit average pooling": ("vit_base_patch16_siglip_gap_224", dict(_TINY, img_size=32)),

@@ -1,3 +1,3 @@
-"""Where vpeft meets what surrounds a model: feature caches, other libraries, hubs."""
+"""Where vpeft meets other libraries, one package for each."""
 
 __all__: list[str] = []

@@ -18,7 +18,7 @@ class                   acts                                                merg
 ``ComputedKeysValues``  around attention, before the block                  no          yes      ``attention``
 ``Tap``                 reads a module's output, or input                   no          yes      ``side``
 ``SideOutput``          after (or before) one module                        no          yes      ``side``
-``SideFeatures``        the same, where the features end                    no          yes      ``side``
+``SideFeatures``        the same, at the final norm                         no          yes      ``side``
 ``Grid``, ``Clip``      before the module whose input they look at          as nothing  yes      ``context``
 ``ReplaceTensor``       in place of a tensor of the model                   yes         no       ``weights``
 ``ExistingTensors``     nowhere: unfreezes tensors of the model             is a load   no       ``weights``

@@ -71,7 +71,7 @@ class PrefixKeysValues(AttentionPrefix):
 class _Stored:
     """What was made of some tensors, and how to tell whether they are still what they were.
 
-    A frozen tensor is told by its identity, address and version; a trained one by its value, since fused optimisers
+    A frozen tensor is known by its identity, address and version; a trained one by its value, since fused optimisers
     leave the version as it is.
     """
 
@@ -101,7 +101,7 @@ class _Stored:
 
 
 def _tells_changes(tensor: Tensor) -> bool:
-    """Whether a change of it can be told: not on meta, fake and inference tensors, nor, without a wait, a GPU's value."""
+    """Whether a change of it can be seen: not on meta, fake and inference tensors, nor, without a wait, a GPU's value."""
     known = type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_inference())
     return known and (tensor.device.type == "cpu" or not tensor.requires_grad)
 

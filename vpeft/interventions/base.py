@@ -108,7 +108,7 @@ class Intervention(nn.Module):
         """Undo what ``install`` did besides acting at junctions."""
 
     def calls_needed(self) -> list[ModuleRef]:
-        """Attentions that must be told to call their own qkv module, or hooks on it are dead."""
+        """Attentions that must be set to call their own qkv module; without that, hooks on it never fire."""
         return []
 
     def taps(self) -> list[int]:

@@ -68,13 +68,13 @@ class Grid(Watch):
 class Clip(Watch):
     """Frames per clip in the present forward (``length``), for methods that act along time.
 
-    Rows are frames, those of one clip side by side: row b T + t. ``clips`` tells T for the forwards under it; else it is
+    Rows are frames, those of one clip side by side: row b T + t. ``clips`` gives T for the forwards under it; else it is
     ``default``.
 
     Args:
         sites: of the model.
-        default: T where nothing tells it.
-        fixed: a clip has ``default`` frames, or is a single image; anything else told is an error.
+        default: T where nothing gives it.
+        fixed: a clip has ``default`` frames, or is a single image; any other length is an error.
     """
 
     def __init__(self, sites: Sites, default: int = 1, *, fixed: bool = False):

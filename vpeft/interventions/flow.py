@@ -10,7 +10,7 @@ class Flow:
 
     Attributes:
         acting: names of the handles that act in it.
-        facts: what its caller says of it: ``frames`` of a clip; ``maps``, where feature maps are read and nothing is pooled.
+        facts: what its caller states: ``frames`` of a clip; ``maps``, where feature maps are read and nothing is pooled.
         state: what interventions keep, by intervention and name.
         carried: of these, what ``forward_head`` still needs behind ``forward_features``.
         starter: the module whose call it is.

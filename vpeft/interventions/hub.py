@@ -122,7 +122,7 @@ class Hub:
         return self.acting if flow is None else flow.acting
 
     def fact(self, name: str) -> Any:
-        """What was said of the forward under way, or of those to come; None where nothing was."""
+        """A fact (see ``Flow``) of the forward under way, or of one that starts now; None where it was not stated."""
         flow = self.now()
         facts = getattr(self.local, "facts", None) if flow is None else flow.facts
         return facts.get(name) if facts else None

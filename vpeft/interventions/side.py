@@ -24,7 +24,8 @@ class Tap(Intervention):
         reads: what that is, for ``taps``.
         previous: the step before.
         on_input: read the module's input instead of its output.
-        cut: detach what is read, so that no gradient enters the model here. Only what lies above a feed-back needs none.
+        cut: detach what is read, so that no gradient enters the model here. Not wanted above a side output,
+            where the gradient goes on through what is read.
     """
 
     def __init__(

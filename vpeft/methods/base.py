@@ -77,7 +77,12 @@ class Paper:
 class Method:
     """Base of all methods: subclasses add their hyper-parameters, whose fields say what they may be, and ``build``.
 
+    A method sees what the model has (``Sites``), once attached its own ``Tree``, and the task's loss; never the handle.
+
     Attributes:
+        name: under which it is registered.
+        paper: where it was published.
+        where: what it acts on, in a few words for the tables of methods.
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
     """
 
@@ -212,7 +217,7 @@ def tensors_of(sites: Sites, names: Iterable[str]) -> ExistingTensors:
 
 
 def grids(sites: Sites) -> Generator[tuple[str, Grid], None, Callable[[BlockSite], Grid]]:
-    """Plants what measures the token map of each forward: one for all blocks of a ViT, one per block that sees a map.
+    """Yields what measures the token map in each forward: one for all blocks of a ViT, one per block that sees a map.
 
     Used as ``grid_of_block = yield from grids(sites)`` in ``build``; the result gives a block's ``Grid``.
     """

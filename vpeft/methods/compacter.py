@@ -53,7 +53,7 @@ _PAPER = Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", "Neu
 class Compacter(Adapter):
     """Houlsby's adapters whose matrices are sums of n Kronecker products, with one rule A (n, n, n) for the whole model.
 
-    Close to the bare model at the start, but not equal.
+    Close to the bare model at the start, but not equal. The original trains the backbone's norms too (``train_norms``).
 
     Args:
         bottleneck: width of the bottleneck; None for the stream's width over ``reduction``, cut to a multiple of n.
@@ -61,8 +61,7 @@ class Compacter(Adapter):
         n: the products in each sum; divides the stream's width and the bottleneck.
         rank: of left_j right_j.
         rule_std: A starts N(0, rule_std²): 1e-4 in both released configurations (the code's own default is 0.01).
-        act, norm, scale, dropout, drop_path, train_norms, variant, blocks: as ``adapter``'s. The original trains the
-            backbone's norms too.
+        act, norm, scale, dropout, drop_path, train_norms, variant, blocks: as ``adapter``'s.
     """
 
     bottleneck: PerBlock | None = per_block(None, "channels")

@@ -230,7 +230,7 @@ class KAdaptation(Method):
     Args:
         n: products in the sum; divides every width. None: 32, as released, or the largest of its divisors that fits.
         scale: s; released as 128 / 4 * 5.
-        dropout: of the entries of H, 0.5 in the released file. CacheNeeds H as a whole and its gradient, so that training
+        dropout: of the entries of H, 0.5 in the released file. Needs H as a whole and its gradient, so that training
             costs as much as full fine-tuning of these weights; off by default.
         blocks: which blocks; None for all.
     """

@@ -1,4 +1,4 @@
-"""Attaching a method to a model: the handle, its files, and what it tells."""
+"""Attaching a method to a model: the handle, loading from a file, merging, and what the handle prints."""
 
 from .attaching import attach, get_handle, load
 from .description import Description, describe

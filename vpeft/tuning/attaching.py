@@ -87,7 +87,7 @@ def load(
 ) -> Handle:
     """Attach the method that a file holds and put its values in.
 
-    The classifier is rebuilt where its number of classes differs. CacheNeeds no network.
+    The classifier is rebuilt where its number of classes differs. Needs no network.
 
     Args:
         model: a fresh model with the backbone weights that the file was trained on.

@@ -18,7 +18,7 @@ BACKBONE = "vit_base_patch16_224"
 
 @dataclass
 class Description:
-    """What ``vpeft.describe`` tells about a method; printable.
+    """What ``vpeft.describe`` returns: what is known of a method; printable.
 
     Attributes:
         name, paper, where: as registered.

@@ -21,7 +21,7 @@ from .summary import summary
 
 
 class _Switch:
-    """What ``enable`` and ``disable`` return: as a context it puts the former state back at its end."""
+    """What ``enable`` and ``disable`` return. In a ``with`` statement it restores the former state at the end."""
 
     def __init__(self, handle: "Handle", was: bool):
         self.handle, self.was = handle, was
@@ -74,7 +74,7 @@ class Handle:
     # ---- tensors ----
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The method's tensors under the method cards' names, and tensors of the model it trains under their own.
+        """The method's tensors, named as in its file, and tensors of the model that it trains, under the model's names.
 
         The head is not among them; ``save`` adds it.
         """
@@ -94,7 +94,7 @@ class Handle:
     def heads(self) -> list[ModuleRef]:
         """What trains beside the method: a classifier of its own, and the modules outside the model given to ``attach``.
 
-        The classifier stands in the model while the handle is the one last enabled, and waits aside else.
+        The classifier is in the model while this handle is the one that was enabled last; else it waits outside.
         """
         return self.root.head_places
 
@@ -250,7 +250,7 @@ class Handle:
 
         Args:
             keep_merged: leave the folded weights (or, of a method that trains the model's own tensors, the trained
-                ones) in place, which gives a plain timm model to export. CacheNeeds ``merge`` first.
+                ones) in place, which gives a plain timm model to export. Needs ``merge`` first.
 
         Raises:
             MethodError: already detached, or ``keep_merged`` without ``merge``.

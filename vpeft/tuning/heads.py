@@ -1,4 +1,4 @@
-"""Modules outside the model that train with a method, and what tells that a file's heads do not fit."""
+"""Modules outside the model that train with a method, and how a file's heads differ from the model's."""
 
 from collections.abc import Mapping
 
