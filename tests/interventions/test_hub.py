@@ -276,6 +276,10 @@ def test_what_is_not_carried_ends_with_the_features():
     features = model.forward_features(X)
     assert close(model.forward_head(features), model.head(features))
     assert len(hub.carried) == 0
+    put(hub, HandOn(model.blocks[0], model.head, carried=True), "b")
+    features = model.forward_features(X)
+    expected = nn.functional.linear(features, model.head.weight, model.head.bias) + 2 * (X + model.shift).mean()
+    assert close(model.forward_head(features), expected), "what another one carries takes nothing else along"
 
 
 @pytest.mark.parametrize("kind", ["chain", "vit", "swin"])
@@ -302,8 +306,17 @@ def test_checkpointed_blocks_find_again_what_they_found(kind):
     assert len(hub.entered) == 0
 
 
-def test_a_forward_in_backward_has_a_flow_of_its_own():
+class Whole(Chain):
+    """A chain whose forward is one piece: nothing but the call of the model says that it starts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Chain.forward_features(self, x))
+
+
+@pytest.mark.parametrize("kind", [Chain, Whole])
+def test_a_forward_in_backward_has_a_flow_of_its_own(kind):
     model = chain()
+    model.__class__ = kind
     hub = hub_on(model)
     part = put(hub, HandOn(model.blocks[0], model.blocks[1]))
     put(hub, HandOn(model.blocks[0].norm, model.blocks[0].norm), "b")
