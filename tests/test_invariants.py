@@ -237,12 +237,39 @@ def test_bf16_autocast_runs(method, kind):
     assert any(p.grad is not None and torch.isfinite(p.grad).all() for p in handle.trainable_parameters())
 
 
+def differentiated(handle: vpeft.Handle, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The model's output, and the gradient of every trained tensor, in float32."""
+    named = {n: p for n, p in [*handle.named_parameters(), *handle.head_parameters()] if p.requires_grad}
+    output = handle.model(x).float()
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+    found = torch.autograd.grad((output * weights).sum(), list(named.values()), allow_unused=True)
+    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+    return output.detach(), {n: g.float() for n, g in gradients.items()}
+
+
 @sweep
-def test_half_precision_backbone(method, kind):
+@pytest.mark.parametrize("moved", [False, True], ids=["at its start", "moved"])
+def test_half_precision_backbone(method, kind, moved):
+    """Outputs and gradients are those of the same values in float32, up to bfloat16's three digits."""
     model = make(kind).to(torch.bfloat16)
     handle = attached(model, method)
     assert {p.dtype for p in handle.parameters()} <= {torch.bfloat16}
-    model(images(model).bfloat16()).float().sum().backward()
+    if moved:
+        randomise(handle, 0.05)
+    handle.eval()
+    twin, x = copy.deepcopy(model).float(), images(model)
+    output, gradients = differentiated(handle, x)
+    expected, exact = differentiated(vpeft.get_handle(twin), x.float())
+    assert (output - expected).abs().max() < 0.1 * expected.std()
+    assert gradients.keys() == exact.keys()
+    for name, gradient in gradients.items():
+        assert torch.isfinite(gradient).all(), name
+        # A method that starts at zero holds back some gradients at first: in float32 too.
+        assert gradient.any() == exact[name].any(), name
+        if moved:
+            assert gradient.any() != (UNREACHED.get((method, kind), "-") in name), name
+    ours, theirs = (torch.cat([g.flatten() for g in found.values()]) for found in (gradients, exact))
+    assert torch.linalg.norm(ours - theirs) < 0.05 * torch.linalg.norm(theirs)
 
 
 @sweep

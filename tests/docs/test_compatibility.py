@@ -1,11 +1,12 @@
 """The matrix of methods and architectures."""
 
+import functools
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from vpeft.docs import compatibility
 from vpeft.docs.compatibility import ARCHITECTURES, Cell, compatibility_page, matrix, small_model, try_cell
 from vpeft.methods import METHODS
 
@@ -31,17 +32,90 @@ def test_refusals_name_the_structure(method, architecture, reason):
     assert reason in try_cell(method, architecture).reason
 
 
-def test_a_broken_cell_says_what_broke(monkeypatch):
-    class Wrong(type(METHODS["lora"]())):
-        def build(self, sites):
-            for path, part in super().build(sites):
-                part.forward = lambda x, y: y[:, :1]
-                yield path, part
+LORA, NUMBERS = METHODS["lora"], itertools.count()
 
-    monkeypatch.setitem(METHODS, "lora", Wrong)
-    assert try_cell("lora", "vit class token").outcome in ("broken", "refused")
-    monkeypatch.setattr(compatibility, "_exercise", lambda *a: "no trained tensor gets a gradient")
-    assert try_cell("norm", "clip") == Cell("norm", "clip", "broken", "no trained tensor gets a gradient")
+
+class Sleeping(LORA):
+    """Its parts take nothing from their tensors, and no head trains that could get a gradient instead."""
+
+    trains_head = False
+
+    def build(self, sites):
+        for path, part in super().build(sites):
+            part.forward = functools.partial(self.nothing, list(part.parameters()))
+            yield path, part
+
+    @staticmethod
+    def nothing(tensors, x, y):
+        return y + 0 * sum(t.sum() for t in tensors)
+
+
+class Failing(LORA):
+    """Its parts fail as soon as something is computed; attaching computes nothing, of no image."""
+
+    def build(self, sites):
+        for path, part in super().build(sites):
+            part.forward = functools.partial(self.fail, part.forward)
+            yield path, part
+
+    @staticmethod
+    def fail(forward, x, y):
+        if len(x):
+            raise ZeroDivisionError("nothing to divide")
+        return forward(x, y)
+
+
+class Endless(LORA):
+    """Its parts give what is no number."""
+
+    def build(self, sites):
+        for path, part in super().build(sites):
+            part.forward = functools.partial(self.beyond, part.forward)
+            yield path, part
+
+    @staticmethod
+    def beyond(forward, x, y):
+        return forward(x, y) * float("inf")
+
+
+class Lively(LORA):
+    """Its parts have a value of their own, another in each model, that no file holds."""
+
+    def build(self, sites):
+        for path, part in super().build(sites):
+            part.forward = functools.partial(self.add, part.forward, next(NUMBERS))
+            yield path, part
+
+    @staticmethod
+    def add(forward, value, x, y):
+        return forward(x, y) + value
+
+
+class Staying(LORA):
+    """It hooks the model behind the library's back."""
+
+    def build(self, sites):
+        sites.final_norm.module.register_forward_hook(self.double)
+        yield from super().build(sites)
+
+    @staticmethod
+    def double(module, args, output):
+        return 2 * output
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (Sleeping, "no trained tensor gets a gradient"),
+        (Failing, "ZeroDivisionError: nothing to divide"),
+        (Endless, "the output is not finite"),
+        (Lively, "a loaded copy gives another output"),
+        (Staying, "detach does not restore the model"),
+    ],
+)
+def test_a_broken_method_is_tried_and_what_broke_is_said(monkeypatch, broken, problem):
+    monkeypatch.setitem(METHODS, "lora", broken)
+    assert try_cell("lora", "vit class token") == Cell("lora", "vit class token", "broken", problem)
 
 
 def test_page():

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from tests.support.hubs import Chain, chain, close, failing, hub_on, put, small, surface
 from tests.support.models import images
@@ -275,6 +276,10 @@ def test_what_is_not_carried_ends_with_the_features():
     features = model.forward_features(X)
     assert close(model.forward_head(features), model.head(features))
     assert len(hub.carried) == 0
+    put(hub, HandOn(model.blocks[0], model.head, carried=True), "b")
+    features = model.forward_features(X)
+    expected = nn.functional.linear(features, model.head.weight, model.head.bias) + 2 * (X + model.shift).mean()
+    assert close(model.forward_head(features), expected), "what another one carries takes nothing else along"
 
 
 @pytest.mark.parametrize("kind", ["chain", "vit", "swin"])
@@ -301,10 +306,21 @@ def test_checkpointed_blocks_find_again_what_they_found(kind):
     assert len(hub.entered) == 0
 
 
-def test_a_forward_in_backward_has_a_flow_of_its_own():
+class Whole(Chain):
+    """A chain whose forward is one piece: nothing but the call of the model says that it starts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Chain.forward_features(self, x))
+
+
+@pytest.mark.parametrize("kind", [Chain, Whole])
+def test_a_forward_in_backward_has_a_flow_of_its_own(kind):
     model = chain()
+    model.__class__ = kind
     hub = hub_on(model)
     part = put(hub, HandOn(model.blocks[0], model.blocks[1]))
+    put(hub, HandOn(model.blocks[0].norm, model.blocks[0].norm), "b")
+    behind = put(hub, HandOn(model.blocks[0].fc, model.blocks[0].fc), "c")
     with torch.no_grad():
         right = model(X + 1)
     inside, x = [], X.clone().requires_grad_()  # else nothing is kept in a block, and none runs again
@@ -315,10 +331,11 @@ def test_a_forward_in_backward_has_a_flow_of_its_own():
                 hook.remove()
                 inside.append(model(X + 1))
 
-    plain = torch.autograd.grad(model(x).square().sum(), [part.weight, x])
+    plain = torch.autograd.grad(model(x).square().sum(), [part.weight, behind.weight, x])
     model.grad_checkpointing = True
     hook = model.blocks[0].norm.register_forward_pre_hook(during)
-    nested = torch.autograd.grad(model(x).square().sum(), [part.weight, x])
+    with set_checkpoint_early_stop(False):  # the block goes on behind that forward
+        nested = torch.autograd.grad(model(x).square().sum(), [part.weight, behind.weight, x])
     assert torch.equal(inside[0], right)
     assert all(close(a, b) for a, b in zip(nested, plain, strict=True))
     assert hub.now() is None

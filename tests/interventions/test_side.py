@@ -150,6 +150,17 @@ def test_a_failure_between_reading_and_feeding_leaves_nothing(grad):
             assert close(model(X), right), "a second try in one forward reads anew"
 
 
+def test_a_second_reading_in_one_forward_takes_the_place_of_the_first():
+    model, hub, _, one, two, _ = network()
+    with hub.running() as flow:
+        with torch.no_grad():
+            model.forward_features(2 * X)  # its state is made at once
+        model.forward_features(X)  # of this one, only what is read
+        assert close(model(X), formula(model, one, two, X))
+        assert not two.ready
+        assert flow.state == {}
+
+
 def test_off_and_removed_it_is_the_bare_model():
     model = chain()
     before = surface(model)
