@@ -56,6 +56,7 @@ def save(
     own: Mapping[str, Tensor],
     head: Mapping[str, Tensor],
     described: Mapping[str, Any],
+    originals: Mapping[str, Tensor | None],
 ) -> Path:
     """Write a method's tensors and metadata; the file appears whole or not at all.
 
@@ -66,7 +67,8 @@ def save(
         model: the timm model; a fingerprint of its frozen weights is saved.
         own: the method's tensors.
         head: the heads' tensors.
-        described: what the user says of it: ``class_names``, ``metrics``, ``data``, ``config``.
+        described: what is said of it: ``class_names``, ``num_classes``, ``metrics``, ``data``, ``config``.
+        originals: see ``fingerprint``.
     """
     tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
     cfg, class_names = getattr(model, "pretrained_cfg", None) or {}, described.get("class_names")
@@ -76,9 +78,9 @@ def save(
         "name": name,
         "method": {"name": method.name, "options": method.options()},
         "model": model_about(model),
-        "fingerprint": fingerprint(model, own.keys()),
+        "fingerprint": fingerprint(model, own.keys(), originals),
         "data": preprocessing | (described.get("data") or {}),
-        "num_classes": getattr(model, "num_classes", None),
+        "num_classes": described.get("num_classes"),
         "class_names": list(class_names) if class_names is not None else None,
         "metrics": described.get("metrics") or {},
         "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
@@ -140,14 +142,21 @@ def model_about(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: nn.Module, trained: Iterable[str]) -> str:
+def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str, Tensor | None] | None = None) -> str:
     """SHA-256 over the model's frozen tensors: all but the head's, the methods' and those named in ``trained``.
 
     Tensors on an accelerator are copied over one by one.
+
+    Args:
+        model: the timm model.
+        trained: names of tensors that are left out.
+        originals: values of tensors that another attached method has changed in the model, None where it added one.
     """
+    originals = originals or {}
     skip = (*tuple(f"{h.path}." for h in head_places(model)), f"{CONTAINER}.")
     trained = set(trained)
-    chosen = [(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)]
+    state = {n: originals.get(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)}
+    chosen = [(n, t) for n, t in state.items() if t is not None]
     digest = hashlib.sha256()
     for name, tensor in sorted(chosen, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -22,6 +22,10 @@ def test_unknown_things_name_the_nearest():
         ("lora", {"preset": "noha"}, "no preset 'noha'; did you mean 'noah'"),
         ("adapter", {"variant": "pots"}, r"adapter\.variant: 'pots' is not one of post, houlsby.*did you mean 'post'"),
         ("lora", {"name": "a b"}, "letters, digits and underscores"),
+        *(
+            ("lora", {"name": n}, f"name: '{n}' is an attribute")
+            for n in ("training", "forward", "hub", "trees", "_modules")
+        ),
         ("partial", {"k": 9}, "9 blocks of a model that has 3"),
         ("bitfit", {"terms": ["nothing"]}, "no bias of VisionTransformer matches"),
         (3, {}, "expected a method's name, class or object, got int"),

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import vpeft
-from tests.support.models import CASES, SMALL, attached, images, make, randomise, train_steps
+from tests.support.models import CASES, SMALL, attached, calibrated, images, make, randomise, train_steps
 from vpeft import checkpoint
 
 sweep = pytest.mark.parametrize(("method", "kind"), CASES)
@@ -249,3 +249,50 @@ def test_merged_and_detached_keeps_the_trained_head():
     expected = run(model, images(model))
     plain = handle.merge().detach(keep_merged=True)
     assert torch.allclose(run(plain, images(plain)), expected, atol=1e-5)
+
+
+def test_what_is_saved_does_not_depend_on_who_is_enabled(tmp_path):
+    """Beside other handles that train or fold the model's own tensors: the same fingerprint, classes and values."""
+    model = make("vit")
+    first = attached(model, "bitfit", name="first")
+    randomise(first, 0.05)
+    alone = checkpoint.read(first.save(tmp_path / "alone.safetensors"))
+    second = attached(model, "bitfit", name="second")
+    randomise(second, 0.05)
+    model.reset_classifier(7)
+    third = attached(model, "lora", name="third", targets=["fc1"])
+    randomise(third, 0.05)
+    third.merge()
+    for handle in (first, second):
+        beside = checkpoint.read(handle.save(tmp_path / "beside.safetensors"))
+        assert beside.metadata["fingerprint"] == alone.metadata["fingerprint"]
+        assert beside.metadata["num_classes"] == beside.tensors["head.bias"].numel()
+    third.unmerge()
+    third.disable()
+    second.enable()
+    assert same(checkpoint.read(first.save(tmp_path / "again.safetensors")).tensors, alone.tensors)
+    fresh = make("vit")
+    vpeft.load(fresh, tmp_path / "again.safetensors")
+    second.disable()
+    first.enable()
+    assert torch.equal(run(fresh, images(fresh)), run(model, images(model)))
+
+
+def test_calibration_looks_through_the_handles_own_head():
+    """Also where another handle was enabled after it."""
+    model = make("vit")
+    first = vpeft.attach(model, "gps", name="first", loss="task")
+    chosen = {}
+    for name in ("alone", "beside"):
+        if name == "beside":
+            second = vpeft.attach(model, "lora", name="second")
+            with torch.no_grad():
+                for _, p in second.head_parameters():
+                    p.normal_()
+            first.enable()
+            second.disable()
+            second.enable()
+        calibrated(first)
+        chosen[name] = {n: t.clone() for n, t in first.state_dict().items() if n.endswith("index")}
+    assert same(chosen["alone"], chosen["beside"])
+    assert model.get_classifier() is second.heads[0].module

@@ -119,6 +119,13 @@ class Tree(nn.Module):
         folded = {f"{place.path}.{n}": value for place, n, value in self.unmerged or ()}
         return state | {n: folded[n] for n in folded.keys() & state.keys() if folded[n] is not None}
 
+    def originals(self) -> dict[str, Tensor | None]:
+        """What the model's own tensors held before this method changed them, where it has; None where there was none."""
+        found: dict[str, Tensor | None] = {f"{place.path}.{n}": value for place, n, value in self.unmerged or ()}
+        for existing in self.existing:
+            found |= existing.inactive if existing.in_use else {}
+        return found
+
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The method's parameters by the names of ``state``; one of no entries (an empty mask) is left out."""
         yield from ((n, p) for n, p in self.named_parameters() if p.numel())

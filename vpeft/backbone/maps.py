@@ -59,13 +59,13 @@ def read_maps(
     return pairs
 
 
-def grid_of(stem: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(patch_embed: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches that a patch embedding makes of an image of (height, width) pixels.
 
     Raises:
         UnsupportedModelError: it cannot tell.
     """
-    if hasattr(stem, "dynamic_feat_size"):
-        height, width = stem.dynamic_feat_size(size)
+    if hasattr(patch_embed, "dynamic_feat_size"):
+        height, width = patch_embed.dynamic_feat_size(size)
         return int(height), int(width)
-    raise UnsupportedModelError(f"{type(stem).__name__} does not tell the grid that its patches stand in")
+    raise UnsupportedModelError(f"{type(patch_embed).__name__} does not tell the grid that its patches stand in")

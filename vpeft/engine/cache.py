@@ -89,8 +89,8 @@ class FeatureCache:
         self.keys: list[Any] = sorted({*self.cache_needs.taps, self.cache_needs.first - 1})
         if self.cache_needs.heads_only:
             self.keys = [h.path for h in handle.sites.heads]
-        self.stem = handle.sites.patch_embed
-        self.skipped: list[ModuleRef] = [self.stem]
+        self.patch_embed = handle.sites.patch_embed
+        self.skipped: list[ModuleRef] = [self.patch_embed]
         for block in blocks[: self.cache_needs.first]:
             merging = handle.sites.merging_before(block)
             if merging is not None and block.index - 1 not in self.keys:  # else it runs, on stored tokens
@@ -341,11 +341,11 @@ class _Player:
         self.replaced.append(module)
 
     def _forward(self, place: ModuleRef, block: int | None) -> Callable:
-        stem = place is self.cache.stem
+        patch_embed = place is self.cache.patch_embed
         shape, dtype = self.cache.shapes[place.path]
 
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
-            if stem:
+            if patch_embed:
                 self.rows = x[:, 0, 0, 0].long()
             if block in self.features:
                 return self._chosen(block)

@@ -151,16 +151,16 @@ class E2VPT(VPTDeep):
     def _kind(self, block: BlockSite, keys: bool) -> "type[MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys]":
         return MaskedPromptKeys if keys else MaskedWindowPrompts if block.maps else MaskedPrompts
 
-    def _plant(self, sites: Sites, block: BlockSite, **how) -> "MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys":
+    def _prompts_at(self, sites: Sites, block: BlockSite, **how) -> "MaskedPrompts | MaskedWindowPrompts | MaskedPromptKeys":
         if block.width % self.segments:
             raise MethodError(f"{self.name}.segments: {self.segments} does not divide the width {block.width}")
-        planted = super()._plant(sites, block, **how)
-        unregistered(planted, masks=self._masks)
-        return planted
+        prompts = super()._prompts_at(sites, block, **how)
+        unregistered(prompts, masks=self._masks)
+        return prompts
 
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """Everything, at the initial values that belong to a seed."""
-        self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_plant``
+        self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_prompts_at``
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             parts = [("e2vpt", self._masks), *super().build(sites)]

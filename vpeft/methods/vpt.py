@@ -129,7 +129,7 @@ class _VPT(Method):
                 raise UnsupportedModelError(f"{self.name}: prompts enter a mean; the pooling here is another")
         return sites.blocks
 
-    def _plant(self, sites: Sites, block: BlockSite, **how) -> "Prompts | WindowPrompts | PromptKeys":
+    def _prompts_at(self, sites: Sites, block: BlockSite, **how) -> "Prompts | WindowPrompts | PromptKeys":
         return self._kind(block, "previous" not in how)(self, sites, block, **how)
 
     def _kind(self, block: BlockSite, keys: bool) -> "type[Prompts | WindowPrompts | PromptKeys]":
@@ -176,7 +176,9 @@ class VPTShallow(_VPT):
         for block in blocks:
             last = block is blocks[-1]
             own = previous is None
-            previous = self._plant(sites, block, own=own, source=None, proj=proj, previous=previous, keeps_outputs=not last)
+            previous = self._prompts_at(
+                sites, block, own=own, source=None, proj=proj, previous=previous, keeps_outputs=not last
+            )
             yield ("vpt" if own else f"{block.path}.vpt"), previous
         yield from self._end(sites, previous)
         if proj is not None:
@@ -235,7 +237,7 @@ class VPTDeep(_VPT):
             read = carried_on or (block.maps and block is blocks[-1])
             if not (fresh and not read and self._as_keys(block)):
                 how |= {"previous": previous, "keeps_outputs": carried_on}
-            previous = self._plant(sites, block, **how)
+            previous = self._prompts_at(sites, block, **how)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
         yield from self._end(sites, previous)

@@ -152,6 +152,8 @@ def _attach(
     earlier = container_of(model)
     if earlier is not None and name in earlier._modules:
         raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
+    if Container.has_attribute(name):
+        raise MethodError(f"name: '{name}' is an attribute of the module that holds attached methods; choose another")
     enabled = [Handle(model, n) for n, tree in earlier.trees.items() if tree.enabled] if earlier is not None else []
     for handle in enabled:
         if handle.merged:
@@ -160,7 +162,7 @@ def _attach(
         handle.disable()
     frozen, own = {n: p.requires_grad for n, p in model.named_parameters()}, Classifier.of(model)
     try:
-        _install(model, method, name, heads, wanted)
+        _install(model, method, name, heads, wanted, frozen)
     except BaseException:
         if container_of(model) is not None and name in container_of(model)._modules:
             remove(model, name)
@@ -173,16 +175,30 @@ def _attach(
     return Handle(model, name)
 
 
-def _install(model: nn.Module, method: Method, name: str, heads: Mapping[str, nn.Module], wanted: _Wanted | None) -> None:
-    """Make the method's tree and let it act; what is half done at an error is taken back by the caller."""
-    container = container_of(model) or Container(model, Hub(model, [block.module for block in Sites(model).blocks]))
-    classifier = container.classifier.twin()
+def _install(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    heads: Mapping[str, nn.Module],
+    wanted: _Wanted | None,
+    required_grad: dict[str, bool],
+) -> None:
+    """Make the method's tree and let it act; what is half done at an error is taken back by the caller.
+
+    Args:
+        required_grad: which of the model's parameters require a gradient now, to be put back by the last ``detach``.
+    """
+    container = container_of(model)
+    own = Classifier.of(model) if container is None else container.own_classifier
+    classifier = own.twin()
     if wanted and classifier.shapes() != wanted.shapes and Classifier.of(model).num_classes != wanted.classes:
         classifier = fresh_classifier(model, wanted.classes)
     classifier.put_into(model)
     sites = Sites(model)
-    tree = _tree(name, method, sites, container.hub)
-    if CONTAINER not in model._modules:
+    hub = Hub(model, [block.module for block in sites.blocks]) if container is None else container.hub
+    tree = _tree(name, method, sites, hub)
+    if container is None:
+        container = Container(hub, own, required_grad)
         model.add_module(CONTAINER, container)
         container.hub.install()
         model.reset_classifier = container.reset_classifier
@@ -202,7 +218,7 @@ def _install(model: nn.Module, method: Method, name: str, heads: Mapping[str, nn
     tree.classifier = Classifier.of(model)  # a method may have put another one there
     tree.heads = dict(heads)
     tree.tell()
-    container.order.append(name)
+    container.enabled_order.append(name)
     tree.train(model.training)
     places = [p for i in tree.interventions for p in i.hooked()]
     with _named(method, model), clips(model, 1):  # one image is a clip of one frame

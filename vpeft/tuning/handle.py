@@ -14,6 +14,7 @@ from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, some
 from ..methods.base import Method
+from ..numerics import kept_modes
 from . import merging
 from .container import Container, container_of, remove
 from .needs import CacheNeeds, boundary, cache_needs
@@ -209,8 +210,8 @@ class Handle:
                 if other.enabled and shared:
                     raise MethodError(f"'{other.name}' is enabled and has its own values of {some(sorted(shared))}")
         root.switch(on)
-        container.order = [name for name in container.order if name != self.name] + [self.name] * on
-        container.show()
+        container.enabled_order = [name for name in container.enabled_order if name != self.name] + [self.name] * on
+        container.put_classifier()
 
     @property
     def _container(self) -> Container:
@@ -259,7 +260,7 @@ class Handle:
         if keep_merged and not self.merged:
             raise MethodError("detach(keep_merged=True): merge() first")
         if keep_merged:
-            self._container.classifier = root.classifier
+            self._container.own_classifier = root.classifier
         else:
             if self.merged:
                 self.unmerge()
@@ -307,16 +308,14 @@ class Handle:
         if self.merged or not self.enabled:
             raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
         device = next(self.model.parameters()).device
-        training = {m: m.training for m in (self.model if outer is None else outer).modules()}
         try:
             self.root.calibrated = False
             self.root.task = Objective(self.model, self.root.heads, outer, criterion)
-            self.method.calibrate(self.root, Batches(loader, device, self.name if progress else None))
+            with kept_modes(self.model if outer is None else outer), self._container.bring_forward(self.name):
+                self.method.calibrate(self.root, Batches(loader, device, self.name if progress else None))
             self.root.calibrated = True
         finally:
             self.root.task = None
-            for module, mode in training.items():
-                module.training = mode
             for parameter in (*self.model.parameters(), *(p for _, p in self.head_parameters())):
                 parameter.grad = None
         return self
@@ -380,5 +379,6 @@ class Handle:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
         method, own = (self.method, self.state_dict()) if training else self.method.exported(self.root)
         described = {"class_names": class_names, "metrics": metrics, "data": data, "config": config}
-        with self.enable():  # the model then has this handle's classifier, and original values of what others train
-            return checkpoint.save(Path(path), self.name, method, self.model, own, self.head_state_dict(), described)
+        described["num_classes"] = self.root.classifier.num_classes
+        originals = {n: t for tree in self._others() for n, t in tree.originals().items()}
+        return checkpoint.save(Path(path), self.name, method, self.model, own, self.head_state_dict(), described, originals)

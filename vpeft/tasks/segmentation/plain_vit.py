@@ -50,17 +50,17 @@ def image_tokens(model: nn.Module, images: Tensor, positions: Tensor | None = No
         images: (B, C, H, W).
         positions: in place of the model's position embedding, of its shape.
     """
-    model, stem = as_it_acts(model), model.patch_embed
-    strict, stem.strict_img_size = stem.strict_img_size, False  # The module itself is called, for the hooks on it.
+    model, embed = as_it_acts(model), model.patch_embed
+    strict, embed.strict_img_size = embed.strict_img_size, False  # The module itself is called, for the hooks on it.
     try:
-        x = stem(images)
+        x = embed(images)
     finally:
-        stem.strict_img_size = strict
+        embed.strict_img_size = strict
     x = x.flatten(1, 2) if x.ndim == 4 else x
-    grid = grid_of(stem, images.shape[-2:])
+    grid = grid_of(embed, images.shape[-2:])
     first = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
     placed = 0 if model.no_embed_class else model.num_prefix_tokens
-    positions = resized_positions(model.pos_embed if positions is None else positions, stem.grid_size, grid, placed)
+    positions = resized_positions(model.pos_embed if positions is None else positions, embed.grid_size, grid, placed)
     x = torch.cat([*first, x + positions], 1) if model.no_embed_class else torch.cat([*first, x], 1) + positions
     return model.norm_pre(model.pos_drop(x)), grid
 
