@@ -220,7 +220,7 @@ def test_positions_are_resized_for_other_sizes(apart):
     places = (model.pos_embed + 1)[:, 0 if apart else 1 :].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     places = F.interpolate(places, size=(6, 5), mode="bicubic", align_corners=False)
     assert (first - (patches + places).flatten(2).transpose(1, 2)).abs().max() < 1e-12
-    assert model.patch_embed.strict_img_size
+    assert not model.patch_embed.strict_img_size, "set when SAN was made; no forward changes the model"
 
 
 def test_taps_are_quarters_of_the_depth():

@@ -46,16 +46,12 @@ def image_tokens(model: nn.Module, images: Tensor, positions: Tensor | None = No
     """What enters block 0 of a plain ViT, (B, prefix + h w, D), and (h, w), for images of any whole number of patches.
 
     Args:
-        model: see ``check_plain_vit``.
+        model: see ``check_plain_vit``; its patch embedding must take images of any size (``strict_img_size=False``).
         images: (B, C, H, W).
         positions: in place of the model's position embedding, of its shape.
     """
     model, embed = as_it_acts(model), model.patch_embed
-    strict, embed.strict_img_size = embed.strict_img_size, False  # The module itself is called, for the hooks on it.
-    try:
-        x = embed(images)
-    finally:
-        embed.strict_img_size = strict
+    x = embed(images)  # the module itself, for the hooks on it
     x = x.flatten(1, 2) if x.ndim == 4 else x
     grid = grid_of(embed, images.shape[-2:])
     first = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]

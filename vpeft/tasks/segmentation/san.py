@@ -63,6 +63,8 @@ class SAN(nn.Module):
         if recognition not in ("auto", "cross", "joint"):
             raise ConfigError(f"recognition: '{recognition}' is none of auto, cross, joint")
         self.backbone, self.san = backbone, adapter
+        # Once, here: a forward changes nothing in the model, which other threads may be running.
+        backbone.patch_embed.strict_img_size = False
         self.criterion, self.recognition = loss or SetLoss(), recognition
         sites = Sites(backbone)
         self.upper = sites.blocks[adapter.taps[-1] :]

@@ -1,0 +1,64 @@
+"""torch.compile: one graph for all forwards, which knows who acts and what the caller says of a forward."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import vpeft
+from tests.support.models import attached, images, make, randomise
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", ["adaptformer", "dtl", "vpt_shallow", "vqt", "fish", "unipelt", "lora"])
+def test_one_graph_serves_many_forwards(method, grad):
+    model = make("vit")
+    handle = attached(model, method)
+    randomise(handle, 0.05)
+    handle.eval()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(grad):
+        for seed in range(10):
+            x = images(model, 3, seed=seed)
+            assert torch.allclose(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_switching_is_seen():
+    model = make("vit")
+    x = images(model)
+    with torch.no_grad():
+        bare = model(x)
+        handles = [attached(model, m, name=n) for m, n in (("lora", "one"), ("adaptformer", "two"))]
+        for handle in handles:
+            randomise(handle)
+            handle.disable()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        seen = [bare]
+        for chosen in ([], [0], [1], [0, 1], [0], []):
+            for number, handle in enumerate(handles):
+                handle.disable()
+                if number in chosen:
+                    handle.enable()
+            seen.append(model(x))
+            assert torch.allclose(compiled(x), seen[-1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(seen[1], bare)
+        assert not any(torch.allclose(a, b, atol=1e-3) for a, b in ((seen[2], bare), (seen[3], seen[2]), (seen[4], seen[3])))
+
+
+def test_clip_lengths_are_seen():
+    model = make("vit")
+    randomise(vpeft.attach(model, "st_adapter", bottleneck=4))
+    model.eval()
+    rows = images(model, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    with torch.no_grad():
+        for frames in (1, 2, 3, 2, 1):
+            with vpeft.clips(model, frames):
+                found.append(model(rows))
+                assert torch.allclose(compiled(rows), found[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
