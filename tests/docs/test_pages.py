@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, images, make, train_steps
-from test_structure import FLOORS
 
 import vpeft
+from tests.support.models import MODELS, images, make, train_steps
+from tests.test_structure import FLOORS
 from vpeft.cli import main
 from vpeft.docs import pages as written
 from vpeft.docs.compatibility import ARCHITECTURES, Cell

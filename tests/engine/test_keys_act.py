@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fashion import fashion_root
 from PIL import Image
 from safetensors.torch import save_file
 
 import vpeft
+from tests.support.fashion import fashion_root
 from vpeft.data.splits import make_transforms
 from vpeft.engine.config import load_config
 from vpeft.engine.setup import make_schedule, start_tracking

@@ -117,7 +117,6 @@ def test_what_a_subclass_has_to_say_and_what_it_need_not():
     assert (part.calls_needed(), part.taps(), part.owned_names(), part.why_not({})) == ([], [], set(), None)
     assert not part.inert
     assert not part.mergeable
-    assert part.routable
 
 
 class Sized(nn.Module):

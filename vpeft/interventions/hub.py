@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -245,16 +245,14 @@ def hub_of(model: nn.Module) -> Hub | None:
 
 def hubs(module: nn.Module) -> list[Hub]:
     """The hubs of all models with methods attached in a module."""
-    return [hub for m in module.modules() if isinstance(hub := hub_of(m), Hub)]
+    found = map(hub_of, module.modules())
+    return [hub for hub in found if hub is not None]
 
 
-@contextmanager
-def running(module: nn.Module, **facts: Any) -> Iterator[None]:
-    """Under here this thread runs one forward of each adapted model in ``module``, whole or in parts; see ``Hub``."""
-    with ExitStack() as stack:
-        for hub in hubs(module):
-            stack.enter_context(hub.running(**facts))
-        yield
+def running(model: nn.Module, **facts: Any) -> AbstractContextManager:
+    """Under it this thread runs one forward of a timm model, whole or in parts; see ``Hub.running``."""
+    hub = hub_of(model)
+    return nullcontext() if hub is None else hub.running(**facts)
 
 
 def untouched(model: nn.Module, module: nn.Module) -> bool:
