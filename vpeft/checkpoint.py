@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,11 +73,11 @@ def save(
     tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
     cfg, class_names = getattr(model, "pretrained_cfg", None) or {}, described.get("class_names")
     preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
-    about = {
+    metadata = {
         "format": FORMAT,
         "name": name,
         "method": {"name": method.name, "options": method.options()},
-        "model": model_about(model),
+        "model": model_metadata(model),
         "fingerprint": fingerprint(model, own.keys(), originals),
         "data": preprocessing | (described.get("data") or {}),
         "num_classes": described.get("num_classes"),
@@ -87,7 +87,7 @@ def save(
         "config": described.get("config"),
         "head": sorted(head),
     }
-    text = json.dumps(about, sort_keys=True)
+    text = json.dumps(metadata, sort_keys=True)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
     write_bytes(path, blob)
     return path
@@ -104,10 +104,10 @@ def read(path: Path) -> File:
         raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")
     if header.get("sha256") != _checksum(header[KEY], tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not match the checksum inside")
-    about = json.loads(header[KEY])
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {about.get('format')}; this version of vpeft reads {FORMAT}")
-    return File(path, about, tensors, frozenset(about["head"]))
+    metadata = json.loads(header[KEY])
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {metadata.get('format')}; this version of vpeft reads {FORMAT}")
+    return File(path, metadata, tensors, frozenset(metadata["head"]))
 
 
 def check_backbone(model: nn.Module, file: File) -> None:
@@ -116,7 +116,7 @@ def check_backbone(model: nn.Module, file: File) -> None:
     Raises:
         CheckpointError: names both backbones.
     """
-    stored, here = file.metadata["model"], model_about(model)
+    stored, here = file.metadata["model"], model_metadata(model)
     own = file.tensors.keys() - file.head_names
     if fingerprint(model, own) == file.metadata["fingerprint"]:
         return
@@ -128,7 +128,7 @@ def check_backbone(model: nn.Module, file: File) -> None:
     raise CheckpointError(f"{file.path}: made for another backbone: {reason}")
 
 
-def model_about(model: nn.Module) -> dict[str, Any]:
+def model_metadata(model: nn.Module) -> dict[str, Any]:
     """What timm needs to build the model again."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture")
@@ -179,6 +179,6 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None

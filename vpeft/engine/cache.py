@@ -216,10 +216,10 @@ class FeatureCache:
 
     def _opened(self, folder: Path, found: dict[Any, Tensor], total: int, loader: DataLoader) -> bool:
         """Open a finished cache; else make the files of a new one, under a name that is never trusted."""
-        about = folder / "about.json"
-        if about.is_file():
+        index = folder / "about.json"
+        if index.is_file():
             self.features = self._map(folder, found, total)
-            self.labels = torch.tensor(json.loads(about.read_text())["labels"], dtype=torch.long)
+            self.labels = torch.tensor(json.loads(index.read_text())["labels"], dtype=torch.long)
             return True
         partial = self._partial(folder)
         shutil.rmtree(partial, ignore_errors=True)

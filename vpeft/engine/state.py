@@ -45,10 +45,10 @@ class RunState:
         moments, scalars = optimizer_tensors(self.optimizer)
         tensors = {f"{METHOD}{n}": t for n, t in self.trained.items()} | moments
         tensors |= {f"{AVERAGE}{i}": t for i, t in enumerate(self.average)}
-        about = {"epoch": self.epoch, "best": self.best, "scalars": scalars}
+        saved = {"epoch": self.epoch, "best": self.best, "scalars": scalars}
         if self.scaler is not None:
-            about["scaler"] = self.scaler
-        write_tensors(path, tensors, {"state": json.dumps(about)})
+            saved["scaler"] = self.scaler
+        write_tensors(path, tensors, {"state": json.dumps(saved)})
 
     @classmethod
     def read(cls, path: Path) -> "RunState":
@@ -58,15 +58,15 @@ class RunState:
             CheckpointError: missing, or damaged.
         """
         metadata, tensors = read_tensors(path)
-        about = json.loads(metadata["state"])
+        saved = json.loads(metadata["state"])
         average = {int(n.removeprefix(AVERAGE)): t for n, t in tensors.items() if n.startswith(AVERAGE)}
         return cls(
             trained={n.removeprefix(METHOD): t for n, t in tensors.items() if n.startswith(METHOD)},
             average=[average[i] for i in sorted(average)],
-            optimizer=optimizer_state(tensors, about["scalars"]),
-            epoch=about["epoch"],
-            best=about["best"],
-            scaler=about.get("scaler"),
+            optimizer=optimizer_state(tensors, saved["scalars"]),
+            epoch=saved["epoch"],
+            best=saved["best"],
+            scaler=saved.get("scaler"),
         )
 
 

@@ -93,10 +93,10 @@ class Convpass(Method):
                 raise UnsupportedModelError(
                     f"{block.path} is norm-after-branch: what {self.name} reads, the branch's normed input, is not there"
                 )
-            for name, norm, branch in self.places(block):
+            for name, norm, branch in self.bypasses(block):
                 yield f"{block.path}.{name}", Bypass(self, block, size, grid_of_block(block), norm, branch)
 
-    def places(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
+    def bypasses(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
         """(name, norm to read, branch end to add at) of one block's bypasses."""
         return [
             ("convpass_attn", block.norm1, block.branch1),
@@ -114,5 +114,5 @@ class ConvpassAttn(Convpass):
 
     init: Literal["identity", "xavier"] = "xavier"
 
-    def places(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
-        return super().places(block)[:1]
+    def bypasses(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
+        return super().bypasses(block)[:1]

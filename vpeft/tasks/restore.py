@@ -23,13 +23,13 @@ def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = N
     Raises:
         CheckpointError: no timm name in the file, or no weights for it.
     """
-    about = file.metadata["model"]
-    if not about["name"] or not timm.is_model(about["name"]):
-        raise CheckpointError(f"{file.path}: timm has no model '{about['name']}'; load it in code with vpeft.load")
+    described = file.metadata["model"]
+    if not described["name"] or not timm.is_model(described["name"]):
+        raise CheckpointError(f"{file.path}: timm has no model '{described['name']}'; load it in code with vpeft.load")
     config = copy.deepcopy(task.config)
     if weights:
         config.model.checkpoint = weights
-    config.model.name = about["name"]
+    config.model.name = described["name"]
     # Nothing of the backbone's own is needed where the checkpoint holds all of it.
     config.model.pretrained = False
     same = type(task)(config)
@@ -39,7 +39,7 @@ def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = N
         return same.build_backbone(0).eval()
     except Exception as error:  # hub, cache and file errors have no common class
         raise CheckpointError(
-            f"{file.path}: no weights for its backbone {about['name']}: {error}; give a weight file (--checkpoint)"
+            f"{file.path}: no weights for its backbone {described['name']}: {error}; give a weight file (--checkpoint)"
         ) from error
 
 

@@ -116,8 +116,8 @@ class SaveTrained(Hook):
         folder = Path(runner.work_dir)
         if is_main_process():
             trained = {f"{MODEL}{n}": t for n, t in trained_tensors(bare(runner.model)).items()}
-            about = {"iter": iteration, "epoch": epoch, "backbones": self._frozen}
-            write_trained(folder / f"iter_{iteration}.safetensors", trained, about)
+            metadata = {"iter": iteration, "epoch": epoch, "backbones": self._frozen}
+            write_trained(folder / f"iter_{iteration}.safetensors", trained, metadata)
             files = sorted(folder.glob("iter_*.safetensors"), key=lambda p: int(re.findall(r"\d+", p.stem)[0]))
             for old in [f for f in files if f.stem != f"iter_{iteration}"][: -self.keep + 1 or None]:
                 old.unlink()
@@ -132,51 +132,51 @@ class SaveTrained(Hook):
         moments, scalars = optimizer_tensors(wrapper["state"])
         tensors = {f"{MODEL}{n}": t for n, t in trained_tensors(bare(runner.model)).items()} | moments
         base = wrapper.get("base_param_settings")
-        about = {
+        metadata = {
             "iter": iteration, "epoch": epoch, "backbones": self._frozen, "scalars": scalars,
             "groups": wrapper["param_groups"], "scaler": wrapper.get("loss_scaler"), "random": states,
             "base": base and {k: v for k, v in base.items() if k != "params"},
             "schedulers": [s.state_dict() for s in runner.param_schedulers or []],
         }  # fmt: skip
-        write_trained(Path(runner.work_dir) / STATE, tensors, about)
+        write_trained(Path(runner.work_dir) / STATE, tensors, metadata)
 
     def _restore(self, runner, file: Path) -> None:
-        tensors, about = read_trained(file)
-        if "random" not in about:
+        tensors, metadata = read_trained(file)
+        if "random" not in metadata:
             raise CheckpointError(f"{file} holds weights alone; a run continues from {STATE}")
-        if len(about["random"]) != get_world_size():
-            raise CheckpointError(f"{file}: written by {len(about['random'])} processes, here are {get_world_size()}")
-        put_trained(bare(runner.model), tensors, about, file)
-        self._restore_optimizer(runner, tensors, about)
+        if len(metadata["random"]) != get_world_size():
+            raise CheckpointError(f"{file}: written by {len(metadata['random'])} processes, here are {get_world_size()}")
+        put_trained(bare(runner.model), tensors, metadata, file)
+        self._restore_optimizer(runner, tensors, metadata)
         loop = runner.train_loop
-        loop._iter, loop._epoch = about["iter"], about["epoch"]
+        loop._iter, loop._epoch = metadata["iter"], metadata["epoch"]
         runner.optim_wrapper.initialize_count_status(runner.model, loop.iter, loop.max_iters)
-        states = about["random"][get_rank()]
-        if self._by_epoch(runner) or not about["iter"]:
+        states = metadata["random"][get_rank()]
+        if self._by_epoch(runner) or not metadata["iter"]:
             random_states_from_json(states)
         else:
-            loop.dataloader_iterator = _Passing(loop.dataloader_iterator, about["iter"], states)
-        runner.logger.info("continues after iteration %d, from %s", about["iter"], file)
+            loop.dataloader_iterator = _Passing(loop.dataloader_iterator, metadata["iter"], states)
+        runner.logger.info("continues after iteration %d, from %s", metadata["iter"], file)
 
     @staticmethod
-    def _restore_optimizer(runner, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _restore_optimizer(runner, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         # JSON has no tuples (betas).
         groups = [
-            {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in about["groups"]
+            {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in metadata["groups"]
         ]
-        wrapper = {"state": optimizer_state(tensors, about["scalars"]), "param_groups": groups}
-        if about["scaler"] is not None:
-            wrapper["loss_scaler"] = about["scaler"]
+        wrapper = {"state": optimizer_state(tensors, metadata["scalars"]), "param_groups": groups}
+        if metadata["scaler"] is not None:
+            wrapper["loss_scaler"] = metadata["scaler"]
         schedulers = runner.param_schedulers or []
         try:
             runner.optim_wrapper.load_state_dict(wrapper)
-            for scheduler, values in zip(schedulers, about["schedulers"], strict=True):
+            for scheduler, values in zip(schedulers, metadata["schedulers"], strict=True):
                 scheduler.load_state_dict(values)
         except ValueError as error:
             raise CheckpointError(f"the optimiser or the schedule is not the one that was saved: {error}") from error
         base = runner.optim_wrapper.base_param_settings
         if base is not None:
-            base.update(about["base"] or {})
+            base.update(metadata["base"] or {})
 
 
 class _Passing:

@@ -43,8 +43,8 @@ def load_trained(model: nn.Module, file: str | Path) -> nn.Module:
         CheckpointError: damaged or foreign, of another configuration, or trained on other frozen weights; the model is then
             as it was.
     """
-    tensors, about = read_trained(Path(file))
-    put_trained(model, tensors, about, Path(file))
+    tensors, metadata = read_trained(Path(file))
+    put_trained(model, tensors, metadata, Path(file))
     return model
 
 
@@ -55,21 +55,21 @@ def read_trained(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: damaged, or another program's.
     """
     header, tensors = read_tensors(file)
-    about = json.loads(header.get("vpeft", "{}"))
-    if about.get("format") != FORMAT:
+    metadata = json.loads(header.get("vpeft", "{}"))
+    if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no file of vpeft.SaveTrained")
-    return tensors, about
+    return tensors, metadata
 
 
-def write_trained(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_trained(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a file of ``SaveTrained``, whole or not at all.
 
     Args:
         file: path.
         tensors: the trained ones with ``MODEL`` in front of their names, and perhaps an optimiser's.
-        about: what else there is to know, as plain values.
+        metadata: what else there is to know, as plain values.
     """
-    write_tensors(file, tensors, {"vpeft": json.dumps({"format": FORMAT, **about}, default=_number)})
+    write_tensors(file, tensors, {"vpeft": json.dumps({"format": FORMAT, **metadata}, default=_number)})
 
 
 def _number(value: Any) -> Any:
@@ -79,7 +79,7 @@ def _number(value: Any) -> Any:
 
 
 @torch.no_grad()
-def put_trained(model: nn.Module, tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> None:
+def put_trained(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
     """Put the tensors of a file into a segmentor; arguments as ``read_trained`` gives them.
 
     Raises:
@@ -95,7 +95,7 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], about: dict[str, A
     for name, value in plain.items():
         if own[name].shape != value.shape:
             raise CheckpointError(f"{file}: {name} is {tuple(value.shape)}, here {tuple(own[name].shape)}")
-    if about["backbones"] != fingerprints(model):
+    if metadata["backbones"] != fingerprints(model):
         raise CheckpointError(f"{file}: trained on other frozen weights than this backbone's")
     for prefix, handle in methods.items():
         handle.load_state_dict({n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)})

@@ -167,8 +167,8 @@ class SemanticSegmentation(SegmentationStep):
         """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
         files, out = find_images(paths), Path(options.out or "predictions")
         built = restored(self, file, options.weights)
-        about = file.metadata["data"]
-        transform = PairTransform(about["mean"], about["std"], short=self.config.seg.short)
+        described = file.metadata["data"]
+        transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
         names = names_of(file, self.num_classes)
         colours, found, used = palette(len(names)), Predictions(), set()
         out.mkdir(parents=True, exist_ok=True)
