@@ -62,3 +62,15 @@ def test_clip_lengths_are_seen():
                 found.append(model(rows))
                 assert torch.allclose(compiled(rows), found[-1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vqt", "evp", "unipelt"])
+def test_an_exported_model_takes_any_batch(method):
+    model = make("vit")
+    randomise(attached(model, method))
+    model.eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (images(model, 4),), dynamic_shapes=({0: batch},)).module()
+    x = images(model, 7)
+    with torch.no_grad():
+        assert torch.allclose(exported(x), model(x), atol=1e-5)

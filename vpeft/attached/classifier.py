@@ -39,6 +39,11 @@ class Classifier:
         if hasattr(model, "num_classes"):
             model.num_classes = self.num_classes
 
+    def is_same(self, other: "Classifier") -> bool:
+        """The very same modules at the same places."""
+        paths = self.modules.keys() == other.modules.keys()
+        return paths and all(module is other.modules[path] for path, module in self.modules.items())
+
     def twin(self) -> "Classifier":
         """A copy with tensors of its own and the same hooks."""
         return Classifier({path: _copied(module) for path, module in self.modules.items()}, self.num_classes)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.modules import ModuleRef
+from ..backbone.modules import CONTAINER, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import CheckpointError, VpeftError, did_you_mean, some
 from ..interventions.base import Intervention, set_tensor
@@ -135,6 +135,9 @@ class Tree(nn.Module):
     @property
     def head_places(self) -> list[ModuleRef]:
         """What trains beside the method: its classifier(s), and the modules outside the model."""
+        container = getattr(self.model, CONTAINER, None)
+        if container is not None:
+            container.adopt_classifier()
         return [*self.classifier.heads, *(ModuleRef(name, module) for name, module in self.heads.items())]
 
     def head_tensors(self) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """Reading a model: which blocks it has, in which order they run, and that a hooked module is called at all."""
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VpeftError
+from ..numerics import eval_mode
 from .modules import CONTAINER, QKV_SLOTS, BlockSite, ModuleRef
 
 # A block may have these parts and no other that holds parameters; anything else would act where we do not know of it.
@@ -139,17 +139,6 @@ def _read_blocks(model: nn.Module, found: list[tuple[str, nn.Module]], size: tup
     return blocks
 
 
-@contextmanager
-def _evaluating(model: nn.Module):
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def dry_forward(
     model: nn.Module,
     size: tuple[int, ...],
@@ -173,7 +162,7 @@ def dry_forward(
         UnsupportedModelError: the model does not take an image of its own size.
     """
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    with _evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
         try:
             return (run or model)(image[:0])

@@ -160,10 +160,6 @@ class Sites:
                 yield ModuleRef(path, module)
 
 
-def head_paths(model: nn.Module) -> list[str]:
-    return [h.path for h in head_places(model)]
-
-
 def block_indices(blocks: Any, depth: int) -> list[int]:
     """See ``Sites.choose``."""
     if blocks is None:

@@ -25,7 +25,8 @@ def attend_with_prefixes(inner: Inner, prefixes: list["AttentionPrefix"], x: Ten
         if bias is not None:
             fill = bias.new_ones if bias.dtype == torch.bool else bias.new_zeros
             bias = torch.cat([fill(*bias.shape[:-1], tokens), bias], -1)
-        keys, values = ([t.to(k.dtype).expand(len(x), -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
+        batch = x.shape[0]  # not len(x), which torch.export takes for a constant
+        keys, values = ([t.to(k.dtype).expand(batch, -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
         k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
     return attention_output(attn, attend(attn, q, k, v, bias), x)
 

@@ -104,9 +104,6 @@ class Intervention(nn.Module):
         """Say what is done where (``act_before``, ``act_after``, ``act_around``), once ``hub`` and ``owner`` are known."""
         raise NotImplementedError
 
-    def uninstall(self) -> None:
-        """Undo what ``install`` did besides acting at junctions."""
-
     def calls_needed(self) -> list[ModuleRef]:
         """Attentions that must be set to call their own qkv module; without that, hooks on it never fire."""
         return []

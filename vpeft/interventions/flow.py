@@ -32,6 +32,8 @@ class Flow:
         self.state: dict[tuple[int, str], Any] = {}
         self.carried: set[tuple[int, str]] = set()
         self.starter, self.outer, self.checkpointed = starter, outer, checkpointed
+        self.called: set[str] = set()  # of the starter's own functions, those that were called
+        self.busy = False  # one of them runs
         self.task: int | None = None
         self.closed = False
 
@@ -52,22 +54,19 @@ class Flow:
     def after_features(self) -> "Flow | None":
         """What the classifier's side goes on with, or None where it needs nothing."""
         kept = {key: value for key, value in self.state.items() if key in self.carried}
-        if not kept:
-            return None
-        flow = Flow(self.acting, self.facts)
-        flow.state, flow.carried = kept, set(self.carried)
-        return flow
+        return self._with(kept) if kept else None
 
     def snapshot(self) -> "Flow":
         """Its present state without graphs: the same values, which require a gradient where these do."""
-        flow = Flow(self.acting, self.facts)
-        flow.state, flow.carried = {key: _leaf(value) for key, value in self.state.items()}, set(self.carried)
-        return flow
+        return self._with({key: _leaf(value) for key, value in self.state.items()})
 
     def again(self) -> "Flow":
         """A flow that goes on from this one's state, which stays as it is."""
+        return self._with(dict(self.state))
+
+    def _with(self, state: dict[tuple[int, str], Any]) -> "Flow":
         flow = Flow(self.acting, self.facts)
-        flow.state, flow.carried = dict(self.state), set(self.carried)
+        flow.state, flow.carried = state, set(self.carried)
         return flow
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """The hub of a model: its junctions, and on each thread the forward that is under way."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import CONTAINER
+from ..errors import MethodError
 from .flow import Flow
 from .junction import Junction, unhook, with_tensors
 
@@ -31,6 +33,7 @@ class Hub:
         acting: names of the handles that act in a forward that starts now.
         junctions: by module.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
+        own: functions that a user had put in the place of timm's before anything was attached.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
@@ -38,6 +41,7 @@ class Hub:
         self.acting: tuple[str, ...] = ()
         self.junctions: dict[nn.Module, Junction] = {}
         self.top = Junction(self, model, stands_in=False)
+        self.own: dict[str, Any] = {}
         self.checkpointing = [m for m in model.modules() if hasattr(m, "grad_checkpointing")]
         self._begin_empty()
 
@@ -62,6 +66,8 @@ class Hub:
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True, prepend=True)
             block.register_forward_hook(self._end, always_call=True)
         for name in STARTS:
+            if name in vars(self.model):  # the user's own
+                self.own[name] = vars(self.model)[name]
             if callable(getattr(type(self.model), name, None)):
                 setattr(self.model, name, getattr(self, f"_{name}"))
 
@@ -71,6 +77,7 @@ class Hub:
             unhook(module, self)
         for name in STARTS:
             vars(self.model).pop(name, None)
+        vars(self.model).update(self.own)
 
     def at(self, module: nn.Module) -> Junction:
         """The junction of a module."""
@@ -114,7 +121,11 @@ class Hub:
     def now(self) -> Flow | None:
         """The forward under way on this thread, or None."""
         flow = getattr(self.local, "flow", None)
-        return None if flow is None or flow.closed else flow
+        if flow is None or flow.closed:
+            return None
+        if flow.task is not None and flow.task != torch._C._current_graph_task_id():
+            return None  # its backward pass failed, or this is another one
+        return flow
 
     def acting_now(self) -> tuple[str, ...]:
         """Names of the handles that act in the forward under way, or would in one that starts now."""
@@ -168,7 +179,8 @@ class Hub:
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         flow = self.now()
-        if flow is None or flow.task is not None:
+        # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
+        if flow is None or flow.task is not None or flow.starter is not None:
             self.local.flow = self._new(model)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -178,7 +190,7 @@ class Hub:
 
     def _enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         flow = self.now()
-        if flow is not None and flow.task is None:
+        if flow is not None and flow.task is None and flow.starter is not block:
             if flow.checkpointed:
                 self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
             return
@@ -210,27 +222,43 @@ class Hub:
         return self._part("forward_intermediates", args, kwargs)
 
     def _forward_head(self, *args: Any, **kwargs: Any) -> Any:
-        carried = None
-        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
-            carried = self.carried.get(args[0])
+        carried, x = None, args[0] if args else kwargs.get("x")
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling():
+            carried = self.carried.get(x)
         return self._part("forward_head", args, kwargs, carried)
 
     def _part(self, name: str, args: tuple, kwargs: dict[str, Any], carried: Flow | None = None) -> Any:
         """One of the model's own functions, in the forward under way or as one of its own."""
-        function, flow = getattr(type(self.model), name), self.now()
-        if flow is not None and flow.task is None:
-            return function(with_tensors(self.model, self.top.tensors(flow)), *args, **kwargs)
+        flow = self.now()
+        if flow is not None and flow.task is None and flow.starter is not self.model:
+            return self._function(name, flow)(*args, **kwargs)
+        # A whole forward calls each of them once, the head behind the features; any other call is a user's, inside of it.
+        if flow is not None and flow.task is None and name not in flow.called and not (flow.busy and name == STARTS[-1]):
+            busy, flow.busy = flow.busy, True
+            flow.called.add(name)
+            try:
+                return self._function(name, flow)(*args, **kwargs)
+            finally:
+                flow.busy = busy
         before = getattr(self.local, "flow", None)
         flow = self._new() if carried is None else carried.again()
         self.local.flow = flow
         try:
-            output = function(with_tensors(self.model, self.top.tensors(flow)), *args, **kwargs)
+            output = self._function(name, flow)(*args, **kwargs)
         finally:
             self.local.flow = before
         features = output[0] if isinstance(output, tuple) else output
         if flow.carried and isinstance(features, Tensor) and not torch.compiler.is_compiling():
             self._carry(features, flow)
         return output
+
+    def _function(self, name: str, flow: Flow) -> Callable:
+        tensors = self.top.tensors(flow)
+        if name not in self.own:
+            return partial(getattr(type(self.model), name), with_tensors(self.model, tensors))
+        if tensors:
+            raise MethodError(f"the model's {name} is not timm's: {', '.join(tensors)} cannot be replaced in it")
+        return self.own[name]
 
     def _carry(self, features: Tensor, flow: Flow) -> None:
         kept = flow.after_features()

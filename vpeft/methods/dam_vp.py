@@ -122,6 +122,13 @@ class DAMVP(PixelMethod):
     def trains_head(self) -> bool:
         return self.head == "tuned"
 
+    def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
+        """See ``PixelMethod``; the classes are features, of which there must be enough."""
+        width = features_width(tree.sites)
+        if self.head == "active" and tree.model.num_classes > width:
+            raise MethodError(f"{self.name}: {tree.model.num_classes} classes, but only {width} features to stand for them")
+        super().follow_classifier(tree, heads)
+
     def check(self) -> None:
         super().check()
         if self.head == "tuned" and self.classes is not None:

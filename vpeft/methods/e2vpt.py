@@ -161,16 +161,18 @@ class E2VPT(VPTDeep):
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """Everything, at the initial values that belong to a seed."""
         self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_prompts_at``
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            parts = [("e2vpt", self._masks), *super().build(sites)]
-            first = None
-            for block in sites.choose(self.blocks) if self.kv_tokens else []:
-                own = first is None or not self.share_blocks
-                keys = KeyValue(self, sites, block, None if own else first)
-                parts.append(("prefix" if own and self.share_blocks else f"{block.path}.prefix", keys))
-                first = first or keys
-        del self._masks
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                parts = [("e2vpt", self._masks), *super().build(sites)]
+                first = None
+                for block in sites.choose(self.blocks) if self.kv_tokens else []:
+                    own = first is None or not self.share_blocks
+                    keys = KeyValue(self, sites, block, None if own else first)
+                    parts.append(("prefix" if own and self.share_blocks else f"{block.path}.prefix", keys))
+                    first = first or keys
+        finally:
+            del self._masks
         return iter(parts)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:

@@ -140,7 +140,7 @@ class UniPELTGates(Intervention):
     def pop(self, name: str, batch: int) -> Tensor:
         """A gate for ``batch`` windows, or whole samples, in their order; it is then forgotten."""
         g = self.flow.pop(self, name)
-        return g.repeat_interleave(batch // max(len(g), 1))
+        return g.repeat_interleave(batch // max(g.shape[0], 1))
 
 
 class _Gated:
@@ -155,7 +155,7 @@ class _Gated:
 
 class _GatedPair(_Gated):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        g = self.gates.pop("prefix", len(x))[:, None, None, None]
+        g = self.gates.pop("prefix", x.shape[0])[:, None, None, None]
         key, value = super().forward(x)
         return g * key, g * value
 
@@ -176,7 +176,7 @@ class GatedLora(_Gated, LoraLinear):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
         order = [s for _, s in sorted(zip(self.rows, self.slots or [self.site.slot], strict=True))]
-        g = torch.stack([self.gates.pop(f"lora_{s}", len(x)) for s in order], -1)
+        g = torch.stack([self.gates.pop(f"lora_{s}", x.shape[0]) for s in order], -1)
         h = nn.functional.linear(self.drop(x), a).unflatten(-1, (len(order), -1))
         h = (h * g[:, None, :, None].to(h.dtype)).flatten(-2)
         return y + nn.functional.linear(h, b)

@@ -92,10 +92,12 @@ class PixelMethod(Method):
 
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         """The new outputs stand for the new classes, one for one, until ``calibrate`` maps them again."""
+        if any(part.map is not None for part in tree.interventions):
+            if not heads:
+                raise MethodError(f"{self.name} picks outputs of the classifier; detach it before taking that away")
+            tree.method = self if self.classes is None else replace(self, classes=tree.model.num_classes)
+            tree.calibrated = False
         super().follow_classifier(tree, heads)
-        tree.calibrated = False
-        if self.classes is not None:
-            tree.method = replace(self, classes=tree.model.num_classes)
 
     def target_classes(self, sites: Sites, outputs: int) -> int:
         """How many classes there are to be, of so many outputs that can stand for them."""

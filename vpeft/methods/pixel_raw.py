@@ -55,7 +55,7 @@ class Surround(PixelPrompt):
             how = {"mode": self.resampling, "antialias": True, "align_corners": False}
             x = F.interpolate(at_least_float32(x), self.inner, **how).to(x.dtype)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
-        return F.pad(x, self.margins) + (self.pixels(len(x)) - mean * self.outside) / std
+        return F.pad(x, self.margins) + (self.pixels(x.shape[0]) - mean * self.outside) / std
 
 
 class GreyFrame(Surround):

@@ -56,7 +56,7 @@ class ExtraQueries(AttentionPrefix):
             self.flow.put(self, "rows", self._rows(*self.flow.pop(self, "read")), carried=True)
 
     def _rows(self, k: Tensor, v: Tensor) -> Tensor:
-        return rows_through_block(self.block, self(len(k)), k, v)
+        return rows_through_block(self.block, self(k.shape[0]), k, v)
 
     def pop(self) -> Tensor:
         """The rows (B, T, D) after the block; they are then forgotten.

@@ -1,6 +1,6 @@
 """``attach`` a method to a timm model, ``load`` one from a file, ``get_handle`` of a copy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ def attach(
 ) -> Handle:
     """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
 
-    The model keeps its class, its forward and every name. A method attached earlier stays, disabled and frozen. The
-    handle trains a copy of the classifier; the model's own is back where it is disabled or detached.
+    The model keeps its class, its forward and every name. A method attached earlier stays, disabled, its
+    parameters frozen. The handle trains a copy of the classifier; the model's own is back where it is disabled or detached.
 
     Args:
         model: a timm ViT, Swin or relative (see ``vpeft.backbone``).
@@ -110,8 +110,8 @@ def load(
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
     outside = tuple(f"{n}." for n in heads or {})
     wanted = _Wanted.of({n: t for n, t in head_tensors.items() if not n.startswith(outside)})
-    handle = _attach(model, method, name or file.metadata["name"], heads or {}, wanted)
-    try:
+
+    def fill(handle: Handle) -> None:
         handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
         current = handle.head_state_dict()
         found, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
@@ -120,10 +120,8 @@ def load(
         with torch.no_grad():
             for n, t in head_tensors.items():
                 current[n].copy_(t)
-    except BaseException:
-        handle.detach()
-        raise
-    return handle
+
+    return _attach(model, method, name or file.metadata["name"], heads or {}, wanted, fill)
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,19 @@ class _Wanted:
 
 
 def _attach(
-    model: nn.Module, method: Method, name: str | None, heads: Mapping[str, nn.Module], wanted: _Wanted | None = None
+    model: nn.Module,
+    method: Method,
+    name: str | None,
+    heads: Mapping[str, nn.Module],
+    wanted: _Wanted | None = None,
+    fill: Callable[[Handle], None] = lambda handle: None,
 ) -> Handle:
-    """See ``attach``; ``wanted`` says what the classifier must be like, where it is not to be a copy of the model's own."""
+    """See ``attach``.
+
+    Args:
+        wanted: what the classifier must be like, where it is not to be a copy of the model's own.
+        fill: puts values in; when it fails, nothing was attached.
+    """
     _check_wrapper(model)
     name = name or method.name
     if not name.isidentifier():
@@ -154,7 +162,7 @@ def _attach(
         raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
     if Container.has_attribute(name):
         raise MethodError(f"name: '{name}' is an attribute of the module that holds attached methods; choose another")
-    enabled = [Handle(model, n) for n, tree in earlier.trees.items() if tree.enabled] if earlier is not None else []
+    enabled = [Handle(model, n) for n in earlier.enabled_order] if earlier is not None else []
     for handle in enabled:
         if handle.merged:
             raise MethodError(f"'{handle.name}' is merged into the weights; unmerge() or detach() it first")
@@ -163,6 +171,7 @@ def _attach(
     frozen, own = {n: p.requires_grad for n, p in model.named_parameters()}, Classifier.of(model)
     try:
         _install(model, method, name, heads, wanted, frozen)
+        fill(Handle(model, name))
     except BaseException:
         if container_of(model) is not None and name in container_of(model)._modules:
             remove(model, name)
@@ -219,6 +228,7 @@ def _install(
     tree.heads = dict(heads)
     tree.tell()
     container.enabled_order.append(name)
+    container.shown = name
     tree.train(model.training)
     places = [p for i in tree.interventions for p in i.hooked()]
     with _named(method, model), clips(model, 1):  # one image is a clip of one frame

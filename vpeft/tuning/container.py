@@ -9,6 +9,7 @@ from torch import nn
 from ..attached.classifier import Classifier
 from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER, ModuleRef
+from ..errors import MethodError
 from ..interventions.hub import Hub
 
 
@@ -20,6 +21,8 @@ class Container(nn.Module):
         own_classifier: the model's own, in the model while no method is enabled.
         enabled_order: names of the enabled handles, the one last enabled at the end: its classifier is in the model.
         required_grad: which of the model's parameters required a gradient before the first method was attached.
+        shown: whose classifier is in the model; None for the model's own.
+        own_reset: a function that a user had put in the place of timm's ``reset_classifier``.
         patched: attentions that were set to call their own qkv module.
     """
 
@@ -28,11 +31,14 @@ class Container(nn.Module):
     enabled_order: list[str]
     required_grad: dict[str, bool]
     patched: list[ModuleRef]
+    shown: str | None
+    own_reset: Callable | None
 
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
         self.enabled_order, self.patched = [], []
+        self.shown, self.own_reset = None, vars(hub.model).get("reset_classifier")
 
     @classmethod
     def has_attribute(cls, name: str) -> bool:
@@ -62,21 +68,53 @@ class Container(nn.Module):
 
     def put_classifier(self) -> None:
         """Put the classifier of the handle that was enabled last into the model, or the model's own."""
+        self.adopt_classifier()
         self.enabled_order = [name for name in self.enabled_order if name in self._modules and self._modules[name].enabled]
         self.current_classifier().put_into(self.hub.model)
+        self.shown = self.enabled_order[-1] if self.enabled_order else None
+
+    def adopt_classifier(self) -> None:
+        """A classifier that a user has put into the model by hand belongs to whose was there before."""
+        tree, now = self._modules.get(self.shown), Classifier.of(self.hub.model)
+        known = self.own_classifier if tree is None else tree.classifier
+        if not now.modules or now.is_same(known):
+            return
+        if tree is None:
+            self.own_classifier = now
+        else:
+            tree.classifier, tree.sites.heads = now, now.heads
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        """timm's ``reset_classifier``: a fresh classifier for the enabled handle, or, without one, for the model."""
-        model = self.hub.model
-        type(model).reset_classifier(model, *args, **kwargs)
+        """timm's ``reset_classifier``: a fresh classifier for the enabled handle, or, without one, for the model.
+
+        Raises:
+            MethodError: the method cannot follow; or another pooling is asked for, which all methods share with the model.
+        """
+        model, before = self.hub.model, Classifier.of(self.hub.model)
+        pool, has = kwargs.get("global_pool", args[1] if len(args) > 1 else None), getattr(model, "global_pool", None)
+        if pool is not None and pool != has:
+            raise MethodError(
+                f"the model pools with {has!r}, with methods attached it cannot change to {pool!r}: "
+                f"call reset_classifier(..., {pool!r}) before attach"
+            )
+        if self.own_reset is None:
+            type(model).reset_classifier(model, *args, **kwargs)
+        else:
+            self.own_reset(*args, **kwargs)
         made = Classifier.of(model)
         if not self.enabled_order:
             self.own_classifier = made
             return
         tree: Tree = self._modules[self.enabled_order[-1]]
-        for old in tree.classifier.modules.values():
+        try:
+            for module in made.modules.values():
+                module.requires_grad_(tree.method.trains_head)
+            tree.method.follow_classifier(tree, made.heads)
+        except BaseException:
+            before.put_into(model)
+            raise
+        for old in before.modules.values():
             self.hub.forget(old)
-        tree.method.follow_classifier(tree, made.heads)
         tree.classifier = Classifier.of(model)
         tree.sites.heads = tree.classifier.heads
 
@@ -97,8 +135,6 @@ def container_of(model: nn.Module) -> Container | None:
 def remove(model: nn.Module, name: str) -> None:
     """Take one method off a model, whatever state it is in; with the last one, everything that came with the first."""
     container = container_of(model)
-    for intervention in container._modules[name].interventions:
-        intervention.uninstall()
     container.hub.remove(name)
     container.hub.acting = tuple(n for n in container.hub.acting if n != name)
     del container._modules[name]
@@ -110,6 +146,8 @@ def remove(model: nn.Module, name: str) -> None:
     if not container._modules:
         container.hub.uninstall()
         vars(model).pop("reset_classifier", None)
+        if container.own_reset is not None:
+            model.reset_classifier = container.own_reset
         for n, parameter in model.named_parameters():
             parameter.requires_grad_(container.required_grad.get(n, True))
         delattr(model, CONTAINER)

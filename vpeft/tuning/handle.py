@@ -24,14 +24,19 @@ from .summary import summary
 class _Switch:
     """What ``enable`` and ``disable`` return. In a ``with`` statement it restores the former state at the end."""
 
-    def __init__(self, handle: "Handle", was: bool):
-        self.handle, self.was = handle, was
+    def __init__(self, handle: "Handle"):
+        self.handle, self.was = handle, handle.enabled
+        self.order = list(handle._container.enabled_order)
 
     def __enter__(self) -> "Handle":
         return self.handle
 
     def __exit__(self, *error) -> None:
         self.handle._switch(self.was)
+        container = self.handle._container
+        enabled = container.enabled_order  # someone else may have been switched meanwhile
+        container.enabled_order = [n for n in enabled if n not in self.order] + [n for n in self.order if n in enabled]
+        container.put_classifier()
 
 
 class Handle:
@@ -187,15 +192,15 @@ class Handle:
         Raises:
             MethodError: another enabled method trains the same tensors of the model.
         """
-        was = self.enabled
+        before = _Switch(self)
         self._switch(True)
-        return _Switch(self, was)
+        return before
 
     def disable(self) -> _Switch:
         """Make the model compute what the bare one does. ``with handle.disable():`` does so for a while."""
-        was = self.enabled
+        before = _Switch(self)
         self._switch(False)
-        return _Switch(self, was)
+        return before
 
     def _switch(self, on: bool) -> None:
         root, container = self.root, self._container
@@ -209,6 +214,9 @@ class Handle:
                 shared = mine & {name for i in other.interventions for name in i.owned_names()}
                 if other.enabled and shared:
                     raise MethodError(f"'{other.name}' is enabled and has its own values of {some(sorted(shared))}")
+                folded = mine & {f"{place.path}.{n}" for place, n, _ in other.unmerged or ()}
+                if folded:
+                    raise MethodError(f"'{other.name}' is merged into {some(sorted(folded))}; unmerge() it first")
         root.switch(on)
         container.enabled_order = [name for name in container.enabled_order if name != self.name] + [self.name] * on
         container.put_classifier()

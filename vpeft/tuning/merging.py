@@ -1,17 +1,15 @@
 """Folding a method into the backbone's weights, and back."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from ..attached.tree import Tree
-from ..errors import MethodError
+from ..errors import MethodError, some
 from ..interventions.base import Folded
 
 
 @torch.no_grad()
-def merge(tree: Tree, others: Iterable[Tree]) -> None:
+def merge(tree: Tree, others: list[Tree]) -> None:
     """Write what the hooks do into the weights, computed in float32 (or float64) and cast once; the hooks then rest.
 
     Args:
@@ -29,17 +27,25 @@ def merge(tree: Tree, others: Iterable[Tree]) -> None:
     folds = _folds(tree)
     _check_alone(tree, folds, others)
     tree.unmerged = []
-    for fold in folds:
-        for name, value in fold.tensors.items():
-            current = getattr(fold.place.module, name)
-            tree.unmerged.append((fold.place, name, None if current is None else current.detach().clone()))
-            if current is None:
-                like = fold.place.module.weight
-                new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
-                setattr(fold.place.module, name, new)
-            else:
-                current.copy_(value)
+    try:
+        for fold in folds:
+            _write(fold, tree.unmerged)
+    except BaseException:
+        unmerge(tree)
+        raise
     tree.tell()
+
+
+def _write(fold: Folded, unmerged: list) -> None:
+    """Put new values into a module, after what it held was noted."""
+    for name, value in fold.tensors.items():
+        current = getattr(fold.place.module, name)
+        unmerged.append((fold.place, name, None if current is None else current.detach().clone()))
+        if current is None:
+            like = fold.place.module.weight
+            setattr(fold.place.module, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
+        else:
+            current.copy_(value)
 
 
 def _folds(tree: Tree) -> list[Folded]:
@@ -57,7 +63,12 @@ def _folds(tree: Tree) -> list[Folded]:
     return folds
 
 
-def _check_alone(tree: Tree, folds: list[Folded], others: Iterable[Tree]) -> None:
+def _check_alone(tree: Tree, folds: list[Folded], others: list[Tree]) -> None:
+    written = {f"{f.place.path}.{name}" for f in folds for name in f.tensors}
+    for other in others:
+        owned = written & {name for i in other.interventions for name in i.owned_names()}
+        if other.enabled and owned:
+            raise MethodError(f"cannot merge '{tree.name}': '{other.name}' has its own values of {some(sorted(owned))}")
     touched = {id(f.place.module) for f in folds} | {id(p.module) for i in tree.interventions for p in i.hooked()}
     for place in (p for other in others if other.enabled for i in other.interventions for p in i.hooked()):
         if id(place.module) in touched:
