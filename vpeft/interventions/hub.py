@@ -108,11 +108,7 @@ class Hub:
     def untouched(self, module: nn.Module, besides: str | None = None) -> bool:
         """Whether a module computes what its class does: nobody acts there (``besides`` may), and no one else hooks it."""
         junction = self.junctions.get(module)
-        known = (self, junction)
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module):
-            hooks.append(vars(module)["forward"])
-        if any(getattr(hook, "__self__", None) not in known for hook in hooks):
+        if not _hooked_only_by(module, self, junction):
             return False
         return junction is None or not (junction.owners() - {besides}) & set(self.acting_now())
 
@@ -285,8 +281,15 @@ def running(model: nn.Module, **facts: Any) -> AbstractContextManager:
 
 def untouched(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module of a model computes what its class does; see ``Hub.untouched``."""
-    hub = hub_of(model) or Hub(model, [])
-    return hub.untouched(module)
+    hub = hub_of(model)
+    return _hooked_only_by(module) if hub is None else hub.untouched(module)
+
+
+def _hooked_only_by(module: nn.Module, *known: object) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in vars(module):
+        hooks.append(vars(module)["forward"])
+    return all(getattr(hook, "__self__", None) in known for hook in hooks)
 
 
 def as_it_acts(model: nn.Module) -> nn.Module:
