@@ -466,5 +466,8 @@ def test_untouched_is_what_nobody_hooks_and_no_one_acts_at():
     assert hub.untouched(fc)
     fc.forward = lambda x: x
     assert not hub.untouched(fc)
+    norm.register_forward_hook(lambda m, args, output: None)
+    assert not hub.untouched(norm), "a function hooks it, and no intervention does"
     assert untouched(chain(), nn.Linear(1, 1))
+    assert not untouched(chain(), norm)
     assert hub.untouched(model.blocks[0]), "the hub's own hooks change nothing"

@@ -289,7 +289,7 @@ def _hooked_only_by(module: nn.Module, *known: object) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if "forward" in vars(module):
         hooks.append(vars(module)["forward"])
-    return all(getattr(hook, "__self__", None) in known for hook in hooks)
+    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
 
 
 def as_it_acts(model: nn.Module) -> nn.Module:
