@@ -17,7 +17,8 @@ from .backbone.reading import input_size
 from .errors import CheckpointError
 from .files import read_tensors, write_bytes
 
-FORMAT = 1
+FORMAT = 2  # 1: until November 2026; what changed in the meaning of options is in methods/earlier.py
+READABLE = (1, FORMAT)
 KEY = "vpeft"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -105,8 +106,8 @@ def read(path: Path) -> File:
     if header.get("sha256") != _checksum(header[KEY], tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not match the checksum inside")
     metadata = json.loads(header[KEY])
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {metadata.get('format')}; this version of vpeft reads {FORMAT}")
+    if metadata.get("format") not in READABLE:
+        raise CheckpointError(f"{path} has format {metadata.get('format')}; this version of vpeft reads 1 to {FORMAT}")
     return File(path, metadata, tensors, frozenset(metadata["head"]))
 
 

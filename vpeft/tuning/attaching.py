@@ -19,6 +19,7 @@ from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftE
 from ..interventions.context import clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
+from ..methods.earlier import options_of
 from .container import Container, container_of, remove
 from .handle import Handle
 from .heads import check_heads, head_differences
@@ -104,8 +105,9 @@ def load(
     if check_backbone:
         checkpoint.check_backbone(model, file)
     head_tensors = {n: t for n, t in file.tensors.items() if n in file.head_names} if head else {}
+    stored = file.metadata["method"]
     try:
-        method = create(file.metadata["method"]["name"], **file.metadata["method"]["options"])
+        method = create(stored["name"], **options_of(stored["name"], stored["options"], file.metadata["format"]))
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
     outside = tuple(f"{n}." for n in heads or {})

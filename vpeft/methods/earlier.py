@@ -1,0 +1,24 @@
+"""What files of earlier formats mean: the values of options that did not exist yet when they were written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
+MEANT: dict[int, dict[str, dict[str, Any]]] = {
+    1: {},
+}
+
+
+def options_of(method: str, options: Mapping[str, Any], written: int) -> dict[str, Any]:
+    """The hyper-parameters that a file means today.
+
+    Args:
+        method: its registered name.
+        options: as the file holds them.
+        written: the file's format.
+    """
+    meant: dict[str, Any] = {}
+    for format_, methods in sorted(MEANT.items(), reverse=True):
+        if format_ >= written:
+            meant |= methods.get(method, {})
+    return meant | dict(options)
