@@ -132,6 +132,7 @@ def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespa
 
     options = declared(MotionConfig)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the clips are written")
+    parser.add_argument("--fashion-mnist", metavar="DIR", help="with its four files; the excerpt that ships where left out")
     for this in options:
         parser.add_argument(f"--{this.name}", type=this.hint, default=this.default, help=f"default {this.default}")
 
@@ -142,7 +143,7 @@ def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespa
 
         values = {this.name: getattr(args, this.name) for this in options}
         check_values(MotionConfig, values, ConfigError)
-        make_motion(args.out, OmegaConf.structured(MotionConfig(**values)))
+        make_motion(args.out, OmegaConf.structured(MotionConfig(**values)), args.fashion_mnist)
         print(f"{args.out}: {args.train} training and {args.test} test clips, with lists train.txt and test.txt")
 
     return run

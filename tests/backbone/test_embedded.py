@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from vpeft.backbone import embedded
-from vpeft.data.embedded import FASHION_ROOT, digits, fashion_mnist
+from vpeft.data.embedded import EXCERPT, digits, fashion_mnist
 
 NAMES = ["vit_micro_patch4_28", "swin_micro_patch2_window7_28"]
 
@@ -40,13 +40,12 @@ def test_features_carry_over_to_digits(name):
     assert neighbour_accuracy(pretrained) > neighbour_accuracy(random) + 0.3
 
 
-@pytest.mark.skipif(not Path(FASHION_ROOT).is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-@pytest.mark.parametrize(("name", "least"), [("vit_micro_patch4_28", 0.89), ("swin_micro_patch2_window7_28", 0.89)])
+@pytest.mark.parametrize(("name", "least"), [("vit_micro_patch4_28", 0.89), ("swin_micro_patch2_window7_28", 0.87)])
 def test_accuracy_on_fashion_mnist(name, least):
-    """On the first 2,000 test images; the whole set's figure is in model_zoo.md."""
+    """On the 1,000 test images that ship; the whole set's figure is in model_zoo.md."""
     model = timm.create_model(f"{name}.vpeft_fashion", pretrained=True).eval()
-    test = fashion_mnist(None, "test")
-    right = outputs(model, test, 2000).argmax(1).numpy() == test.labels[:2000]
+    test = fashion_mnist(str(EXCERPT), "test")
+    right = outputs(model, test, 1000).argmax(1).numpy() == test.labels
     assert right.mean() > least
 
 

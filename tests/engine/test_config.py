@@ -59,7 +59,7 @@ def test_refused_while_reading(tiny_file, override, message):
         (["method.options.rank=four"], CONFIG, r"method: lora\.rank: 'four' is no int"),
         (["data.source=digit"], vpeft.DataError, r"data\.source: 'digit' is not a known source; did you mean 'digits'"),
         (["data.source=folder", "data.root=/nowhere"], vpeft.DataError, r"data\.root: folder '/nowhere' does not exist"),
-        (["data.source=fashion_mnist", "data.root=/nowhere"], vpeft.DataError, r"/nowhere/.* does not exist; install"),
+        (["data.source=fashion_mnist", "data.root=/nowhere"], vpeft.DataError, r"/nowhere/.* does not exist; point data.fashion_mnist at"),
         (["train.precision=fp16"], CONFIG, r"train\.precision: fp16 needs a GPU"),
         (["data.val_split=val"], vpeft.DataError, r"data\.val_size: give a validation split"),
     ],

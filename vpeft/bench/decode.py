@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..data.embedded import fashion_mnist
+from ..data.embedded import fashion_mnist, garments_root
 from ..data.loader import make_loader
 from ..tasks.video.data import find_videos, open_files
 from ..tasks.video.data.decode import read_frames
@@ -77,7 +77,7 @@ def _rate(clips: int, read) -> float:
 
 def _made(folder: Path, size: int) -> Path:
     """Garments that move in a large picture, with key frames as far apart as in common videos."""
-    garments = fashion_mnist(None, "test").images
+    garments = fashion_mnist(garments_root(None), "test").images
     for i in range(MADE):
         rng = np.random.default_rng(i)
         moving = motion_frames(garments[i], i % len(MOTIONS), size=size, frames=LENGTH, speed=3, turn=5.0, rng=rng)

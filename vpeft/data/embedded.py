@@ -1,6 +1,9 @@
-"""Image data that needs no download: scikit-learn's digits and Debian's Fashion-MNIST."""
+"""Image data that needs no download: scikit-learn's digits, an excerpt of Fashion-MNIST, and Debian's whole one."""
 
 import gzip
+import hashlib
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,9 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 
-FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
+FASHION_ROOT = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+EXCERPT = Path(__file__).parent / "fashion_mnist"
+WHOLE = "ece172613115fb18"  # what ``fashion_digest`` gives for the whole set
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -38,18 +43,26 @@ def _fashion_files(root: str | None, split: str) -> list[Path]:
     return [Path(root or FASHION_ROOT) / f"{stem}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
 
 
-def check_fashion_mnist(root: str | None, split: str = "train") -> None:
+def check_fashion_mnist(root: str | None) -> None:
     """Refuse a folder without the data set's files.
 
     Raises:
         DataError: says which file is missing, and where it comes from.
     """
-    for file in _fashion_files(root, split):
+    for file in (*_fashion_files(root, "train"), *_fashion_files(root, "test")):
         if not file.is_file():
             raise DataError(
-                f"data.root: {file} does not exist; install Debian's package dataset-fashion-mnist, "
-                "or point data.root at a folder with the four *-ubyte.gz files"
+                f"Fashion-MNIST: {file} does not exist; point data.fashion_mnist at a folder with the four *-ubyte.gz files "
+                f"(Debian's package dataset-fashion-mnist puts them into {FASHION_ROOT})"
             )
+
+
+def garments_root(root: str | None) -> str:
+    """The folder of the garments that generated sets are made of: the excerpt that ships with the package where None.
+
+    It is the same on every machine, whatever else is installed there.
+    """
+    return str(EXCERPT) if root is None else root
 
 
 def fashion_mnist(root: str | None, split: str) -> ArrayDataset:
@@ -58,11 +71,32 @@ def fashion_mnist(root: str | None, split: str) -> ArrayDataset:
     Raises:
         DataError: ``root`` (default: where Debian's package ``dataset-fashion-mnist`` puts it) lacks the files.
     """
-    check_fashion_mnist(root, split)
+    check_fashion_mnist(root)
     arrays = []
     for file, header in zip(_fashion_files(root, split), (16, 8), strict=True):
-        arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
-    return ArrayDataset(arrays[0].reshape(-1, 28, 28), arrays[1])
+        try:
+            arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise DataError(f"Fashion-MNIST: {file} is damaged: {error}") from error
+    images, labels = arrays
+    if not len(labels) or len(images) != len(labels) * 28 * 28 or labels.max() >= len(FASHION_CLASSES):
+        raise DataError(
+            f"Fashion-MNIST: the files in {root or FASHION_ROOT} are not images of 28x28 with a label 0 to 9 each"
+        )
+    return ArrayDataset(images.reshape(-1, 28, 28), labels)
+
+
+@lru_cache(maxsize=4)
+def fashion_digest(root: str | None) -> str:
+    """What tells one set of garments from another, wherever its files are: the start of their SHA-256."""
+    root = garments_root(root)
+    if root == FASHION_ROOT:  # known without the files: clips may be here that were made elsewhere
+        return WHOLE
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        found = fashion_mnist(root, split)
+        digest.update(found.images.tobytes() + found.labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def digits(root: str | None, split: str) -> ArrayDataset:

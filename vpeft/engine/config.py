@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..data.embedded import FASHION_ROOT
 from ..errors import ConfigError, did_you_mean
 from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, probability
 from ..tasks.registry import TASKS, task_class
@@ -56,6 +57,9 @@ class DataConfig:
 
     source: str = option("digits", free="a data set's name, or `folder`")
     root: str | None = option(None, free="a folder's path", help="of the data")
+    fashion_mnist: str | None = option(
+        None, free="a folder's path", help="with the four files of Fashion-MNIST; generated sets take the excerpt that ships"
+    )
     train_split: str = option("train", free="a split's name")
     val_split: str | None = option(None, free="a split's name")
     val_size: int = option(0, ge=0, le=10**9, unit="samples", help="of the training split, where there is no `val_split`")
@@ -220,8 +224,16 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = ()) -
 
 
 def from_container(values: dict) -> DictConfig:
-    """A configuration from plain values, such as those stored inside a checkpoint."""
+    """A configuration from plain values, such as those stored inside a checkpoint or in a run's folder.
+
+    Keys that came after the values were stored have the meaning of then.
+    """
     config = merge(OmegaConf.structured(Config), OmegaConf.create(values))
+    data = values.get("data")
+    if isinstance(data, dict) and "fashion_mnist" not in data:
+        source = data.get("source")
+        if source == "motion" or (source == "scenes" and not data.get("root")):
+            config.data.fashion_mnist = FASHION_ROOT  # there was no excerpt
     check(config)
     return config
 

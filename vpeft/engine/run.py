@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
 from ..files import write_text
+from .config import from_container
 
 PACKAGES = ("vpeft", "torch", "timm", "torchvision", "accelerate", "numpy", "safetensors")
 
@@ -72,7 +73,7 @@ class RunFolder:
         return self.path / name
 
     def _same_settings(self, config: DictConfig) -> None:
-        stored = OmegaConf.to_container(OmegaConf.load(self.file("config.yaml")))
+        stored = OmegaConf.to_container(from_container(OmegaConf.to_container(OmegaConf.load(self.file("config.yaml")))))
         asked = OmegaConf.to_container(config, resolve=True)
         free = {"resume", "overwrite", "output", "wandb"}
         changed = sorted(k for k in asked if k not in free and asked[k] != stored.get(k))

@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vpeft.data import make_loader
+from vpeft.data.embedded import EXCERPT, FASHION_ROOT, fashion_digest, fashion_mnist
 from vpeft.engine.config import AugmentConfig, DataConfig, VideoConfig
 from vpeft.errors import DataError
+from vpeft.files import write_text
 from vpeft.tasks.video.data import ClipOptions, Clips, build_clips, find_videos, open_files
 from vpeft.tasks.video.data import index as index_module
 from vpeft.tasks.video.data import sampling as s
@@ -550,15 +552,19 @@ def test_motion_files_are_seeded_lossless_and_listed(tmp_path):
     assert [v.label for v in videos] == [*range(10), 0, 1]
     assert (a / "classes.txt").read_text().split() == list(MOTIONS)
     rng = np.random.default_rng([1, 0, 7])
-    from vpeft.data.embedded import fashion_mnist
-
-    garments = fashion_mnist(None, "train").images
+    garments = fashion_mnist(str(EXCERPT), "train").images
     garment = garments[rng.integers(len(garments))]
     truth = motion_frames(garment, 7, size=28, frames=6, speed=2, turn=30.0, rng=rng)
     found = read_frames(videos[7].path, range(6))
     assert np.abs(found.astype(int) - truth[..., None]).max() <= 2, "RGB to video levels and back, nothing lost beside"
     with pytest.raises(DataError, match=r"other settings in video\.motion: seed"):
         make_motion(a, OmegaConf.create(motion | {"seed": 2}))
+    settings = json.loads((a / "motion.json").read_text())
+    assert settings.pop("fashion_mnist") == fashion_digest(None)
+    write_text(a / "motion.json", json.dumps(settings))  # as earlier versions wrote it, which knew only the whole set
+    with pytest.raises(DataError, match=r"garments of the whole Fashion-MNIST than data\.fashion_mnist=None"):
+        make_motion(a, OmegaConf.create(motion))
+    assert make_motion(a, OmegaConf.create(motion), FASHION_ROOT) == a, "the garments need not be there any more"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(DataError, match="other things"):

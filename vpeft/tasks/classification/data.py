@@ -34,7 +34,7 @@ def check_source(data: Any) -> None:
     source = data.source
     if source in EMBEDDED:
         if source == "fashion_mnist":
-            check_fashion_mnist(data.root)
+            check_fashion_mnist(data.fashion_mnist or data.root)
     elif source == "folder":
         check_root(
             data,
@@ -82,7 +82,7 @@ def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0) -> Da
 
 def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Dataset:
     if data.source in EMBEDDED:
-        dataset = EMBEDDED[data.source][0](data.root, split)
+        dataset = EMBEDDED[data.source][0](data.fashion_mnist or data.root, split)
         dataset.transform = transform
         return dataset
     name = "" if data.source == "folder" else data.source

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data.embedded import check_fashion_mnist
+from ...data.embedded import check_fashion_mnist, garments_root
 from ...data.find import find_images
 from ...data.images import IGNORED, read_image, read_mask
 from ...data.splits import Datasets, check_root, class_names, named_splits
@@ -248,7 +248,7 @@ def check_segmentation(config: Any) -> None:
     if data.source not in SOURCES:
         raise DataError(f"data.source: '{data.source}' is no source of masks{did_you_mean(data.source, SOURCES)}")
     if data.source == "scenes":
-        check_fashion_mnist(data.root)
+        check_fashion_mnist(garments_root(data.fashion_mnist or data.root))
         return
     check_root(data, LAYOUTS[data.source].__doc__.strip())
     if data.val_size:
@@ -272,7 +272,9 @@ def build_segmentation(config: Any, stats: dict) -> Datasets:
     splits = named_splits(data)
     if data.source == "scenes":
         options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
-        found = {k: Scenes(s, seg.scenes[k], options, data.root) for k, s in splits.items() if seg.scenes[k]}
+        found = {
+            k: Scenes(s, seg.scenes[k], options, data.fashion_mnist or data.root) for k, s in splits.items() if seg.scenes[k]
+        }
         classes = SCENE_CLASSES
     else:
         found = {k: LAYOUTS[data.source](Path(data.root), s, data) for k, s in splits.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
-from ...data.embedded import FASHION_CLASSES, fashion_mnist
+from ...data.embedded import FASHION_CLASSES, fashion_mnist, garments_root
 from ...data.images import write_mask
 from ...errors import DataError
 
@@ -61,7 +61,7 @@ class Scenes:
         split: ``train``, ``val`` or ``test``.
         length: number of scenes.
         options: see ``SceneOptions``.
-        root: folder of Fashion-MNIST's files; None for where Debian puts them.
+        root: folder of Fashion-MNIST's four files; None for the excerpt that ships with the package.
 
     Raises:
         DataError: an unknown split, or no Fashion-MNIST there.
@@ -166,5 +166,5 @@ def write_scenes(
 
 @lru_cache(maxsize=2)
 def _garments(root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    found = fashion_mnist(root, split)
+    found = fashion_mnist(garments_root(root), split)
     return found.images, found.labels

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...data.embedded import FASHION_ROOT, fashion_mnist
+from ...data.embedded import WHOLE, check_fashion_mnist, fashion_digest, fashion_mnist, garments_root
 from ...errors import DataError
 
 MOTIONS = (
@@ -27,6 +27,7 @@ MOTIONS = (
 SHIFTS = ((1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (0, 0), (0, 0))
 TURNS = (0,) * 8 + (-1, 1)  # PIL turns counter-clockwise
 SETTINGS = "motion.json"
+GARMENTS = "fashion_mnist"
 
 
 def motion_frames(
@@ -85,8 +86,13 @@ def write_video(path: str | Path, frames: np.ndarray, *, rate: Fraction | int = 
         container.mux(stream.encode(None))
 
 
-def check_motion(root: str | None, motion: Any) -> None:
+def check_motion(root: str | None, motion: Any, garments: str | None = None) -> None:
     """Refuse a place that holds other motion clips, or missing garments.
+
+    Args:
+        root: the clips' folder.
+        motion: see ``make_motion``.
+        garments: folder of Fashion-MNIST's four files; None for the excerpt that ships with the package.
 
     Raises:
         DataError: names the key.
@@ -95,20 +101,26 @@ def check_motion(root: str | None, motion: Any) -> None:
         raise DataError("data.root: say where the motion clips are, or are to be made")
     settings = Path(root) / SETTINGS
     if settings.is_file():
-        stored = json.loads(settings.read_text())
-        if stored != _settings(motion):
-            changed = sorted(k for k, v in _settings(motion).items() if stored.get(k) != v)
+        stored = {GARMENTS: WHOLE, **json.loads(settings.read_text())}  # earlier versions knew no other garments
+        if (wanted := _settings(motion)) != {k: v for k, v in stored.items() if k != GARMENTS}:
+            changed = sorted(k for k, v in wanted.items() if stored.get(k) != v)
             raise DataError(
                 f"data.root: {root} holds motion clips with other settings in video.motion: {', '.join(changed)}; "
                 "choose another data.root, or remove the folder"
             )
+        if stored[GARMENTS] != fashion_digest(garments):
+            other = "the whole Fashion-MNIST" if stored[GARMENTS] == WHOLE else "another Fashion-MNIST"
+            raise DataError(
+                f"data.root: {root} holds motion clips of garments of {other} than data.fashion_mnist={garments} names; "
+                "choose another data.root, name the same garments, or remove the folder"
+            )
     elif Path(root).is_dir() and any(Path(root).iterdir()):
         raise DataError(f"data.root: {root} holds other things than motion clips; choose another folder")
-    elif not Path(FASHION_ROOT).is_dir():
-        fashion_mnist(None, "train")  # says what is missing
+    else:
+        check_fashion_mnist(garments_root(garments))
 
 
-def make_motion(root: str | Path, motion: Any) -> Path:
+def make_motion(root: str | Path, motion: Any, garments: str | None = None) -> Path:
     """Write the clips with their lists ``train.txt`` and ``test.txt`` where they are not there yet; returns the folder.
 
     Training clips show garments of Fashion-MNIST's training split, test clips those of its test split. The folder
@@ -117,24 +129,25 @@ def make_motion(root: str | Path, motion: Any) -> Path:
     Args:
         root: folder.
         motion: settings: train, test (numbers of clips), size, frames, speed, turn, seed.
+        garments: folder of Fashion-MNIST's four files; None for the excerpt that ships with the package.
 
     Raises:
         DataError: see ``check_motion``.
     """
     root = Path(root)
-    check_motion(str(root), motion)
+    check_motion(str(root), motion, garments)
     if (root / SETTINGS).is_file():
         return root
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for part, (split, count) in enumerate((("train", motion.train), ("test", motion.test))):
         (temporary / split).mkdir(parents=True)
-        garments, lines = fashion_mnist(None, split).images, []
+        images, lines = fashion_mnist(garments_root(garments), split).images, []
         for i in range(count):
             rng = np.random.default_rng([motion.seed, part, i])
             label = i % len(MOTIONS)
             frames = motion_frames(
-                garments[rng.integers(len(garments))], label, size=motion.size, frames=motion.frames,
+                images[rng.integers(len(images))], label, size=motion.size, frames=motion.frames,
                 speed=motion.speed, turn=motion.turn, rng=rng,
             )  # fmt: skip
             name = f"{split}/{i:05d}.mp4"
@@ -142,7 +155,7 @@ def make_motion(root: str | Path, motion: Any) -> Path:
             lines.append(f"{name} {label}\n")
         (temporary / f"{split}.txt").write_text("".join(lines))
     (temporary / "classes.txt").write_text("".join(f"{name}\n" for name in MOTIONS))
-    (temporary / SETTINGS).write_text(json.dumps(_settings(motion), indent=1))
+    (temporary / SETTINGS).write_text(json.dumps({**_settings(motion), GARMENTS: fashion_digest(garments)}, indent=1))
     root.parent.mkdir(parents=True, exist_ok=True)
     try:
         if root.is_dir():
@@ -150,7 +163,7 @@ def make_motion(root: str | Path, motion: Any) -> Path:
         os.replace(temporary, root)
     except OSError:  # another process was first
         shutil.rmtree(temporary, ignore_errors=True)
-        check_motion(str(root), motion)
+        check_motion(str(root), motion, garments)
     return root
 
 

@@ -46,7 +46,7 @@ def check_video_source(data: Any, video: Any) -> None:
     if video.template and not fits(video.template):
         raise DataError(f"video.template: '{video.template}' has no place for the frame's number, as in img_{{:05d}}.jpg")
     if data.source == "motion":
-        check_motion(data.root, video.motion)
+        check_motion(data.root, video.motion, data.fashion_mnist)
         return
     check_root(data, "it holds the videos that the lists name")
     if video.lists and not Path(video.lists).is_dir():
@@ -83,7 +83,7 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
     """
     check_video_source(data, video)
     if data.source == "motion":
-        make_motion(data.root, video.motion)
+        make_motion(data.root, video.motion, data.fashion_mnist)
     lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
     highest = [max(listed.videos, key=lambda v: v.label) for listed in lists.values()]
