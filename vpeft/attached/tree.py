@@ -28,6 +28,7 @@ class Tree(nn.Module):
         classifier: the classifier that belongs to this handle, in the model or waiting for its turn.
         heads: modules outside the model that train with it, by name.
         enabled: it was not switched off by ``disable``.
+        resting: while it is switched off, which of its parameters train once it is on again.
         calibrated: it has looked at data.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
     """
@@ -38,6 +39,7 @@ class Tree(nn.Module):
         self.classifier = Classifier.of(sites.model)
         self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
         self.enabled, self.calibrated = True, False
+        self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None
 
@@ -71,6 +73,12 @@ class Tree(nn.Module):
         return [m for m in self.interventions if isinstance(m, ExistingTensors)]
 
     @property
+    def from_weights(self) -> bool:
+        """Something of it was computed from the weights that the model has."""
+        looked = self.method.needs_calibration and self.calibrated
+        return looked or any(intervention.from_weights for intervention in self.interventions)
+
+    @property
     def objective(self) -> Objective:
         """The task's loss while ``calibrate`` runs for a task of its own; else the cross-entropy of the model's logits."""
         return self.task or Objective(self.model, self.heads)
@@ -86,7 +94,19 @@ class Tree(nn.Module):
             self.enabled = on
             for intervention in self.interventions:
                 intervention.on_toggle()
+            resting = {} if on else {n: p.requires_grad for n, p in self.trained()}
+            for name, parameter in self.trained():
+                parameter.requires_grad_(on and self.resting.get(name, True))
+            self.resting = resting
             self.tell()
+
+    def let_train(self, value: bool) -> None:
+        """Let the method's parameters train or not, from now on and, while it is switched off, once it is on again."""
+        if not self.enabled:
+            self.resting = dict.fromkeys(self.resting, value)
+            return
+        for _, parameter in self.trained():
+            parameter.requires_grad_(value)
 
     def tell(self) -> None:
         """Tell the hub whether it acts."""

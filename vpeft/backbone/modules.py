@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, use_reentrant_ckpt
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError, VpeftError, did_you_mean
 
@@ -138,6 +139,25 @@ class BlockSite(ModuleRef):
         return LinearSite(path, module, slot, (0, module.out_features), outside)
 
 
+def made_anew(module: nn.Module, leaf: str) -> str | None:
+    """The tensor that a module's forward uses in place of ``leaf``, where something computes it from ``leaf`` each time.
+
+    So do ``torch.nn.utils.prune``, ``weight_norm``, ``spectral_norm`` and parametrisations. None where the forward uses
+    ``leaf`` itself.
+    """
+    if isinstance(module, parametrize.ParametrizationList):
+        return "a parametrised tensor"
+    base, _, end = leaf.rpartition("_")
+    if (
+        end in ("orig", "g", "v")
+        and base
+        and base not in module._parameters
+        and isinstance(getattr(module, base, None), Tensor)
+    ):
+        return base
+    return None if leaf in module._parameters else leaf
+
+
 def is_norm(module: Any) -> bool:
     """A normalisation with something to normalise: no Identity, no container."""
     name = type(module).__name__.lower()
@@ -148,6 +168,11 @@ def is_plain_norm(module: nn.Module) -> bool:
     """A LayerNorm with a weight, whose forward is ``F.layer_norm`` of its tensors."""
     plain = type(module).forward in (nn.LayerNorm.forward, LayerNorm.forward)
     return plain and module.weight is not None and not getattr(module, "_fast_norm", False)
+
+
+def reentrant_checkpointing() -> bool:
+    """Whether timm's activation checkpointing is torch's reentrant kind, which sees no gradient but the input's."""
+    return use_reentrant_ckpt()
 
 
 def classifier_modules(model: nn.Module) -> list[ModuleRef]:

@@ -28,6 +28,16 @@ def input_size(model: nn.Module) -> tuple[int, ...]:
     return (weights.in_channels if weights is not None else channels), *clip, int(height), int(width)
 
 
+def model_inside(model: nn.Module) -> str | None:
+    """The path of the timm model inside of a wrapper (DataParallel, a compiled model, Sequential, a class of one's own).
+
+    None where the model is no wrapper: it has timm's ``forward_features`` itself, or nothing inside has.
+    """
+    if hasattr(type(model), "forward_features"):
+        return None
+    return next((path for path, m in model.named_modules() if path and hasattr(type(m), "forward_features")), None)
+
+
 def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found, almost = [], {}
     modules = {path: module for path, module in model.named_modules() if not path.startswith(CONTAINER)}

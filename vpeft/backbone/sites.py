@@ -110,6 +110,11 @@ class Sites:
         return ModuleRef(f"{stage}.downsample", merging) if isinstance(merging, nn.Module) else None
 
     @property
+    def drops_patches(self) -> bool:
+        """In training the blocks see a random part of the patches alone (``patch_drop_rate``)."""
+        return not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None)
+
+    @property
     def patch_embed(self) -> ModuleRef:
         """The module that takes the image.
 

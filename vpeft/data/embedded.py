@@ -80,9 +80,7 @@ def fashion_mnist(root: str | None, split: str) -> ArrayDataset:
             raise DataError(f"Fashion-MNIST: {file} is damaged: {error}") from error
     images, labels = arrays
     if not len(labels) or len(images) != len(labels) * 28 * 28 or labels.max() >= len(FASHION_CLASSES):
-        raise DataError(
-            f"Fashion-MNIST: the files in {root or FASHION_ROOT} are not images of 28x28 with a label 0 to 9 each"
-        )
+        raise DataError(f"Fashion-MNIST: the files in {root or FASHION_ROOT} are no images of 28x28, labelled 0 to 9")
     return ArrayDataset(images.reshape(-1, 28, 28), labels)
 
 

@@ -39,6 +39,7 @@ class Intervention(nn.Module):
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
+        from_weights: its tensors start from values that were computed from the model's weights.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         hub: of the model, once it is attached.
@@ -48,6 +49,7 @@ class Intervention(nn.Module):
     mergeable: bool = False
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
+    from_weights: bool = False
     needs_unpooled: bool = False
 
     def __init__(self, position: int):

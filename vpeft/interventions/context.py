@@ -51,6 +51,11 @@ class Grid(Watch):
     def __init__(self, sites: Sites, block: BlockSite | None = None):
         maps = block is not None and block.maps
         super().__init__(block if maps else sites.patch_embed)
+        if not maps and sites.drops_patches:
+            raise UnsupportedModelError(
+                "patch_drop leaves out patches in training, and the method works on the whole map of them; "
+                "build the model with patch_drop_rate=0"
+            )
         self.maps, self.usual = maps, ()
         if not self.maps:  # refuses a patch embedding that cannot tell
             self.usual = grid_of(self.place.module, sites.input_size[-2:])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..backbone.modules import CONTAINER
+from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpointing
 from ..errors import MethodError
 from .flow import Flow
-from .junction import Junction, unhook, with_tensors
+from .junction import Junction, exchanged, unhook, with_tensors
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -32,6 +32,8 @@ class Hub:
         blocks: its transformer blocks.
         acting: names of the handles that act in a forward that starts now.
         junctions: by module.
+        places: each module's parent and its name there, but for the classifier's, which is exchanged.
+        watched: by the handles that act, what has to be in its place for them.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
         own: functions that a user had put in the place of timm's before anything was attached.
     """
@@ -43,6 +45,13 @@ class Hub:
         self.top = Junction(self, model, stands_in=False)
         self.own: dict[str, Any] = {}
         self.checkpointing = [m for m in model.modules() if hasattr(m, "grad_checkpointing")]
+        heads = tuple(f"{place.path}." for place in classifier_modules(model))
+        self.places: dict[nn.Module, tuple[nn.Module, str, str]] = {}
+        for path, module in model.named_modules():
+            if not f"{path}.".startswith(heads):
+                for name, child in module.named_children():
+                    self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
+        self.watched: dict[tuple[str, ...], list[tuple[nn.Module, nn.Module, str, str]]] = {}
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -50,7 +59,7 @@ class Hub:
         self.carried, self.entered = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "carried", "entered")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "carried", "entered")} | {"watched": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -81,6 +90,7 @@ class Hub:
 
     def at(self, module: nn.Module) -> Junction:
         """The junction of a module."""
+        self.watched.clear()
         if module is self.model:
             return self.top
         if module not in self.junctions:
@@ -89,6 +99,7 @@ class Hub:
 
     def remove(self, owner: str) -> None:
         """Take off all that one handle does, at every junction."""
+        self.watched.clear()
         for module, junction in [*self.junctions.items(), (self.model, self.top)]:
             junction.remove(owner)
             if junction.empty:
@@ -136,8 +147,9 @@ class Hub:
 
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            checkpointed = any(m.grad_checkpointing for m in self.checkpointing)
+        if not torch.compiler.is_compiling():
+            self._check_in_place()
+            checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
         return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
 
@@ -171,6 +183,29 @@ class Hub:
         finally:
             self.local.facts = before
 
+    def _check_in_place(self) -> None:
+        """Refuse a model in which a module at which something is to be done was exchanged for another one.
+
+        Raises:
+            MethodError: names it, and the handles whose effect would be lost.
+        """
+        if self.acting not in self.watched:
+            self.watched[self.acting] = self._watch()
+        for module, parent, name, path in self.watched[self.acting]:
+            if parent._modules.get(name) is not module:
+                owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(self.acting)}
+                raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or self.acting)))
+
+    def _watch(self) -> list[tuple[nn.Module, nn.Module, str, str]]:
+        """The modules at which the handles that act do something, and what they are in."""
+        found: dict[nn.Module, tuple[nn.Module, nn.Module, str, str]] = {}
+        for module, junction in self.junctions.items():
+            if junction.owners() & set(self.acting):
+                while module in self.places and module not in found:
+                    found[module] = (module, *self.places[module])
+                    module = self.places[module][0]
+        return list(found.values())
+
     # ---- hooks ----
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -188,6 +223,7 @@ class Hub:
         flow = self.now()
         if flow is not None and flow.task is None and flow.starter is not block:
             if flow.checkpointed:
+                self._check_gets_gradient(block, args[0] if args else kwargs["x"], flow)
                 self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
             return
         if torch.compiler.is_compiling():
@@ -198,6 +234,21 @@ class Hub:
             self.local.flow = self._new(block)
         else:
             self._enter_again(args[0] if args else kwargs["x"], task)
+
+    def _check_gets_gradient(self, block: nn.Module, x: Tensor, flow: Flow) -> None:
+        """torch's reentrant checkpointing gives no gradient to a block whose input needs none, whatever trains inside.
+
+        Raises:
+            MethodError: names the switch.
+        """
+        if x.requires_grad or torch.is_grad_enabled() or not reentrant_checkpointing():
+            return
+        inside = {o for m in block.modules() if m in self.junctions for o in self.junctions[m].owners()}
+        if inside & set(flow.acting) or any(p.requires_grad for p in block.parameters()):
+            raise MethodError(
+                "reentrant activation checkpointing gives no gradient to what trains inside of frozen blocks; "
+                "switch it off: timm.layers.set_reentrant_ckpt(False)"
+            )
 
     def _enter_again(self, x: Tensor, task: int) -> None:
         """A block that runs a second time, in backward: with what it found the first time."""

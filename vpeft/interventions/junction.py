@@ -1,6 +1,6 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.attention import pad_pairs
 from ..backbone.modules import is_plain_norm
+from ..errors import MethodError
 from .flow import Flow
 
 
@@ -138,11 +139,13 @@ class Junction:
 
     # ---- hooks ----
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         flow = self.hub.now()
         if flow is None:  # a module called by itself
             with self.hub.running():
                 return self._enter(module, args, kwargs)
+        if module is not self.module:
+            return self._taken_over(module, flow)
         for owner, change in self.before:
             if owner in flow.acting:
                 changed = change(args, kwargs)
@@ -150,17 +153,25 @@ class Junction:
                     args, kwargs = changed
         return args, kwargs
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
         flow = self.hub.now()
         if flow is None:
             with self.hub.running():
                 return self._leave(module, args, kwargs, output)
+        if module is not self.module:
+            return self._taken_over(module, flow)
         for owner, change in self.after:
             if owner in flow.acting:
                 changed = change(args, output)
                 if changed is not None:
                     output = changed
         return output
+
+    def _taken_over(self, module: nn.Module, flow: Flow) -> None:
+        """Another module has these hooks now, as quantisation does it; torch calls them there in another form."""
+        acting = sorted(self.owners() & set(flow.acting))
+        if acting:
+            raise MethodError(exchanged("", self.module, module, acting))
 
     # ---- in place of the module's own functions ----
 
@@ -209,6 +220,16 @@ class Junction:
             if owner in flow.acting:
                 bias = pad_pairs(bias, prefix, tokens)
         return bias
+
+
+def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:
+    """The refusal of a model in which a module was exchanged after something had been attached to it."""
+    kinds = [f"{type(m).__module__.partition('.nn')[0]} {type(m).__name__}" for m in (was, now) if m is not None]
+    change = f"a {kinds[0]} when it was hooked, and now " + (f"it is a {kinds[1]}" if len(kinds) > 1 else "it is gone")
+    return (
+        f"{path or 'a hooked module'} was {change}: {', '.join(owners)} would be lost. Change the model before attach; to "
+        "quantise it, merge() and detach(keep_merged=True) first, or quantise other modules"
+    )
 
 
 def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

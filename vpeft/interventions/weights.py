@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.attention import separate_bias
-from ..backbone.modules import ModuleRef
+from ..backbone.modules import ModuleRef, made_anew
 from ..backbone.sites import Sites
+from ..errors import UnsupportedModelError
 from ..numerics import at_least_float32
 from .base import Folded, Intervention, replacing
 
@@ -30,6 +31,12 @@ class ReplaceTensor(Intervention):
         self.enter, self.leave = sites.used_between(name)
         path, _, self.leaf = name.rpartition(".")
         self.place = ModuleRef(path, sites.model.get_submodule(path))
+        used = made_anew(self.place.module, self.leaf)
+        if used is not None:
+            raise UnsupportedModelError(
+                f"{name} cannot be replaced: {used} is made anew in every forward (pruning, weight or spectral norm); "
+                "make it permanent before attach (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+            )
         self.tensor_name = name
         qkv_owner = path.rpartition(".")[0] if path.endswith(".qkv") else None
         attention = sites.model.get_submodule(qkv_owner) if qkv_owner else None

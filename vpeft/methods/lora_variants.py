@@ -62,6 +62,8 @@ class DoraLinear(LoraLinear):
     With g = m / |W + s B A|, the norm held constant, y becomes y + s x A^T B^T + (g - 1) (x W^T + s x A^T B^T).
     """
 
+    from_weights = True
+
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         part = super().part(site, rank)
         part.m = nn.Parameter(torch.linalg.vector_norm(_rows(site), dim=1).to(site.module.weight.dtype))
@@ -155,6 +157,8 @@ class LoRAFA(LoRA):
 
 class PrincipalLinear(LoraLinear):
     """W + s (B A - B0 A0), with B0 A0 the principal part of W; written so that no two large terms cancel."""
+
+    from_weights = True
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         part, weight = super().part(site, rank), site.module.weight

@@ -30,6 +30,10 @@ class SparseTensor(ReplaceTensor):
 
     resizable = frozenset({"index", "value"})
 
+    @property
+    def from_weights(self) -> bool:
+        return bool(self.value.numel())
+
     def __init__(self, sites: Sites, name: str, index: Tensor | None = None):
         super().__init__(sites, name)
         self.register_buffer("index", torch.empty(0, dtype=torch.int32, device=self.frozen.device))

@@ -38,6 +38,8 @@ class MpoWeight(ReplaceTensor):
     is exactly zero at the start, and rounding never touches the frozen part.
     """
 
+    from_weights = True
+
     def __init__(self, sites: Sites, name: str, parts: int):
         super().__init__(sites, name)
         weight = self.frozen.detach()

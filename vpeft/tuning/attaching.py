@@ -1,5 +1,6 @@
 """``attach`` a method to a timm model, ``load`` one from a file, ``get_handle`` of a copy."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..attached.classifier import Classifier, fresh_classifier
 from ..attached.tree import Tree
 from ..backbone.attention import needs_separate_bias_call
 from ..backbone.modules import CONTAINER
-from ..backbone.reading import prove_alive
+from ..backbone.reading import model_inside, prove_alive
 from ..backbone.sites import Sites
 from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
 from ..interventions.context import clips
@@ -36,8 +37,9 @@ def attach(
 ) -> Handle:
     """Attach a method to a timm model through hooks; freeze all but the method's parameters and the head.
 
-    The model keeps its class, its forward and every name. A method attached earlier stays, disabled, its
-    parameters frozen. The handle trains a copy of the classifier; the model's own is back where it is disabled or detached.
+    The model keeps its class, its forward and every name. A method attached earlier stays, disabled; what it trains is
+    frozen until it is enabled again. The handle trains a copy of the classifier; the model's own is back where it is
+    disabled or detached. A method with nothing to train (no classifier, no ``heads``) gives a warning.
 
     Args:
         model: a timm ViT, Swin or relative (see ``vpeft.backbone``).
@@ -67,6 +69,7 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
     Raises:
         MethodError: nothing of that name is attached.
     """
+    _check_wrapper(model)
     container = container_of(model)
     names = list(container._modules) if container is not None else []
     if name is None and len(names) == 1:
@@ -101,6 +104,7 @@ def load(
     Raises:
         CheckpointError: damaged, foreign, or made for another backbone; the model is then as it was.
     """
+    _check_wrapper(model)
     file = checkpoint.read(Path(path))
     if check_backbone:
         checkpoint.check_backbone(model, file)
@@ -183,7 +187,12 @@ def _attach(
         for handle in enabled:
             handle.enable()
         raise
-    return Handle(model, name)
+    handle = Handle(model, name)
+    if not method.needs_calibration and not any(p.requires_grad for p in handle.trainable_parameters()):
+        classes = handle.root.classifier.num_classes
+        reason = f"{model_name(model)} has no classifier (num_classes={classes}), and no heads=… were given"
+        warnings.warn(f"nothing of '{name}' trains: {reason}", stacklevel=3)
+    return handle
 
 
 def _install(
@@ -212,7 +221,7 @@ def _install(
         container = Container(hub, own, required_grad)
         model.add_module(CONTAINER, container)
         container.hub.install()
-        model.reset_classifier = container.reset_classifier
+        container.install()
     container.add_module(name, tree)
     model.requires_grad_(False)
     for parameter in tree.parameters():
@@ -268,8 +277,9 @@ class _named:
 def _check_wrapper(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a timm model, got {type(model).__name__}")
-    for wrapper, inner in (("OptimizedModule", "_orig_mod"), ("DistributedDataParallel", "module")):
-        if type(model).__name__ == wrapper:
-            raise UnsupportedModelError(
-                f"the model is wrapped in {wrapper}; attach to the model inside (.{inner}) and wrap it afterwards"
-            )
+    path = model_inside(model)
+    if path:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is a wrapper, the timm model is inside of it: give model.{path} to attach, load "
+            "and get_handle; wrap it before or afterwards as you like"
+        )

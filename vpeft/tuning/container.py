@@ -2,15 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..attached.classifier import Classifier
 from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER, ModuleRef
 from ..errors import MethodError
 from ..interventions.hub import Hub
+from .following import check_other_weights, follow_size, follow_weights
+
+# timm's functions that change the model; the container's, of the same names, stand before them.
+STANDS_BEFORE = ("reset_classifier", "set_input_size", "prune_intermediate_layers", "load_pretrained")
 
 
 class Container(nn.Module):
@@ -22,7 +28,7 @@ class Container(nn.Module):
         enabled_order: names of the enabled handles, the one last enabled at the end: its classifier is in the model.
         required_grad: which of the model's parameters required a gradient before the first method was attached.
         shown: whose classifier is in the model; None for the model's own.
-        own_reset: a function that a user had put in the place of timm's ``reset_classifier``.
+        own: functions that a user had put in the place of timm's, which the container's stand before.
         patched: attentions that were set to call their own qkv module.
     """
 
@@ -32,13 +38,31 @@ class Container(nn.Module):
     required_grad: dict[str, bool]
     patched: list[ModuleRef]
     shown: str | None
-    own_reset: Callable | None
+    own: dict[str, Callable]
 
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
         self.enabled_order, self.patched = [], []
-        self.shown, self.own_reset = None, vars(hub.model).get("reset_classifier")
+        self.shown, self.own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
+
+    def install(self) -> None:
+        """Stand before timm's functions that change the model, and see weights before they are loaded."""
+        model = self.hub.model
+        for name in STANDS_BEFORE:
+            if callable(getattr(model, name, None)):
+                setattr(model, name, getattr(self, name))
+        model.register_load_state_dict_pre_hook(self._before_load)
+
+    def uninstall(self) -> None:
+        """Give the model its functions back."""
+        model = self.hub.model
+        for name in STANDS_BEFORE:
+            vars(model).pop(name, None)
+        vars(model).update(self.own)
+        hooks = model._load_state_dict_pre_hooks
+        for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
+            del hooks[key]
 
     @classmethod
     def has_attribute(cls, name: str) -> bool:
@@ -97,10 +121,7 @@ class Container(nn.Module):
                 f"the model pools with {has!r}, with methods attached it cannot change to {pool!r}: "
                 f"call reset_classifier(..., {pool!r}) before attach"
             )
-        if self.own_reset is None:
-            type(model).reset_classifier(model, *args, **kwargs)
-        else:
-            self.own_reset(*args, **kwargs)
+        self._timms("reset_classifier", model)(*args, **kwargs)
         made = Classifier.of(model)
         if not self.enabled_order:
             self.own_classifier = made
@@ -117,6 +138,57 @@ class Container(nn.Module):
             self.hub.forget(old)
         tree.classifier = Classifier.of(model)
         tree.sites.heads = tree.classifier.heads
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's ``set_input_size``, tried on a copy of the model first.
+
+        Raises:
+            MethodError: a method cannot follow.
+        """
+        follow_size(self.hub.model, self.trees, lambda model: self._timms("set_input_size", model)(*args, **kwargs))
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
+        """timm's function takes blocks out of the model.
+
+        Raises:
+            MethodError: always; methods act on them.
+        """
+        raise MethodError(
+            f"{', '.join(self.trees)} act on the blocks that prune_intermediate_layers takes away; call it before attach"
+        )
+
+    def load_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """timm's ``load_pretrained``, which writes into the weights by itself.
+
+        Raises:
+            MethodError: a method depends on the present ones.
+        """
+        check_other_weights(self.trees)
+        self._timms("load_pretrained", self.hub.model)(*args, **kwargs)
+
+    def _timms(self, name: str, model: nn.Module) -> Callable:
+        """A function that this object stands before: the user's own, or the class's."""
+        if name in self.own and model is self.hub.model:
+            return self.own[name]
+        return partial(getattr(type(model), name), model)
+
+    def _before_load(self, model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called by torch before ``load_state_dict`` copies anything."""
+        named = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        follow_weights(self.trees, named, any(n.startswith(f"{CONTAINER}.") for n in named))
+
+    # A state dict tells by this entry that methods were attached, also where they train the model's own tensors alone.
+    def get_extra_state(self) -> Tensor:
+        """Which entry that is does not matter."""
+        return torch.ones(1, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """There is nothing to take from it."""
+
+    def _load_from_state_dict(self, state: dict, prefix: str, local: dict, strict: bool, missing: list, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, local, strict, missing, *rest)
+        if f"{prefix}_extra_state" in missing:  # of an earlier version
+            missing.remove(f"{prefix}_extra_state")
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Container":
         inside = set(self.hub.model.modules())
@@ -145,9 +217,7 @@ def remove(model: nn.Module, name: str) -> None:
         container.patched.remove(place)
     if not container._modules:
         container.hub.uninstall()
-        vars(model).pop("reset_classifier", None)
-        if container.own_reset is not None:
-            model.reset_classifier = container.own_reset
+        container.uninstall()
         for n, parameter in model.named_parameters():
             parameter.requires_grad_(container.required_grad.get(n, True))
         delattr(model, CONTAINER)

@@ -164,9 +164,8 @@ class Handle:
         ]
 
     def requires_grad_(self, value: bool = True) -> "Handle":
-        """Let the method's parameters train or not (attaching a second method freezes the first)."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(value)
+        """Let the method's parameters train or not; while it is disabled, once it is enabled again."""
+        self.root.let_train(value)
         return self
 
     def train(self, mode: bool = True, backbone: bool = False) -> "Handle":
@@ -187,7 +186,7 @@ class Handle:
     # ---- switching, merging, detaching ----
 
     def enable(self) -> _Switch:
-        """Let the hooks act. ``with handle.enable():`` does so for a while.
+        """Let the hooks act, and train what trained before. ``with handle.enable():`` does so for a while.
 
         Raises:
             MethodError: another enabled method trains the same tensors of the model.
@@ -197,7 +196,10 @@ class Handle:
         return before
 
     def disable(self) -> _Switch:
-        """Make the model compute what the bare one does. ``with handle.disable():`` does so for a while."""
+        """Make the model compute what the bare one does; nothing of the method trains meanwhile.
+
+        ``with handle.disable():`` does so for a while.
+        """
         before = _Switch(self)
         self._switch(False)
         return before

@@ -57,6 +57,11 @@ def _folds(tree: Tree) -> list[Folded]:
     seen: set[tuple[int, str]] = set()
     for fold in folds:
         for name in fold.tensors:
+            if name not in fold.place.module._parameters:
+                raise MethodError(
+                    f"cannot merge: {fold.place.path}.{name} is no parameter but made anew in every forward (pruning, "
+                    "weight or spectral norm), so that what is folded into it would be lost; make it permanent before attach"
+                )
             if (id(fold.place.module), name) in seen:
                 raise MethodError(f"cannot merge: two parts of {tree.method.name} change {fold.place.path}.{name}")
             seen.add((id(fold.place.module), name))
