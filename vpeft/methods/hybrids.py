@@ -63,9 +63,9 @@ class MAM(_WithPrefix):
         scale: s, or ``"learnable"`` (one number, starting at 1). Published: 4 in translation, 2 on GLUE.
         norm: a LayerNorm of the bottleneck's own on its input (``"in"``), on its result (``"out"``), or ``"none"``.
         dropout: on its hidden layer; 0.1 in the released runs.
-        reads: z. ``stream``, the residual stream before norm2, as the released code does on its pre-norm model (mBART);
-            ``normed``, what norm2 makes of it for the MLP, which nobody released. On post-norm models (the released
-            RoBERTa, SwinV2) they are the same tensor.
+        reads: z. ``stream``, the residual stream before norm2, as in the released code on its pre-norm model (mBART) and
+            in adapter-hub's on a ViT; ``normed``, what norm2 makes of it for the MLP, a variant of this library. On
+            post-norm models (the released RoBERTa, SwinV2) they are the same tensor.
         blocks: which blocks; None for all.
     """
 
