@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import vpeft
 from tests.support.places import ROOT
+from vpeft import checkpoint
+from vpeft.engine.config import load_config
 from vpeft.engine.train import train
 
 OPTIONS = [
@@ -55,7 +57,8 @@ def test_kill_and_resume(file, tmp_path):
     assert len(rows) == 6
 
 
-def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatch):
+def interrupted(config, monkeypatch):
+    """A run that ends after its first epoch."""
     from vpeft.engine.loop import Trainer
 
     real = Trainer._epoch
@@ -67,8 +70,29 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatc
 
     monkeypatch.setattr(Trainer, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny())
+        train(config)
     monkeypatch.setattr(Trainer, "_epoch", real)
+
+
+def test_a_run_goes_on_with_the_defaults_that_it_began_with(file, tmp_path, monkeypatch):
+    """An update may give an option another default; its configuration then says the same and means something else."""
+    begun, now = (
+        load_config(file, ["train.epochs=2", "method.name=mam", f"method.options={{tokens: 2, bottleneck: 2{extra}}}"])
+        for extra in (", reads: normed", "")
+    )
+    interrupted(begun, monkeypatch)
+    folder = next((tmp_path / "runs").iterdir())
+    config = folder / "config.yaml"
+    text = config.read_text()
+    assert "    reads: normed\n" in text
+    config.write_text(text.replace("    reads: normed\n", ""))
+    train(now)
+    assert "resuming" in (folder / "console.log").read_text()
+    assert checkpoint.read(folder / "last.safetensors").metadata["method"]["options"]["reads"] == "normed"
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatch):
+    interrupted(tiny(), monkeypatch)
     with pytest.raises(vpeft.ConfigError, match="other settings in: optim"):
         train(tiny("optim.lr=0.1"))
     with pytest.raises(vpeft.ConfigError, match="resume=auto continues it"):

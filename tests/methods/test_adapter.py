@@ -8,6 +8,7 @@ import vpeft
 from tests.support.compare import SWIN_B, SWIN_L, VIT_B, compare, count, kinds, state, uniform
 from tests.support.models import images, make, randomise, train_steps
 from tests.support.reference import Reference
+from vpeft.methods import create
 
 
 class Bottleneck(Reference):
@@ -56,6 +57,29 @@ def test_adapters_by_name(kind, method):
     compare(kind, method, Bottleneck, scale="learned", act="quick_gelu", bottleneck=5)
 
 
+@kinds
+@pytest.mark.parametrize(
+    ("preset", "place", "act", "norm"),
+    [("adapter_hub", "post", "relu", False), ("adapter_plus", "post", "gelu", True), ("vpt", "vpt", "gelu", False)],
+)
+def test_the_three_functions_called_pfeiffer(kind, preset, place, act, norm):
+    method = create("pfeiffer", preset=preset)
+    assert (method.variant, method.act, method.norm) == (place, act, norm)
+    compare(kind, "pfeiffer", Bottleneck, preset=preset)
+
+
+def test_pfeiffer_presets_start_as_released():
+    bert = ("adapter_hub", "adapter_plus")
+    for preset in bert:
+        s = state("pfeiffer", preset=preset, bottleneck=64)
+        assert s["blocks.0.adapter_mlp.down.weight"].std() == pytest.approx(0.02, rel=0.06)
+        assert s["blocks.0.adapter_mlp.up.weight"].std() == pytest.approx(0.02, rel=0.06)
+        assert (s["blocks.0.adapter_mlp.up.bias"] == 0).all()
+    assert all((t == 0).all() for t in state("pfeiffer", preset="vpt").values())
+    assert create("pfeiffer", preset="adapter_plus").drop_path == 0.1
+    assert create("pfeiffer").options() == create("pfeiffer", preset="adapter_plus", drop_path=0.0).options()
+
+
 @pytest.mark.parametrize(("init", "std", "cut"), [("houlsby", 0.0088, 0.02), ("bert", 0.02, 1), ("noah", 0.02, 1)])
 def test_normal_adapters(init, std, cut):
     s = state("adapter", bottleneck=64, init=init)
@@ -93,6 +117,9 @@ TABLE = [
     ("houlsby", {"bottleneck": 8}, VIT_B, 313_536),
     ("houlsby", {"bottleneck": 64}, SWIN_L, 4_659_456),  # printed in the logs of Leiyi-Hu/mona
     ("pfeiffer", {"bottleneck": 8}, VIT_B, 175_200),
+    ("pfeiffer", {"preset": "adapter_plus"}, VIT_B, 175_200),
+    ("pfeiffer", {"preset": "adapter_hub"}, VIT_B, 12 * (2 * 768 * 48 + 48 + 768)),  # D/16
+    ("pfeiffer", {"preset": "vpt"}, VIT_B, 1_779_840),  # D/8
 ]
 
 

@@ -101,7 +101,7 @@ FORMULAS = {
     "lora_fa": lambda s: s.each(lambda d, qkv, b: 8 * (qkv[0] + qkv[2])),
     "dora": lambda s: lora(s) + s.each(lambda d, qkv, b: qkv[0] + qkv[2]),
     "adapter": bottleneck(8),
-    "adamix": lambda s: 4 * bottleneck(8)(s),
+    "adamix": lambda s: s.each(lambda d, qkv, b: 4 * (d * 8 + 8) + 8 * d + d),  # four down maps, one up map
     "houlsby": lambda s: 2 * bottleneck(8)(s),
     "pfeiffer": bottleneck(8, lambda d: 2 * d),
     "adapter_plus": bottleneck(8, lambda d: d),

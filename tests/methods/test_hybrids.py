@@ -10,7 +10,7 @@ import vpeft
 from tests.methods.test_prefix import Prefix
 from tests.support.compare import VIT_B, VIT_L, compare, count, kinds, state, uniform
 from tests.support.models import attached, images, make, randomise
-from tests.support.reference import Reference
+from vpeft.methods import create
 from vpeft.methods.hybrids import spindle
 
 
@@ -38,14 +38,27 @@ class MAM(Prefix):
     [
         {},
         {"form": "perceptron", "hidden": 7, "scale": "learnable", "norm": "in"},
-        {"reads": "stream", "scale": 4.0, "bottleneck": [3, 0, 5], "blocks": "0-2"},
+        {"form": "perceptron", "hidden": 7, "shared": False, "norm": "in", "reads": "normed"},
+        {"reads": "normed", "scale": 4.0, "bottleneck": [3, 0, 5], "blocks": "0-2"},
     ],
 )
 def test_mam(kind, options):
     compare(kind, "mam", MAM, **options)
 
 
-class UniPELT(Reference):
+@pytest.mark.parametrize("preset", ["translation", "glue"])
+def test_mam_as_released(preset):
+    """The released launch lines: ``--mid_dim 800``, dropout 0.1 (RoBERTa's own on GLUE); z is the stream before the norm."""
+    compare("vit", "mam", MAM, preset=preset)
+    method = create("mam", preset=preset)
+    assert (method.form, method.shared, method.hidden, method.dropout, method.reads) == (
+        "perceptron", True, 800, 0.1, "stream"
+    )  # fmt: skip
+    assert (method.tokens, method.bottleneck, method.scale) == {"translation": (30, 512, 4), "glue": (16, 16, 2)}[preset]
+    assert create("mam").reads == "stream"
+
+
+class UniPELT(Prefix):
     """Gates are computed sample by sample, before Swin's windows are cut."""
 
     def gate(self, path, name, x):
@@ -72,26 +85,34 @@ class UniPELT(Reference):
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q + lora["q"], k, v + lora["v"]))
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         scores = scores if bias is None else scores + bias
-        if f"{block}.prefix.key" in s:
+        key, value = self.pair(f"{block}.prefix", heads)
+        if key is not None:
             g = opened("prefix")[..., None]
-            extra = q @ (g * s[f"{block}.prefix.key"]).transpose(-2, -1) * q.shape[-1] ** -0.5
+            extra = q @ (g * key).transpose(-2, -1) * q.shape[-1] ** -0.5
             scores = torch.cat([scores, extra], -1)
-            v = torch.cat([v, g * s[f"{block}.prefix.value"]], 2)
+            v = torch.cat([v, g * value], 2)
         return self.linear(f"{path}.proj", rearrange(scores.softmax(-1) @ v, "b h n d -> b n (h d)"))
 
     def branch2(self, path, u, b2):
         s, prefix = self.s, f"{path}.adapter_mlp"
         if f"{prefix}.down.weight" not in s:
             return u + b2
-        h = (b2 @ s[f"{prefix}.down.weight"].T + s[f"{prefix}.down.bias"]).clamp(min=0)
+        z = b2 if self.options["method"].place == "intermediate" else u + b2
+        h = (z @ s[f"{prefix}.down.weight"].T + s[f"{prefix}.down.bias"]).clamp(min=0)
         up = h @ s[f"{prefix}.up.weight"].T + s[f"{prefix}.up.bias"]
-        return u + b2 + self.gate(path, "adapter", b2).view(-1, *[1] * (up.ndim - 1)) * up
+        return u + b2 + self.gate(path, "adapter", z).view(-1, *[1] * (up.ndim - 1)) * up
 
 
 @kinds
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tokens": [3, 0, 2], "rank": [0, 2, 3], "bottleneck": [4, 5, 0], "blocks": "0-2"}, {"blocks": "1", "rank": 0}],
+    [
+        {},
+        {"tokens": [3, 0, 2], "rank": [0, 2, 3], "bottleneck": [4, 5, 0], "blocks": "0-2"},
+        {"blocks": "1", "rank": 0, "place": "intermediate"},
+        {"form": "perceptron", "hidden": 7, "tokens": 4, "place": "intermediate"},
+        {"form": "perceptron", "hidden": 7, "tokens": 4, "shared": False},
+    ],
 )
 def test_unipelt(kind, options):
     compare(kind, "unipelt", UniPELT, **options)

@@ -1,5 +1,7 @@
 """Prefix tuning, against the equivalence of He et al. (arXiv 2110.04366): a gate between two attentions."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -16,11 +18,20 @@ from vpeft.backbone.sites import Sites
 class Prefix(Reference):
     def pair(self, path, heads):
         s = self.s
-        if f"{path}.embedding" in s:
-            h = torch.tanh(s[f"{path}.embedding"] @ s[f"{path}.down.weight"].T + s[f"{path}.down.bias"])
+        if f"{path}.up.weight" in s:
+            # One embedding and first linear for the model, or the block's own; rows of the second are the block's.
+            first = "prefix" if "prefix.embedding" in s else path
+            tokens = self.options["method"].tokens
+            rows = tokens[self.number(path)] if isinstance(tokens, list) else tokens
+            h = torch.tanh(s[f"{first}.embedding"][:rows] @ s[f"{first}.down.weight"].T + s[f"{first}.down.bias"])
             both = h @ s[f"{path}.up.weight"].T + s[f"{path}.up.bias"]
             return rearrange(both, "p (two h d) -> two h p d", two=2, h=heads).unbind(0)
         return (s[f"{path}.key"], s[f"{path}.value"]) if f"{path}.key" in s else (None, None)
+
+    def number(self, path):
+        """The block's index over the whole model."""
+        blocks = [n for n, m in self.model.named_modules() if hasattr(m, "attn")]
+        return blocks.index(path.removesuffix(".prefix"))
 
     def attend(self, path, x, heads, bias=None):
         key, value = self.pair(f"{path.removesuffix('.attn')}.prefix", heads)
@@ -38,9 +49,23 @@ class Prefix(Reference):
 
 
 @kinds
-@pytest.mark.parametrize("options", [{}, {"tokens": 3, "blocks": "1-2"}, {"form": "perceptron", "hidden": 7, "tokens": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tokens": 3, "blocks": "1-2"},
+        {"form": "perceptron", "hidden": 7, "tokens": 4},
+        {"form": "perceptron", "hidden": 7, "tokens": 4, "shared": False},
+    ],
+)
 def test_formula(kind, options):
     compare(kind, "prefix", Prefix, **options)
+
+
+@kinds
+def test_blocks_with_fewer_tokens_take_the_first_rows(kind):
+    tokens = [3, 0, 2, 1] if kind == "swin" else [3, 0, 2]
+    compare(kind, "prefix", Prefix, form="perceptron", hidden=7, tokens=tokens)
 
 
 OTHERS = {
@@ -116,8 +141,24 @@ def test_restated_attention_equals_timm(name):
     assert max(calls) < 1e-13
 
 
-def test_counts():
-    assert count("prefix", {"tokens": 10}, VIT_B) == 184_320
+PERCEPTRON = {"form": "perceptron", "tokens": 10, "hidden": 512}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("prefix", {"tokens": 10}, 184_320),
+        ("prefix", PERCEPTRON, 9_857_024),
+        ("prefix", PERCEPTRON | {"shared": False}, 14_272_512),
+        ("prefix", {"preset": "li_liang"}, 9_857_024),
+        ("mam", PERCEPTRON | {"bottleneck": 0}, 9_857_024),
+        ("unipelt", PERCEPTRON | {"bottleneck": 0, "rank": 0}, 9_857_024 + 12 * 769),
+        ("mam", {"preset": "glue"}, 16 * 768 + 769 * 800 + 12 * (801 * 2 * 768 + 2 * 768 * 16 + 16 + 768)),
+    ],
+)
+def test_counts(method, options, expected):
+    """A perceptron: embedding (P, D) and Linear(D, h) once for all 12 blocks, and Linear(h, 12 x 2 x D)."""
+    assert count(method, options, VIT_B) == expected
 
 
 def test_initial_values():
@@ -141,11 +182,46 @@ def test_a_file_holds_keys_and_values_alone(kind, method, tmp_path):
     assert names == {"key", "value"}
     assert torch.equal(fresh(images(model)), model(images(model)))
     kept = handle.save(tmp_path / "b.safetensors", training=True)
-    assert vpeft.load(make(kind), kept).method == handle.method
+    again = make(kind)
+    assert vpeft.load(again, kept).method == handle.method
+    assert torch.equal(again(images(model)), model(images(model)))
 
 
-def test_initial_values_of_the_perceptron():
-    s = state("prefix", form="perceptron", tokens=40, hidden=32)
-    assert s["blocks.0.prefix.embedding"].shape == (40, 64)
-    assert s["blocks.0.prefix.embedding"].std() == pytest.approx(1, rel=0.1)
-    uniform(s["blocks.0.prefix.down.weight"], 64**-0.5)
+@pytest.mark.parametrize("shared", [True, False])
+def test_initial_values_of_the_perceptron(shared):
+    s = state("prefix", form="perceptron", tokens=40, hidden=32, shared=shared)
+    first = "prefix" if shared else "blocks.0.prefix"
+    assert s[f"{first}.embedding"].shape == (40, 64)
+    assert s[f"{first}.embedding"].std() == pytest.approx(1, rel=0.1)
+    uniform(s[f"{first}.down.weight"], 64**-0.5)
+    uniform(s["blocks.0.prefix.up.weight"], 32**-0.5)
+    assert not torch.equal(s["blocks.0.prefix.up.weight"], s["blocks.1.prefix.up.weight"])
+
+
+@pytest.mark.parametrize("method", ["prefix", "mam", "unipelt"])
+def test_what_blocks_share_is_as_wide_as_the_widest_and_decays_no_embedding(method):
+    handle = attached(make("swin"), method, form="perceptron", hidden=7, tokens=[0, 2, 3, 1])
+    s = handle.state_dict()
+    assert s["prefix.embedding"].shape == (3, 32), "Swin's second stage"
+    assert s["prefix.down.weight"].shape == (7, 32)
+    assert not [n for n in s if n.endswith((".prefix.embedding", ".prefix.down.weight"))]
+    spared = [
+        p for group in handle.param_groups(lr=1.0, weight_decay=0.1) if not group["weight_decay"] for p in group["params"]
+    ]
+    embedding = dict(handle.named_parameters())["prefix.embedding"]
+    assert any(p is embedding for p in spared)
+
+
+def test_stored_keys_follow_what_blocks_share():
+    """In eval mode keys are made once and kept; a change of the shared embedding makes them anew."""
+    model = make("vit")
+    handle = attached(model, "prefix", form="perceptron", hidden=7)
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        dict(handle.named_parameters())["prefix.embedding"].mul_(-2)
+        assert (model(x) - before).abs().max() > 1e-5
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        dict(vpeft.get_handle(twin).named_parameters())["prefix.embedding"].zero_()
+        assert not torch.equal(twin(x), model(x)), "a copy has a perceptron of its own"

@@ -8,10 +8,12 @@ import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 
+from .. import checkpoint
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
-from ..methods.base import Method
+from ..methods.base import Method, create
+from ..methods.earlier import options_of
 from ..tasks.models import check_model_name, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
@@ -57,6 +59,7 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     data, stats = task.open_data()
     run = RunFolder(config, main=accelerator.is_main_process)
+    method = _as_begun(run, method)
     accelerator.wait_for_everyone()
     # Said either way: an earlier run of the same process may have wanted the other.
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
@@ -73,6 +76,16 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
         task.finish(built, data, run.path)
         show(run, handle, task, metrics)
     return metrics
+
+
+def _as_begun(run: RunFolder, method: Method) -> Method:
+    """The method of a run that goes on: its options as they were at the start, when defaults may have been others."""
+    last = run.file("last.safetensors")
+    if not (run.resuming and last.exists()):
+        return method
+    metadata = checkpoint.read(last).metadata
+    stored = metadata["method"]
+    return create(stored["name"], **options_of(stored["name"], stored["options"], metadata["format"]))
 
 
 def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:

@@ -202,12 +202,28 @@ class Houlsby(Adapter):
     where="output of the block, normed",
 )
 class Pfeiffer(Adapter):
-    """One normed bottleneck per block, on the block's output; options as ``adapter``'s."""
+    """One bottleneck per block, after the MLP. Three different functions go by this name, each a preset:
+
+    - ``adapter_hub``, the released code of the paper's authors (``SeqBnConfig``, on their ViT): on the block's output,
+      ReLU, no norm of its own; a sixteenth of the width (48 in ViT-B)
+    - ``adapter_plus``, the vision re-run of Adapter+: on the block's output, GELU, behind a norm of its own, drop path
+      0.1. The defaults are this function, without the drop path.
+    - ``vpt``, the baseline of Visual Prompt Tuning: on the MLP branch inside its drop path, GELU, no norm, an eighth of
+      the width (96 in ViT-B). Both maps start at zero, so that only the last bias ever learns: to replicate its numbers.
+
+    Options as ``adapter``'s.
+    """
 
     variant: Variant = "post"
     norm: bool = True
     init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "bert"
-    presets = {"adapter_plus": {"drop_path": 0.1}}
+    presets = {
+        "adapter_hub": {"bottleneck": 48, "variant": "post", "act": "relu", "norm": False, "init": "bert"},
+        "adapter_plus": {
+            "bottleneck": 8, "variant": "post", "act": "gelu", "norm": True, "init": "bert", "drop_path": 0.1
+        },
+        "vpt": {"bottleneck": 96, "variant": "vpt", "act": "gelu", "norm": False, "init": "zeros"},
+    }  # fmt: skip
 
 
 @register(

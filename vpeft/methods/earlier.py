@@ -5,7 +5,12 @@ from typing import Any
 
 # By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
 MEANT: dict[int, dict[str, dict[str, Any]]] = {
-    1: {},
+    1: {
+        "adamix": {"start": "equal", "divergence": "full"},
+        "mam": {"shared": False},
+        "prefix": {"shared": False},
+        "unipelt": {"shared": False, "place": "intermediate"},
+    },
 }
 
 

@@ -29,7 +29,7 @@ from .base import (
     which_blocks,
 )
 from .lora import LoRA, LoraLinear
-from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
+from .prefix import FirstHalf, MadePrefix, Prefix, PrefixTuning, first_half, fold_prefixes
 from .selective import BitFit
 
 
@@ -53,40 +53,46 @@ class _WithPrefix(Method):
 class MAM(_WithPrefix):
     """Prefix tuning in every attention, and a scaled bottleneck parallel to every MLP.
 
-    The bottleneck is ``adaptformer``'s, s (drop(relu(z Wd^T + bd)) Wu^T + bu), but reads what the MLP reads.
+    The bottleneck is ``adaptformer``'s, s (drop(relu(z Wd^T + bd)) Wu^T + bu).
 
     Args:
         tokens: P, keys and values per head, one for all blocks or one per block (0: none there).
-        form, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``hidden`` and ``dropout``. The official
-            runs have the ``perceptron`` form.
+        form, shared, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``shared``, ``hidden`` and
+            ``dropout``. The released runs have the ``perceptron`` form, shared, 800 wide.
         bottleneck: rows of Wd, one for all blocks or one per block (0: none there).
         scale: s, or ``"learnable"`` (one number, starting at 1). Published: 4 in translation, 2 on GLUE.
         norm: a LayerNorm of the bottleneck's own on its input (``"in"``), on its result (``"out"``), or ``"none"``.
-        dropout: on its hidden layer.
-        reads: ``normed``, what the MLP gets, as the official models do; ``stream``, the residual stream before norm2.
+        dropout: on its hidden layer; 0.1 in the released runs.
+        reads: z. ``stream``, the residual stream before norm2, as in the released code on its pre-norm model (mBART) and
+            in adapter-hub's on a ViT; ``normed``, what norm2 makes of it for the MLP, a variant of this library. On
+            post-norm models (the released RoBERTa, SwinV2) they are the same tensor.
         blocks: which blocks; None for all.
     """
 
     tokens: PerBlock = per_block(10, "tokens")
     form: Literal["direct", "perceptron"] = "direct"
+    shared: bool = True
     hidden: int = count(512, "channels")
     prefix_dropout: float = probability(0.0)
     bottleneck: PerBlock = per_block(64, "channels")
     scale: float | Literal["learnable"] = nonnegative(0.1)
     norm: Literal["none", "in", "out"] = "none"
     dropout: float = probability(0.0)
-    reads: Literal["normed", "stream"] = "normed"
+    reads: Literal["stream", "normed"] = "stream"
     blocks: Blocks = which_blocks()
 
     presets = {
-        "translation": {"tokens": 30, "form": "perceptron", "bottleneck": 512, "scale": 4.0},
-        "glue": {"tokens": 16, "form": "perceptron", "bottleneck": 16, "scale": 2.0},
-    }
+        "translation": {
+            "tokens": 30, "form": "perceptron", "hidden": 800, "bottleneck": 512, "scale": 4.0, "dropout": 0.1
+        },
+        "glue": {"tokens": 16, "form": "perceptron", "hidden": 800, "bottleneck": 16, "scale": 2.0, "dropout": 0.1},
+    }  # fmt: skip
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         prefixes = PrefixTuning(
-            tokens=self.tokens, form=self.form, hidden=self.hidden, dropout=self.prefix_dropout, blocks=self.blocks
-        )
+            tokens=self.tokens, form=self.form, shared=self.shared, hidden=self.hidden, dropout=self.prefix_dropout,
+            blocks=self.blocks,
+        )  # fmt: skip
         yield from prefixes.build(sites)
         adapters = AdaptFormer(
             bottleneck=self.bottleneck, scale=self.scale, norm=self.norm, dropout=self.dropout, blocks=self.blocks
@@ -196,10 +202,10 @@ class GatedAdapter(_Gated, MappedBottleneck):
 @register(
     "unipelt",
     Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", "ACL 2022", "2110.07577", "hybrid"),
-    where="keys and values, q and v, and the MLP branch, each behind a gate",
+    where="keys and values, q and v, and the output of the block, each behind a gate",
 )
 class UniPELT(_WithPrefix):
-    """Prefixes, LoRA on q and v, and a sequential adapter on the MLP branch, each times a gate between 0 and 1.
+    """Prefixes, LoRA on q and v, and a sequential adapter after the MLP, each times a gate between 0 and 1.
 
     A gate is one number per sample, the mean over its tokens of sigmoid(x w^T + b). That of the prefixes multiplies keys
     and values; those of LoRA, one for q and one for v, stand where alpha / r would; that of the adapter multiplies its
@@ -208,10 +214,13 @@ class UniPELT(_WithPrefix):
 
     Args:
         tokens: keys and values per head, one for all blocks or one per block (0: none there).
-        form, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``hidden`` and ``dropout``.
+        form, shared, hidden, prefix_dropout: of the prefixes, as ``prefix``'s ``form``, ``shared``, ``hidden`` and
+            ``dropout``. The released code has the ``perceptron`` form, shared, 512 wide.
         rank: of LoRA, one for all blocks or one per block (0: none there).
         lora_dropout: on LoRA's input.
         bottleneck: of the adapter, one for all blocks or one per block (0: none there).
+        place: of the adapter, as ``adapter``'s ``variant``: ``post``, where adapter and gate read the whole stream after
+            the MLP, as in the released code (Pfeiffer's place); ``intermediate``, where they read the MLP branch alone.
         act: activation of the adapter, by timm's name.
         dropout: on the adapter's hidden layer.
         blocks: which blocks; None for all.
@@ -219,11 +228,13 @@ class UniPELT(_WithPrefix):
 
     tokens: PerBlock = per_block(10, "tokens")
     form: Literal["direct", "perceptron"] = "direct"
+    shared: bool = True
     hidden: int = count(512, "channels")
     prefix_dropout: float = probability(0.0)
     rank: PerBlock = per_block(8)
     lora_dropout: float = probability(0.0)
     bottleneck: PerBlock = per_block(48, "channels")
+    place: Literal["post", "intermediate"] = "post"
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "relu"
     dropout: float = probability(0.0)
     blocks: Blocks = which_blocks()
@@ -233,25 +244,31 @@ class UniPELT(_WithPrefix):
             option: {b.index: n for b, n in self.sized_blocks(sites, option, self.blocks)}
             for option in ("tokens", "rank", "bottleneck")
         }
+        first = first_half(self, [(b, sizes["tokens"][b.index]) for b in sites.blocks if b.index in sizes["tokens"]])
+        if first is not None:
+            yield "prefix", first
         for block in sites.choose(self.blocks):
             tokens, rank, bottleneck = (sizes[option].get(block.index, 0) for option in sizes)
             names = ["prefix"] * bool(tokens) + ["lora_q", "lora_v"] * bool(rank) + ["adapter"] * bool(bottleneck)
             if names:
                 gates = UniPELTGates(block, names)
                 yield f"{block.path}.unipelt", gates
-                for path, part in self._parts(block, tokens, rank, bottleneck):
+                for path, part in self._parts(block, tokens, rank, bottleneck, first):
                     yield path, part.behind(gates)
 
-    def _parts(self, block: BlockSite, tokens: int, rank: int, bottleneck: int) -> Iterator[tuple[str, _Gated]]:
+    def _parts(
+        self, block: BlockSite, tokens: int, rank: int, bottleneck: int, first: FirstHalf | None
+    ) -> Iterator[tuple[str, _Gated]]:
         if tokens and self.form == "direct":
             yield f"{block.path}.prefix", GatedPrefix(block, tokens)
         elif tokens:
-            yield f"{block.path}.prefix", GatedMadePrefix(block, tokens, self.hidden, self.prefix_dropout)
+            yield f"{block.path}.prefix", GatedMadePrefix(block, tokens, self.hidden, self.prefix_dropout, first)
         for path, linears in linears_by_path(block, ["q", "v"]).items() if rank else ():
             yield f"{path}.lora", GatedLora(linears, block.index, rank, 1.0, self.lora_dropout, on_input=True)
         if bottleneck:
             adapter = BottleneckAdapter(act=self.act, init="bert", dropout=self.dropout)
-            yield f"{block.path}.adapter_mlp", GatedAdapter(adapter, block, bottleneck, block.branch2)
+            place = block if self.place == "post" else block.branch2
+            yield f"{block.path}.adapter_mlp", GatedAdapter(adapter, block, bottleneck, place)
 
 
 STRATEGIES = ("adapter", "prefix", "bitfit", "lora")

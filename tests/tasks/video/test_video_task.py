@@ -92,7 +92,7 @@ def test_a_method_that_compares_runs_gets_a_second_one_and_its_term_is_added():
     loss = training_loss(ClipStep(3), Drawing(), clips_with(torch.randn(2, 3)), labels, handle)
     assert len(runs) == 2
     p, q = (r.softmax(1) for r in runs)
-    divergence = ((p - q) * (p / q).log()).sum(1).mean()
+    divergence = 0.5 * ((p - q) * (p / q).log()).sum(1).mean()
     assert float(loss) == pytest.approx(float(F.cross_entropy(runs[0], labels) + 3 * divergence), rel=1e-5)
 
     once = vpeft.attach(make("vit"), "adamix", consistency=0.0)
