@@ -128,6 +128,11 @@ def test_pfeiffer(transformers, adapters, model, ours, theirs):
     check(other, attached(model, "pfeiffer", bottleneck=BOTTLENECK, act="relu", norm=False, **ours))
 
 
+def test_pfeiffer_preset(transformers, adapters, model):
+    other = peer_of(transformers, adapters, model, adapters.SeqBnConfig(**REDUCED))
+    check(other, attached(model, "pfeiffer", preset="adapter_hub", bottleneck=BOTTLENECK))
+
+
 @pytest.mark.parametrize(("method", "config"), [("pfeiffer", "SeqBnConfig"), ("houlsby", "DoubleSeqBnConfig")])
 def test_norm_of_its_own(transformers, adapters, method, config):
     """Theirs has torch's eps of 1e-5, ours the backbone's: equal where that is 1e-5 too."""
