@@ -225,3 +225,19 @@ def test_stored_keys_follow_what_blocks_share():
     with torch.no_grad():
         dict(vpeft.get_handle(twin).named_parameters())["prefix.embedding"].zero_()
         assert not torch.equal(twin(x), model(x)), "a copy has a perceptron of its own"
+
+
+def test_every_sample_draws_its_own_dropout():
+    """As in the released code, which makes keys and values for every sample; all rows are the same image."""
+    model = make("vit")
+    handle = vpeft.attach(model, "prefix", tokens=4, form="perceptron", hidden=8, dropout=0.5)
+    randomise(handle)
+    x = images(model, 1).expand(3, -1, -1, -1)
+    handle.train()
+    torch.manual_seed(0)
+    a, b, c = model(x).detach()
+    assert min((a - b).abs().max(), (b - c).abs().max()) > 1e-3
+    handle.eval()
+    with torch.no_grad():
+        rows = model(x)
+    assert torch.allclose(rows[0], rows[1], atol=1e-6)

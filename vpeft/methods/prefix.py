@@ -69,7 +69,13 @@ class MadePrefix(ComputedKeysValues):
         return self.up(first.down(first.embedding[: self.tokens]).tanh())
 
     def make(self) -> tuple[Tensor, Tensor]:
-        return self.pair(self.drop(self.both()))
+        return self.pair(self.both())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = super().forward(x)
+        if self.training and self.drop.p:  # every sample draws its own
+            key, value = (self.drop(t.expand(x.shape[0], *t.shape)) for t in (key, value))
+        return key, value
 
     def sources(self) -> list[Tensor]:
         return [*self.parameters(), *(self.shared.parameters() if self.shared is not None else ())]
@@ -124,7 +130,7 @@ class PrefixTuning(Method):
             these have the widest block's; a block with fewer tokens takes the first rows of the embedding. False: every
             block has a whole perceptron, as in this library before its files had format 2.
         hidden: width of the perceptron.
-        dropout: on its result.
+        dropout: on its result, drawn anew for every sample, as in the released code.
         blocks: which blocks; None for all.
     """
 
