@@ -22,17 +22,19 @@ class _Parts:
         tokens, segments = s["e2vpt.token_mask"], s["e2vpt.segment_mask"]
         assert 0 < tokens.sum() < len(tokens)
         assert (segments.sum(1) < segments.shape[1]).all()
+        self.options = options
         if not options["method"].project:
             s |= {n: self.masked(s, t) for n, t in s.items() if n.endswith("vpt.prompts")}
         for name in [n for n in s if n.endswith("prefix.kv")]:
             s[name.replace("kv", "key")] = s[name.replace("kv", "value")] = s[name]
         super().__init__(model, p, s, **options)
 
-    @staticmethod
-    def masked(s, prompts):
+    def masked(self, s, prompts):
         segments = s["e2vpt.segment_mask"]
-        width = prompts.shape[1] // segments.shape[1]
-        mask = torch.stack([segments[:, c // width] for c in range(prompts.shape[1])], 1)
+        count, width = segments.shape[1], prompts.shape[1]
+        near = self.options["method"].layout == "contiguous"
+        segment_of = [c // (width // count) if near else c % count for c in range(width)]
+        mask = torch.stack([segments[:, k] for k in segment_of], 1)
         return prompts * mask * s["e2vpt.token_mask"][:, None]
 
     def pair(self, path, heads):
@@ -53,6 +55,7 @@ OPTIONS = [
     {},
     {"share_kv": False, "kv_tokens": 3, "blocks": [1, 2]},
     {"init": "uniform", "tokens": 3, "segments": 8},
+    {"layout": "contiguous", "importance": "absolute", "segments": 8},
 ]
 PRUNED = {"prune_tokens": 40.0, "prune_segments": 30.0}
 
@@ -117,16 +120,22 @@ def trained(kind="vit", **options):
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
-def test_masks_by_the_chain_rule(kind):
+@pytest.mark.parametrize("layout", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("importance", ["signed", "absolute"])
+def test_masks_by_the_chain_rule(kind, layout, importance):
     """A mask of ones multiplies the prompts: its gradient is the prompts' own times the prompts, summed where it acts."""
-    model, handle, start = trained(kind, prune_tokens=40.0, prune_segments=60.0)
+    given = {"layout": layout, "importance": importance}
+    released = {} if given == {"layout": "interleaved", "importance": "signed"} else given  # the defaults
+    model, handle, start = trained(kind, prune_tokens=40.0, prune_segments=60.0, **released)
     tokens, segments = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 16, dtype=torch.float64)
+    value = torch.abs if importance == "absolute" else torch.clone
     prompts = [p for n, p in handle.named_parameters() if n.endswith("vpt.prompts")]
     for x, labels in batches(model):
         grads = torch.autograd.grad(F.cross_entropy(model(x), labels), prompts)
         products = [(p * g).detach() for p, g in zip(prompts, grads, strict=True)]
-        tokens += sum(t.sum(1) for t in products).abs()
-        segments += sum(t.reshape(5, 16, -1).sum(2) for t in products).abs()
+        tokens += value(sum(t.sum(1) for t in products))
+        split = [t.reshape(5, 16, -1).sum(2) if layout == "contiguous" else t.reshape(5, -1, 16).sum(1) for t in products]
+        segments += value(sum(split))
     handle.calibrate(batches(model), progress=False)
     state = handle.state_dict()
     assert state["e2vpt.token_mask"].sum() == 3
@@ -151,7 +160,7 @@ def test_masked_entries_never_train_and_are_not_counted():
     assert text in handle.summary()
     train_steps(model, handle, steps=3)
     moved = handle.state_dict()["blocks.1.vpt.prompts"] != start["blocks.1.vpt.prompts"]
-    assert torch.equal(moved.double(), mask.repeat_interleave(2, 1))
+    assert torch.equal(moved.double(), torch.cat([mask, mask], 1))
 
 
 def test_two_runs_give_what_one_program_gives(tmp_path):

@@ -25,8 +25,9 @@ from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 class Masks(nn.Module):
     """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start."""
 
-    def __init__(self, tokens: int, segments: int, seed: int, heads: list[ModuleRef]):
+    def __init__(self, tokens: int, segments: int, interleaved: bool, seed: int, heads: list[ModuleRef]):
         super().__init__()
+        self.interleaved = interleaved
         self.register_buffer("token_mask", torch.ones(tokens))
         self.register_buffer("segment_mask", torch.ones(tokens, segments))
         self.register_buffer("seed", torch.tensor(seed))
@@ -34,9 +35,10 @@ class Masks(nn.Module):
         self.head = {f"{h.path}.{n}": t.detach().clone() for h in heads for n, t in h.module.named_parameters()}
 
     def forward(self, prompts: Tensor) -> Tensor:
-        """Prompts (P, D) times the masks; a segment is D / S neighbouring channels."""
+        """Prompts (P, D) times the masks; a segment is every S-th channel, or D / S neighbouring ones."""
         mask = self.token_mask[:, None] * self.segment_mask
-        return (prompts.unflatten(-1, (mask.shape[1], -1)) * mask[..., None]).flatten(-2)
+        times = prompts.shape[-1] // mask.shape[1]
+        return prompts * (mask.repeat(1, times) if self.interleaved else mask.repeat_interleave(times, 1))
 
 
 class _Masked:
@@ -112,10 +114,11 @@ class E2VPT(VPTDeep):
 
     ``calibrate`` without ``pruned_from``, on a handle that was just trained, does the same within one program.
 
-    Calibration sums, over the batches, the absolute gradient of the mean loss with respect to each mask, drops the tokens
-    with the lowest sums and then, in each token, the segments with the lowest. Prompts, keys and values return to the
+    Calibration sums, over the batches, the gradient of the mean loss with respect to each mask, drops the tokens with the
+    lowest sums and, in each token, the segments with the lowest. Prompts, keys and values return to the
     very values that the first training started from (a file holds the seed they came from), the head to its own. Masked
-    prompts are zero, but keep their place in the sequence.
+    prompts are zero, but keep their place in the sequence. (The released code also updates the weights after each of
+    these batches; that is not repeated.)
 
     Args:
         tokens: P, prompts in front of each block.
@@ -125,6 +128,10 @@ class E2VPT(VPTDeep):
         init: of those: ``kaiming`` uniform, ``trunc_normal`` with std 0.02, or ``uniform`` in the prompts' range.
         kv_dropout: on them.
         segments: S, in how many parts a prompt is masked; divides every width.
+        layout: which channels are a segment. ``interleaved``, as the released code: channel c belongs to segment c mod S.
+            ``contiguous``, as the paper has it: D / S neighbours.
+        importance: what is summed: the gradients with their ``signed`` values, as the released code, so that a mask whose
+            gradient is most negative goes first; or their ``absolute`` values, as the paper's text has it.
         prune_tokens, prune_segments: per cent to drop in calibration, rounded down; at least 1 token and 4 segments per
             token stay. The paper chooses among 10, 20 … 90 on validation images.
         pruned_from: file of the first training; see above.
@@ -138,6 +145,8 @@ class E2VPT(VPTDeep):
     init: Literal["kaiming", "trunc_normal", "uniform"] = "kaiming"
     kv_dropout: float = probability(0.0)
     segments: int = count(16)
+    layout: Literal["interleaved", "contiguous"] = "interleaved"
+    importance: Literal["signed", "absolute"] = "signed"
     prune_tokens: float = option(10.0, ge=0, le=100, unit="per cent")
     prune_segments: float = option(10.0, ge=0, le=100, unit="per cent")
     pruned_from: str | None = option(None, free="a file's path")
@@ -160,7 +169,7 @@ class E2VPT(VPTDeep):
 
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """Everything, at the initial values that belong to a seed."""
-        self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_prompts_at``
+        self._masks = Masks(self.tokens, self.segments, self.layout == "interleaved", seed, sites.heads)  # for ``_prompts_at``
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -190,7 +199,7 @@ class E2VPT(VPTDeep):
         masks.token_mask.fill_(1)
         masks.segment_mask.fill_(1)
         tree.eval_all()
-        tokens, segments = importance(tree.objective, masks, batches)
+        tokens, segments = importance(tree.objective, masks, batches, self.importance == "signed")
         masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
         masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
         self._rewind(tree, int(masks.seed))
@@ -228,8 +237,10 @@ def _first_training(path: str | Path, tree: Tree) -> dict[str, Tensor]:
     return file.tensors
 
 
-def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sum over the batches of the absolute gradients of the mean loss with respect to both masks."""
+def importance(
+    objective: Objective, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]], signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum over the batches of the gradients of the mean loss with respect to both masks, or of their absolute values."""
     both = [masks.token_mask, masks.segment_mask]
     tokens, segments = (torch.zeros_like(mask, dtype=torch.float32) for mask in both)
     try:
@@ -237,8 +248,8 @@ def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tenso
             mask.requires_grad_(True)
         for images, labels in batches:
             gradients = torch.autograd.grad(objective.loss(images, labels), both)
-            tokens += gradients[0].abs()
-            segments += gradients[1].abs()
+            tokens += gradients[0] if signed else gradients[0].abs()
+            segments += gradients[1] if signed else gradients[1].abs()
     finally:
         for mask in both:
             mask.requires_grad_(False)

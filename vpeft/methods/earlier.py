@@ -5,7 +5,10 @@ from typing import Any
 
 # By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
 MEANT: dict[int, dict[str, dict[str, Any]]] = {
-    1: {},
+    1: {
+        "e2vpt": {"layout": "contiguous", "importance": "absolute"},
+        "evp": {"map": "unique"},
+    },
 }
 
 

@@ -112,7 +112,7 @@ class SCT(Method):
     """A linear map on the K most salient channels of each block: x[idx] becomes z + s (z W^T + b) with z = x[idx].
 
     ``idx`` is chosen by ``handle.calibrate``, on the bare backbone: per class, the L2 norm of each channel over all images
-    and tokens of the class; the mean over classes; the K largest. It is saved with the values. Not the bare model at the
+    and patches of the class; the mean over classes; the K largest. It is saved with the values. Not the bare model at the
     start. A published file expects s folded into W and b: give ``scale=1`` with it.
 
     Args:
@@ -121,7 +121,8 @@ class SCT(Method):
             path, which can be merged. Channels are chosen by norm2's input or by the block's output.
         scale: s. Published: 0.1 to 1, by task.
         variant: ``scale`` as above, or ``scale_on_x``: s z + (z W^T + b).
-        tokens: the tokens that count in the choice: ``all``, or ``patches``, as the released code has it.
+        tokens: the tokens that count in the choice: ``patches``, without class token and registers, as in the released code;
+            or ``all``.
         blocks: which blocks; None for all.
     """
 
@@ -129,7 +130,7 @@ class SCT(Method):
     place: Literal["attn", "mlp"] = "attn"
     scale: float = option(1.0, gt=0)
     variant: Literal["scale", "scale_on_x"] = "scale"
-    tokens: Literal["all", "patches"] = "all"
+    tokens: Literal["all", "patches"] = "patches"
     blocks: Blocks = which_blocks()
 
     @property
