@@ -272,7 +272,7 @@ def test_classes_that_share_an_output_are_named():
     assert "share" not in handle.summary()
     with pytest.warns(UserWarning, match="all 5 classes are taken for pretrained class 3, .* map='unique'"):
         calibrated(handle)
-    assert "map        1 pretrained classes stand for 5; classes that share one have equal logits" in handle.summary()
+    assert "map        1 pretrained classes stand for 5; those that share one have equal logits" in handle.summary()
     assert "share" not in attached(make("vit"), "evp").summary()
 
 
@@ -325,7 +325,9 @@ def test_iterative_map_follows_the_prompt():
         if (method, options) == ("evp", {}):
             assert found.tolist() == modes(bare.tolist(), labels.tolist(), 6)
         else:
-            assert torch.equal(found, expected(bare, first_come_map) if options == unique else expected(prompted, greedy_map))
+            assert torch.equal(
+                found, expected(bare, first_come_map) if options == unique else expected(prompted, greedy_map)
+            )
             assert len(set(found.tolist())) == 6
         handle.detach()
 

@@ -95,6 +95,7 @@ def _calibrated(
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
         handle.load_state_dict(RunState.read(run.file("state.safetensors")).trained)
+        handle.root.calibrated = True  # values may look as if it had not been: a label map that is the order of the classes
     elif handle.method.needs_calibration:
         calibrate(progress=run.main)
     return partial(calibrate, progress=False) if handle.method.calibrates_each_epoch else None

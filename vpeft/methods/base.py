@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import typing
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -116,6 +117,18 @@ class Method:
         ``(images, labels)`` on the model's device and can be gone through several times.
         """
         return callable(getattr(self, "calibrate", None))
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Whether its tensors can be what calibration left behind: what is loaded does not say whether there was one."""
+        return True
+
+    def without_calibration(self) -> str:
+        """``option='value'`` with which it would need no calibration, or "" where there is no such option."""
+        for this in declared(type(self)):
+            for choice in typing.get_args(this.hint) if typing.get_origin(this.hint) is Literal else ():
+                if not dataclasses.replace(self, **{this.name: choice}).needs_calibration:
+                    return f"{this.name}={choice!r}"
+        return ""
 
     @property
     def calibrates_each_epoch(self) -> bool:

@@ -12,27 +12,49 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attached.objective import Objective
 from ..attached.tree import Tree
-from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import PrefixKeysValues
+from ..interventions.base import Intervention
 from ..numerics import unregistered
 from ..options import option, probability
 from .base import Method, Paper, count, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 
 
-class Masks(nn.Module):
-    """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start."""
+class Masks(Intervention):
+    """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start.
+
+    They act through the prompts, and at no place by themselves.
+    """
+
+    inert = True
+    resizable = frozenset({"token_mask", "segment_mask"})
 
     def __init__(self, tokens: int, segments: int, interleaved: bool, seed: int, heads: list[ModuleRef]):
-        super().__init__()
+        super().__init__(LAST)
         self.interleaved = interleaved
         self.register_buffer("token_mask", torch.ones(tokens))
         self.register_buffer("segment_mask", torch.ones(tokens, segments))
         self.register_buffer("seed", torch.tensor(seed))
         # What the head starts from; of no use in a file.
         self.head = {f"{h.path}.{n}": t.detach().clone() for h in heads for n, t in h.module.named_parameters()}
+
+    def hooked(self) -> list[ModuleRef]:
+        return []
+
+    def install(self) -> None:
+        pass
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        for name, found in tensors.items():
+            own = getattr(self, name)
+            if found.shape != own.shape:
+                return f"{name}: shape {tuple(found.shape)} in the file, {tuple(own.shape)} here"
+            if not found.is_meta and not ((found == 0) | (found == 1)).all():
+                return f"{name}: a mask is 0 or 1 everywhere"
+        return None
 
     def forward(self, prompts: Tensor) -> Tensor:
         """Prompts (P, D) times the masks; a segment is every S-th channel, or D / S neighbouring ones."""
@@ -169,7 +191,9 @@ class E2VPT(VPTDeep):
 
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """Everything, at the initial values that belong to a seed."""
-        self._masks = Masks(self.tokens, self.segments, self.layout == "interleaved", seed, sites.heads)  # for ``_prompts_at``
+        self._masks = Masks(
+            self.tokens, self.segments, self.layout == "interleaved", seed, sites.heads
+        )  # for ``_prompts_at``
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -192,14 +216,18 @@ class E2VPT(VPTDeep):
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Choose what to mask by the trained prompts, and go back to the start."""
         masks: Masks = tree.get_submodule("e2vpt")
-        head = masks.head
-        if self.pruned_from is not None:
-            head = {n: t.clone() for n, t in tree.head_tensors().items()}
-            tree.load(_first_training(self.pruned_from, tree))
-        masks.token_mask.fill_(1)
-        masks.segment_mask.fill_(1)
-        tree.eval_all()
-        tokens, segments = importance(tree.objective, masks, batches, self.importance == "signed")
+        before = {n: t.clone() for n, t in (tree.state() | tree.head_tensors()).items()}
+        head = masks.head if self.pruned_from is None else before
+        try:
+            if self.pruned_from is not None:
+                tree.load(_first_training(self.pruned_from, tree))
+            masks.token_mask.fill_(1)
+            masks.segment_mask.fill_(1)
+            tree.eval_all()
+            tokens, segments = importance(tree.objective, masks, batches, self.importance == "signed")
+        except BaseException:
+            tree.load(before)
+            raise
         masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
         masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
         self._rewind(tree, int(masks.seed))
@@ -214,7 +242,16 @@ class E2VPT(VPTDeep):
                 state[f"{path}.{name}"].copy_(start)
 
     def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
-        return replace(self, pruned_from=None), tree.state()
+        return replace(self, pruned_from=None) if tree.calibrated else self, tree.state()
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where nothing is masked that was to be."""
+        masks: Masks = tree.get_submodule("e2vpt")
+        tokens = dropped(self.tokens, self.prune_tokens, self.KEEP_TOKENS)
+        segments = dropped(self.segments, self.prune_segments, self.KEEP_SEGMENTS)
+        if masks.token_mask.is_meta or not tokens + segments:
+            return True
+        return not (masks.token_mask.all() and masks.segment_mask.all())
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         masks: Masks = tree.get_submodule("e2vpt")
@@ -258,7 +295,10 @@ def importance(
 
 def keep(scores: Tensor, percent: float, least: int) -> Tensor:
     """0 for the lowest ``percent`` of each row of scores, 1 for the others, of which at least ``least`` remain."""
-    count = scores.shape[-1]
-    drop = max(min(int(count * percent / 100), count - least), 0)
-    lowest = scores.argsort(dim=-1, stable=True)[..., :drop]
+    lowest = scores.argsort(dim=-1, stable=True)[..., : dropped(scores.shape[-1], percent, least)]
     return torch.ones_like(scores).scatter(-1, lowest, 0)
+
+
+def dropped(count: int, percent: float, least: int) -> int:
+    """How many are dropped of so many, of which at least ``least`` remain."""
+    return max(min(int(count * percent / 100), count - least), 0)

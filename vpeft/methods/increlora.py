@@ -77,6 +77,17 @@ class GrowingLinear(LoraLinear):
         for _, part in self.parts():
             part.rank.fill_(method.start_rank)
             part.e.data[: method.start_rank] = 0
+        self.resizable = frozenset(f"{slot}.rank" for slot in self.slots) or {"rank"}  # looked at before it is taken
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        (_, part), *_ = self.parts()
+        most = len(part.e) - self.reserve
+        for name, rank in tensors.items():
+            if rank.is_floating_point() or rank.is_complex() or rank.dtype == torch.bool:
+                return f"{name}: ranks are whole numbers, not {str(rank.dtype).removeprefix('torch.')}"
+            if not rank.is_meta and not 0 <= int(rank) <= most:
+                return f"{name}: {int(rank)} is no rank from 0 to {most}"
+        return None
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         return Growing(site, rank)

@@ -66,7 +66,9 @@ def check_block(block: BlockSite) -> None:
     """Raise where nothing of an ordinary block's shape can be cut out."""
     q, k = block.linears("q")[0], block.linears("k")[0]
     if len(block.linears("fc1")) != 1 or block.linears("fc1")[0].out_features != block.linears("fc2")[0].in_features:
-        raise UnsupportedModelError(f"init='prune': {block.mlp.path} is no plain MLP, so none can be cut out of it{_INSTEAD}")
+        raise UnsupportedModelError(
+            f"init='prune': {block.mlp.path} is no plain MLP, so none can be cut out of it{_INSTEAD}"
+        )
     if q.out_features != k.out_features or not block.pre_norm:
         raise UnsupportedModelError(f"init='prune': no plain block can be cut out of {block.path}{_INSTEAD}")
 

@@ -32,6 +32,7 @@ class Surround(PixelPrompt):
     """
 
     no_decay = frozenset({"prompt"})
+    resizable = frozenset({"mean", "std"})
 
     def __init__(self, method: "RawMethod", sites: Sites, chosen: Tensor):
         super().__init__(sites, chosen)
@@ -45,6 +46,15 @@ class Surround(PixelPrompt):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.register_buffer("outside", F.pad(torch.zeros(h, w), self.margins, value=1.0), persistent=False)
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        for name in ("mean", "std"):
+            found = tensors[name]
+            if found.shape != self.mean.shape:
+                return f"{name}: {len(found)} numbers for {len(self.mean)} channels"
+            if not found.is_meta and not (found.isfinite() & ((found > 0) | (name == "mean"))).all():
+                return f"{name}: {found.tolist()} are no {'positive ' if name == 'std' else ''}numbers"
+        return super().why_not(tensors)
 
     def pixels(self, batch: int) -> Tensor:
         """Raw pixels (3, H, W), zeros under the image."""
@@ -296,14 +306,16 @@ class EVP(RawMethod):
         found = first_come_map(counted(sources, targets, shape)) if unique else mode_map(sources, targets, shape)
         if shape[1] > 1 and len(found.unique()) == 1:
             warnings.warn(
-                f"{self.name}: all {shape[1]} classes are taken for pretrained class {int(found[0])}, so that their logits are "
-                "equal and nothing can be learned; attach with map='unique', or to a model that tells the images apart",
-                stacklevel=2,
+                f"{self.name}: all {shape[1]} classes are taken for pretrained class {int(found[0])}, so that their logits "
+                "are equal and nothing can be learned; attach with map='unique', or to a model that tells the images apart",
+                stacklevel=3,
             )
         prompt.map.copy_(found)
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         chosen = tree.get_submodule("evp").map
         sharing = 0 if chosen.is_meta else len(chosen) - len(chosen.unique())
-        text = f"{len(chosen) - sharing} pretrained classes stand for {len(chosen)}; classes that share one have equal logits"
+        text = (
+            f"{len(chosen) - sharing} pretrained classes stand for {len(chosen)}; classes that share one have equal logits"
+        )
         return [("map", text)] if sharing else []

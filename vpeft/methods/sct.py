@@ -15,10 +15,13 @@ from ..interventions.output import MapOutput
 from ..numerics import wide
 from ..options import option
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
+from .masks import why_no_index
 
 
 class Salient:
     """Gives an intervention the channels ``idx`` (K), and the K x K linear map on them."""
+
+    resizable = frozenset({"idx"})
 
     def add_parts(self, method: "SCT", block: BlockSite, size: int) -> None:
         count = min(size, block.width)
@@ -27,6 +30,13 @@ class Salient:
         self.register_buffer("idx", torch.arange(count, dtype=torch.int32))
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, count), std=0.02))
         self.bias = nn.Parameter(torch.zeros(count))
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        idx, own = tensors["idx"], self.idx
+        if idx.shape != own.shape:
+            return f"idx: {idx.numel()} channels for a map of {len(own)}"
+        problem = why_no_index(idx, self.width, "channels", "a width of {}")
+        return problem and f"idx: {problem}"
 
     def change(self, u: Tensor) -> Tensor:
         """What is added to u: 0 but for the chosen channels."""
@@ -141,6 +151,11 @@ class SCT(Method):
         for block, size in self.sized_blocks(sites, "channels", self.blocks):
             kind = SalientStream if self.place == "attn" else SalientMLP
             yield f"{block.path}.sct", kind(self, block, size)
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where every block still has its first channels (but where it has them all)."""
+        parts = [p for p in tree.interventions if isinstance(p, Salient) and len(p.idx) < p.width and not p.idx.is_meta]
+        return not parts or any(p.idx.tolist() != list(range(len(p.idx))) for p in parts)
 
     def calibrate(self, tree: Tree, batches) -> None:
         tree.model.eval()

@@ -18,7 +18,7 @@ from ..numerics import kept_modes
 from . import merging
 from .container import Container, container_of, remove
 from .needs import CacheNeeds, boundary, cache_needs
-from .summary import summary
+from .summary import calibration_advice, summary
 
 
 class _Switch:
@@ -95,6 +95,8 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged; unmerge() before loading other values")
         self.root.load(state, strict)
+        if self.method.needs_calibration and not self.method.looks_calibrated(self.root):
+            self.root.calibrated = False  # of a handle that had not been calibrated either
 
     @property
     def heads(self) -> list[ModuleRef]:
@@ -132,7 +134,7 @@ class Handle:
 
     def _check_calibrated(self) -> None:
         if self.method.needs_calibration and not self.root.calibrated:
-            raise MethodError(f"{self.method.name} looks at data first: call handle.calibrate(loader) before training")
+            raise MethodError(f"{self.method.name} looks at data first: {calibration_advice(self.method)}")
 
     def param_groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimiser.
@@ -309,20 +311,22 @@ class Handle:
             progress: show a bar.
 
         Raises:
-            MethodError: merged or disabled, or an empty loader.
+            MethodError: merged or disabled; or the loader is empty or gives something else than images with labels. The
+                handle is then as before.
         """
         if not callable(getattr(self.method, "calibrate", None)):
             return self
         if self.merged or not self.enabled:
             raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
-        device = next(self.model.parameters()).device
+        device, was, done = next(self.model.parameters()).device, self.root.calibrated, False
         try:
-            self.root.calibrated = False
             self.root.task = Objective(self.model, self.root.heads, outer, criterion)
+            batches = Batches(loader, device, self.name if progress else None, self.root.task)
             with kept_modes(self.model if outer is None else outer), self._container.bring_forward(self.name):
-                self.method.calibrate(self.root, Batches(loader, device, self.name if progress else None))
-            self.root.calibrated = True
+                self.method.calibrate(self.root, batches)
+            done = True
         finally:
+            self.root.calibrated = done or was
             self.root.task = None
             for parameter in (*self.model.parameters(), *(p for _, p in self.head_parameters())):
                 parameter.grad = None

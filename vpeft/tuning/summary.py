@@ -8,6 +8,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER
 from ..interventions.base import Intervention
 from ..interventions.weights import ExistingTensors
+from ..methods.base import Method
 
 
 def model_name(model: nn.Module) -> str:
@@ -35,6 +36,12 @@ def sites_table(tree: Tree) -> list[str]:
     return [f"{kind} x{n}: {count:,} parameters" for kind, (n, count) in groups.items()] or ["none but the head"]
 
 
+def calibration_advice(method: Method) -> str:
+    """What is to be done before training."""
+    instead = method.without_calibration()
+    return "call handle.calibrate(loader) before training" + (f", or attach with {instead}" if instead else "")
+
+
 def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
     """Sites, parameters, properties and paper, as text for people."""
     method, prefix = tree.method, f"{CONTAINER}."
@@ -43,10 +50,12 @@ def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
     inside = sum(p.numel() for n, p in tree.model.named_parameters() if not n.startswith(prefix))
     total = inside + sum(p.numel() for p in tree.parameters())
     options = ", ".join(f"{k}={v!r}" for k, v in method.options().items())
+    waits = method.needs_calibration and not tree.calibrated
     lines = [
         f"{tree.name}: {method.name}({options}) on {model_name(tree.model)}, {state}",
         f"  paper      {method.paper}",
         f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
+        *([f"  calibrated not yet: {calibration_advice(method)}"] if waits else []),
         *(f"  {title:10} {text}" for title, text in method.notes(tree)),
         f"  mergeable  {'yes' if mergeable else 'no'}",
         f"  gradient   reaches back to {boundary}",

@@ -58,9 +58,10 @@ class TimmBackbone(BaseModule):
             handle = attach(model, options.pop("name"), heads=self.maps.heads, **options)
             self.maps.check(handle)
             if handle.method.needs_calibration:
+                instead = handle.method.without_calibration()
                 raise MethodError(
                     f"{handle.method.name} looks at data before training, for which mmengine has no place: train it "
-                    "with vpeft's own engine (task: segmentation)"
+                    "with vpeft's own engine (task: segmentation)" + (f", or give it {instead}" if instead else "")
                 )
 
     @property
