@@ -1,5 +1,6 @@
 """What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
 
+import contextlib
 import copy
 import dataclasses
 import typing
@@ -126,8 +127,9 @@ class Method:
         """``option='value'`` with which it would need no calibration, or "" where there is no such option."""
         for this in declared(type(self)):
             for choice in typing.get_args(this.hint) if typing.get_origin(this.hint) is Literal else ():
-                if not dataclasses.replace(self, **{this.name: choice}).needs_calibration:
-                    return f"{this.name}={choice!r}"
+                with contextlib.suppress(MethodError):  # choices that do not go with the other options
+                    if not dataclasses.replace(self, **{this.name: choice}).needs_calibration:
+                        return f"{this.name}={choice!r}"
         return ""
 
     @property

@@ -87,11 +87,11 @@ class Container(nn.Module):
         if not now.modules or now.is_same(known):
             return
         acted_at = set() if tree is None else {p.module for i in tree.interventions for p in i.hooked()}
-        if acted_at & set(known.modules.values()):
+        if acted_at & {*known.modules.values(), *now.modules.values()}:
             if refuse:
                 raise MethodError(
-                    f"'{self.shown}' acts at the classifier itself, and cannot follow one that is set by hand: put the former "
-                    "one back, and call model.reset_classifier(n), or detach it first"
+                    f"'{self.shown}' acts at the classifier itself, and cannot follow one that is set by hand: put the "
+                    "former one back, and call model.reset_classifier(n), or detach it first"
                 )
             return
         if tree is None:
