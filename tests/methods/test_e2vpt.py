@@ -11,7 +11,7 @@ from tests.methods.test_prefix import Prefix
 from tests.methods.test_vpt import Prompts, SwinPrompts
 from tests.support.compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
 from tests.support.models import attached, images, make, randomise, train_steps
-from vpeft.methods.e2vpt import keep
+from vpeft.methods.e2vpt import importance, keep
 
 
 class _Parts:
@@ -148,6 +148,33 @@ def test_masks_by_the_chain_rule(kind, layout, importance):
     for name, value in (state | handle.head_state_dict()).items():
         if "mask" not in name:
             assert torch.equal(value, start[name]), name
+
+
+def test_the_defaults_are_the_released_code():
+    """Channel c belongs to segment c mod S, as ``mask.repeat(1, D / S)`` has it; the signs of the gradients count."""
+    method = vpeft.METHODS["e2vpt"]()
+    assert (method.layout, method.importance) == ("interleaved", "signed")
+    for layout, lost in (("interleaved", [2, 10, 18, 26]), ("contiguous", [8, 9, 10, 11])):
+        model = make("vit")
+        handle = vpeft.attach(model, "e2vpt", tokens=2, segments=8, layout=layout)
+        handle.state_dict()["e2vpt.segment_mask"][1, 2] = 0
+        rows = model.vpeft.e2vpt.blocks._modules["0"].vpt.rows()
+        assert (rows == 0).nonzero().tolist() == [[1, c] for c in lost]
+
+
+def test_what_would_lower_the_loss_goes_first_with_signs():
+    """A mask with a large negative gradient is worth most by its size, and goes first by its sign."""
+
+    class Fake:
+        def loss(self, x, y):
+            return (masks.token_mask * slopes).sum() + (masks.segment_mask * slopes[:, None]).sum()
+
+    handle = vpeft.attach(make("vit"), "e2vpt", tokens=4)
+    masks, slopes = handle.root.get_submodule("e2vpt"), torch.tensor([-3.0, 1.0, 2.0, 0.5])
+    for signed, order in ((True, [0, 3, 1, 2]), (False, [3, 1, 2, 0])):
+        tokens, segments = importance(Fake(), masks, [(None, None)] * 2, signed)
+        assert tokens.argsort().tolist() == segments[:, 0].argsort().tolist() == order
+        assert torch.equal(tokens, 2 * (slopes if signed else slopes.abs()))
 
 
 def test_masked_entries_never_train_and_are_not_counted():

@@ -298,6 +298,34 @@ def test_evp_maps_from_images_of_the_inner_size(kind, options):
         handle.calibrate([(small[..., :19], labels)], progress=False)
 
 
+def telling(model, x):
+    """The model, whose random classifier is made to tell these images apart."""
+    with torch.no_grad():
+        model.head.bias -= model(x).mean(0)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_reg"])
+def test_evp_takes_the_mode_as_released(kind):
+    """Per class what ``torch.mode`` says of its first images, one by one through the bare model; two may share one."""
+    x, labels = images(make(kind), 90, seed=5), torch.tensor([0] * 15 + [1] * 40 + [2] * 20 + [3] * 15)
+    model = telling(make(kind, num_classes=12), x)
+    with torch.no_grad():
+        bare = [int(model(image[None]).argmax()) for image in x]
+    expected = [
+        int(torch.mode(torch.tensor([b for b, t in zip(bare, labels.tolist(), strict=True) if t == k][:22])).values)
+        for k in range(4)  # 90 // 4 = 22
+    ]
+    found = {}
+    for name, options in (("default", {}), ("mode", {"map": "mode"}), ("unique", {"map": "unique"})):
+        handle = vpeft.attach(model, "evp", classes=4, name=name, **options)
+        handle.calibrate([(x[:50], labels[:50]), (x[50:], labels[50:])], progress=False)
+        found[name] = handle.state_dict()["evp.map"].tolist()
+    assert len(set(expected)) > 1
+    assert found["default"] == found["mode"] == expected
+    assert len(set(found["unique"])) == 4
+
+
 def test_iterative_map_follows_the_prompt():
     """ILM's map counts the prompted model's predictions, FLM's was counted before, EVP's by the bare model."""
     model = make("vit", num_classes=40)

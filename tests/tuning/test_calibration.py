@@ -17,9 +17,9 @@ OPTIONS = {"sct": {"channels": 5}, "fish": {"ratio": 0.05}, "evp": {"map": "uniq
 
 
 def test_who_looks_at_data():
-    assert LOOKING == sorted(
-        ["child_tuning_d", "dam_vp", "diff_pruning", "evp", "fish", "gps", "ilm_vp", "lst", "lt_sft", "sct"]
-    )
+    assert set(LOOKING) == {
+        "child_tuning_d", "dam_vp", "diff_pruning", "evp", "fish", "gps", "ilm_vp", "lst", "lt_sft", "sct"
+    }  # fmt: skip
 
 
 def wrong():
@@ -101,7 +101,7 @@ def test_the_classes_are_the_handles_own():
     second.enable()
     assert model.num_classes == 2
     first.calibrate([(images(model, 5), torch.arange(5))], progress=False)
-    with pytest.raises(vpeft.MethodError, match="there is a label 5, .* from 0 to 4"):
+    with pytest.raises(vpeft.MethodError, match=r"there is a label 5, .* from 0 to 4"):
         first.calibrate([(images(model, 1), torch.tensor([5]))], progress=False)
 
 
@@ -168,7 +168,7 @@ def test_an_uncalibrated_handle_loads_as_one(method, tmp_path):
         assert list(loaded.trainable_parameters())
         return
     for uncalibrated in (handle, loaded, other):
-        with pytest.raises(vpeft.MethodError, match="looks at data first: call handle.calibrate"):
+        with pytest.raises(vpeft.MethodError, match=r"looks at data first: call handle\.calibrate"):
             list(uncalibrated.trainable_parameters())
     handle.calibrate([(images(model, 24, seed=3), torch.arange(24) % 4)], progress=False)
     assert "not yet" not in handle.summary()

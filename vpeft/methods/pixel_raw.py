@@ -315,7 +315,5 @@ class EVP(RawMethod):
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         chosen = tree.get_submodule("evp").map
         sharing = 0 if chosen.is_meta else len(chosen) - len(chosen.unique())
-        text = (
-            f"{len(chosen) - sharing} pretrained classes stand for {len(chosen)}; classes that share one have equal logits"
-        )
+        text = f"{len(chosen) - sharing} pretrained classes stand for {len(chosen)}; those that share one have equal logits"
         return [("map", text)] if sharing else []
