@@ -82,7 +82,7 @@ def pruned_blocks(method: Method, tree: Tree, batches, layers: list[int]) -> dic
         check_block(block)
     linears = [s for b in sites.blocks for slot in ("qkv", "proj", "fc1", "fc2") for s in b.linears(slot)]
     names = {f"{place.path}.weight" for place in [sites.patch_projection, *linears]}
-    tree.model.eval()
+    tree.eval_all()  # the heads too: single examples say nothing to a batch norm
     if method.importance == "fisher":
         fisher = _Fisher(tree, names)
         importance = fisher.summed(fisher.squares(batches, method.samples))
