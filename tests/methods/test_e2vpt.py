@@ -11,7 +11,7 @@ from tests.methods.test_prefix import Prefix
 from tests.methods.test_vpt import Prompts, SwinPrompts
 from tests.support.compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
 from tests.support.models import attached, images, make, randomise, train_steps
-from vpeft.methods.e2vpt import keep
+from vpeft.methods.e2vpt import importance, keep
 
 
 class _Parts:
@@ -22,17 +22,19 @@ class _Parts:
         tokens, segments = s["e2vpt.token_mask"], s["e2vpt.segment_mask"]
         assert 0 < tokens.sum() < len(tokens)
         assert (segments.sum(1) < segments.shape[1]).all()
+        self.options = options
         if not options["method"].project:
             s |= {n: self.masked(s, t) for n, t in s.items() if n.endswith("vpt.prompts")}
         for name in [n for n in s if n.endswith("prefix.kv")]:
             s[name.replace("kv", "key")] = s[name.replace("kv", "value")] = s[name]
         super().__init__(model, p, s, **options)
 
-    @staticmethod
-    def masked(s, prompts):
+    def masked(self, s, prompts):
         segments = s["e2vpt.segment_mask"]
-        width = prompts.shape[1] // segments.shape[1]
-        mask = torch.stack([segments[:, c // width] for c in range(prompts.shape[1])], 1)
+        count, width = segments.shape[1], prompts.shape[1]
+        near = self.options["method"].layout == "contiguous"
+        segment_of = [c // (width // count) if near else c % count for c in range(width)]
+        mask = torch.stack([segments[:, k] for k in segment_of], 1)
         return prompts * mask * s["e2vpt.token_mask"][:, None]
 
     def pair(self, path, heads):
@@ -53,6 +55,7 @@ OPTIONS = [
     {},
     {"share_kv": False, "kv_tokens": 3, "blocks": [1, 2]},
     {"init": "uniform", "tokens": 3, "segments": 8},
+    {"layout": "contiguous", "importance": "absolute", "segments": 8},
 ]
 PRUNED = {"prune_tokens": 40.0, "prune_segments": 30.0}
 
@@ -117,16 +120,22 @@ def trained(kind="vit", **options):
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
-def test_masks_by_the_chain_rule(kind):
+@pytest.mark.parametrize("layout", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("importance", ["signed", "absolute"])
+def test_masks_by_the_chain_rule(kind, layout, importance):
     """A mask of ones multiplies the prompts: its gradient is the prompts' own times the prompts, summed where it acts."""
-    model, handle, start = trained(kind, prune_tokens=40.0, prune_segments=60.0)
+    given = {"layout": layout, "importance": importance}
+    released = {} if given == {"layout": "interleaved", "importance": "signed"} else given  # the defaults
+    model, handle, start = trained(kind, prune_tokens=40.0, prune_segments=60.0, **released)
     tokens, segments = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 16, dtype=torch.float64)
+    value = torch.abs if importance == "absolute" else torch.clone
     prompts = [p for n, p in handle.named_parameters() if n.endswith("vpt.prompts")]
     for x, labels in batches(model):
         grads = torch.autograd.grad(F.cross_entropy(model(x), labels), prompts)
         products = [(p * g).detach() for p, g in zip(prompts, grads, strict=True)]
-        tokens += sum(t.sum(1) for t in products).abs()
-        segments += sum(t.reshape(5, 16, -1).sum(2) for t in products).abs()
+        tokens += value(sum(t.sum(1) for t in products))
+        split = [t.reshape(5, 16, -1).sum(2) if layout == "contiguous" else t.reshape(5, -1, 16).sum(1) for t in products]
+        segments += value(sum(split))
     handle.calibrate(batches(model), progress=False)
     state = handle.state_dict()
     assert state["e2vpt.token_mask"].sum() == 3
@@ -141,6 +150,33 @@ def test_masks_by_the_chain_rule(kind):
             assert torch.equal(value, start[name]), name
 
 
+def test_the_defaults_are_the_released_code():
+    """Channel c belongs to segment c mod S, as ``mask.repeat(1, D / S)`` has it; the signs of the gradients count."""
+    method = vpeft.METHODS["e2vpt"]()
+    assert (method.layout, method.importance) == ("interleaved", "signed")
+    for layout, lost in (("interleaved", [2, 10, 18, 26]), ("contiguous", [8, 9, 10, 11])):
+        model = make("vit")
+        handle = vpeft.attach(model, "e2vpt", tokens=2, segments=8, layout=layout)
+        handle.state_dict()["e2vpt.segment_mask"][1, 2] = 0
+        rows = model.vpeft.e2vpt.blocks._modules["0"].vpt.rows()
+        assert (rows == 0).nonzero().tolist() == [[1, c] for c in lost]
+
+
+def test_what_would_lower_the_loss_goes_first_with_signs():
+    """A mask with a large negative gradient is worth most by its size, and goes first by its sign."""
+
+    class Fake:
+        def loss(self, x, y):
+            return (masks.token_mask * slopes).sum() + (masks.segment_mask * slopes[:, None]).sum()
+
+    handle = vpeft.attach(make("vit"), "e2vpt", tokens=4)
+    masks, slopes = handle.root.get_submodule("e2vpt"), torch.tensor([-3.0, 1.0, 2.0, 0.5])
+    for signed, order in ((True, [0, 3, 1, 2]), (False, [3, 1, 2, 0])):
+        tokens, segments = importance(Fake(), masks, [(None, None)] * 2, signed)
+        assert tokens.argsort().tolist() == segments[:, 0].argsort().tolist() == order
+        assert torch.equal(tokens, 2 * (slopes if signed else slopes.abs()))
+
+
 def test_masked_entries_never_train_and_are_not_counted():
     model, handle, start = trained(tokens=4, prune_tokens=50.0, prune_segments=50.0)
     assert "masks      none" in handle.summary()
@@ -151,7 +187,7 @@ def test_masked_entries_never_train_and_are_not_counted():
     assert text in handle.summary()
     train_steps(model, handle, steps=3)
     moved = handle.state_dict()["blocks.1.vpt.prompts"] != start["blocks.1.vpt.prompts"]
-    assert torch.equal(moved.double(), mask.repeat_interleave(2, 1))
+    assert torch.equal(moved.double(), torch.cat([mask, mask], 1))
 
 
 def test_two_runs_give_what_one_program_gives(tmp_path):

@@ -137,7 +137,7 @@ def test_impossible_reductions():
 
 def test_positions_inside_attention_are_not_carried_over():
     model = timm.create_model("vit_small_patch16_dinov3", embed_dim=32, depth=2, num_heads=2, img_size=32)
-    handle = vpeft.attach(model, "lst", reduction=4)
+    handle = vpeft.attach(model, "lst", reduction=4, init="random")
     assert "plain attention, without the backbone's positions" in handle.summary()
     assert torch.isfinite(model(images(model))).all()
 
@@ -251,9 +251,9 @@ def test_pruned_start(kind, head_aware, importance):
 def test_pruning_needs_data_first(tmp_path):
     model = make("vit")
     handle = vpeft.attach(model, "lst", init="prune")
-    with pytest.raises(vpeft.MethodError, match="looks at data first"):
-        handle.param_groups(lr=1)
-    assert not vpeft.METHODS["lst"]().needs_calibration
+    with pytest.warns(UserWarning, match="looks at data first: .* or attach with init='random'"):
+        assert handle.param_groups(lr=1)
+    assert not vpeft.METHODS["lst"](init="random").needs_calibration
     loader = [(images(model, 2), torch.tensor([0, 1]))]
     handle.calibrate(loader, progress=False)
     handle.param_groups(lr=1)
@@ -262,10 +262,49 @@ def test_pruning_needs_data_first(tmp_path):
     assert torch.equal(fresh(images(model)), model(images(model)))
 
 
+def test_the_default_is_the_released_start(tmp_path):
+    """fisher pruning from the first 1024 images; random until data were looked at, and the file then says so."""
+    method = vpeft.METHODS["lst"]()
+    assert (method.init, method.importance, method.samples) == ("prune", "fisher", 1024)
+    x, labels = images(make("vit"), 8, seed=11), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])  # as ``attached`` calibrates
+    found = {}
+    for name, options in (
+        ("default", {}),
+        ("prune", {"init": "prune", "importance": "fisher"}),
+        ("random", {"init": "random"}),
+    ):
+        model = make("vit")
+        torch.manual_seed(3)
+        handle = vpeft.attach(model, "lst", reduction=4, **options)
+        start = {n: t.clone() for n, t in handle.state_dict().items()}
+        handle.calibrate([(x[:4], labels[:4]), (x[4:], labels[4:])], progress=False)
+        found[name] = start, handle.state_dict()
+    assert all(torch.equal(t, found["prune"][1][n]) for n, t in found["default"][1].items())
+    assert all(torch.equal(t, found["default"][0][n]) for n, t in found["random"][1].items()), "what prune waits with"
+    cut = {n for n, t in found["default"][1].items() if not torch.equal(t, found["default"][0][n])}
+    assert cut
+    assert all(n.startswith("lst.blocks.") for n in cut)
+
+
+def test_trained_without_calibration_nothing_is_lost(tmp_path):
+    model = make("vit")
+    handle = vpeft.attach(model, "lst")
+    assert (
+        "calibrated not yet: call handle.calibrate(loader) before training, or attach with init='random'" in handle.summary()
+    )
+    randomise(handle)  # a loop that asked the model for its parameters
+    fresh = make("vit")
+    loaded = vpeft.load(fresh, handle.save(tmp_path / "a.safetensors"))
+    assert loaded.method.init == "random"
+    assert torch.equal(fresh(images(model)), model(images(model)))
+    assert list(loaded.trainable_parameters())
+    assert "not yet" not in loaded.summary()
+
+
 def test_gated_mlps_cannot_be_cut():
     model = timm.create_model("eva02_tiny_patch14_224", embed_dim=32, depth=1, num_heads=2, img_size=28)
     handle = vpeft.attach(model, "lst", init="prune", reduction=4)
-    with pytest.raises(vpeft.UnsupportedModelError, match=r"blocks\.0\.mlp is no plain MLP"):
+    with pytest.raises(vpeft.UnsupportedModelError, match=r"blocks\.0\.mlp is no plain MLP.*init='random'"):
         handle.calibrate([(images(model), torch.tensor([0, 1, 2]))], progress=False)
 
 

@@ -15,7 +15,7 @@ from tests.support.models import attached, calibrated, images, make, randomise
 from tests.support.reference import Reference
 from vpeft.interventions.hub import running
 from vpeft.interventions.weights import ReplaceTensor
-from vpeft.methods.pixel_raw import first_come_map, greedy_map
+from vpeft.methods.pixel_raw import first_come_map, greedy_map, mode_map
 
 # ---- independent formulas ----
 
@@ -132,7 +132,7 @@ def test_ilm_vp(kind, options):
 
 
 @kinds
-@pytest.mark.parametrize("options", [{}, {"inner": 9}, {"normalise": False, "inner": 21}])
+@pytest.mark.parametrize("options", [{}, {"map": "mode", "inner": 9}, {"normalise": False, "inner": 21}])
 def test_evp(kind, options):
     compare(kind, "evp", EVP, **options)
 
@@ -245,6 +245,87 @@ def test_greedy_map_against_sorting():
     assert greedy_map(table).tolist() == [rows[j] for j in range(7)]
 
 
+def modes(predictions, labels, classes):
+    """For each class what ``torch.mode`` says of its first N / C predictions, as the released ``get_index``."""
+    by_class = [[p for p, t in zip(predictions, labels, strict=True) if t == k] for k in range(classes)]
+    each = len(labels) // classes
+    return [int(torch.mode(torch.tensor(found[:each])).values) for found in by_class]
+
+
+def test_the_mode_of_the_first_images_of_each_class():
+    predictions = [7, 3, 3, 5, 7, 9, 3, 3, 8, 8, 8, 1]
+    labels = [0, 1, 0, 1, 0, 1, 2, 2, 2, 2, 2, 2]
+    # Four of each class count: class 0 has 7, 3, 7, class 1 has 3, 5, 9 (the lowest of equals), class 2 has 3, 3, 8, 8.
+    assert modes(predictions, labels, 3) == [7, 3, 3]
+    assert mode_map(torch.tensor(predictions), torch.tensor(labels), (10, 3)).tolist() == [7, 3, 3], "3 stands for two"
+    assert mode_map(torch.tensor(predictions), torch.tensor(labels), (10, 4)).tolist() == [7, 3, 3, 3], "none of class 3"
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 7, 40):
+        p = torch.randint(0, 9, (400,), generator=generator)
+        t = torch.arange(400) % classes
+        assert mode_map(p, t, (50, classes)).tolist() == modes(p.tolist(), t.tolist(), classes)
+
+
+def test_classes_that_share_an_output_are_named():
+    model = make("vit")  # of random weights, which take all images for one class
+    handle = vpeft.attach(model, "evp")
+    assert "share" not in handle.summary()
+    with pytest.warns(UserWarning, match="all 5 classes are taken for pretrained class 3, .* map='unique'"):
+        calibrated(handle)
+    assert "map        1 pretrained classes stand for 5; those that share one have equal logits" in handle.summary()
+    assert "share" not in attached(make("vit"), "evp").summary()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("options", [{"map": "mode"}, {"map": "unique"}])
+def test_evp_maps_from_images_of_the_inner_size(kind, options):
+    """The bare model is shown them enlarged; the forward takes them as they are."""
+    model = make(kind, num_classes=40)
+    size = model.patch_embed.img_size
+    handle = vpeft.attach(model, "evp", classes=4, inner=20, **options)
+    small, labels = images(model, 24, seed=5)[..., :20, :20], torch.arange(24) % 4
+    handle.calibrate([(small[:10], labels[:10]), (small[10:], labels[10:])], progress=False)
+    found = handle.state_dict()["evp.map"].tolist()
+    with handle.disable(), torch.no_grad():
+        bare = model(torch.nn.functional.interpolate(small, size, mode="bicubic", antialias=True)).argmax(1)
+    if options["map"] == "mode":
+        assert found == modes(bare.tolist(), labels.tolist(), 4)
+    else:
+        assert len(set(found)) == 4
+        assert found[0] == modes(bare.tolist(), labels.tolist(), 4)[0]
+    assert model(small).shape == (24, 4)
+    with pytest.raises((vpeft.MethodError, AssertionError)):
+        handle.calibrate([(small[..., :19], labels)], progress=False)
+
+
+def telling(model, x):
+    """The model, whose random classifier is made to tell these images apart."""
+    with torch.no_grad():
+        model.head.bias -= model(x).mean(0)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_reg"])
+def test_evp_takes_the_mode_as_released(kind):
+    """Per class what ``torch.mode`` says of its first images, one by one through the bare model; two may share one."""
+    x, labels = images(make(kind), 90, seed=5), torch.tensor([0] * 15 + [1] * 40 + [2] * 20 + [3] * 15)
+    model = telling(make(kind, num_classes=12), x)
+    with torch.no_grad():
+        bare = [int(model(image[None]).argmax()) for image in x]
+    expected = [
+        int(torch.mode(torch.tensor([b for b, t in zip(bare, labels.tolist(), strict=True) if t == k][:22])).values)
+        for k in range(4)  # 90 // 4 = 22
+    ]
+    found = {}
+    for name, options in (("default", {}), ("mode", {"map": "mode"}), ("unique", {"map": "unique"})):
+        handle = vpeft.attach(model, "evp", classes=4, name=name, **options)
+        handle.calibrate([(x[:50], labels[:50]), (x[50:], labels[50:])], progress=False)
+        found[name] = handle.state_dict()["evp.map"].tolist()
+    assert len(set(expected)) > 1
+    assert found["default"] == found["mode"] == expected
+    assert len(set(found["unique"])) == 4
+
+
 def test_iterative_map_follows_the_prompt():
     """ILM's map counts the prompted model's predictions, FLM's was counted before, EVP's by the bare model."""
     model = make("vit", num_classes=40)
@@ -258,7 +339,8 @@ def test_iterative_map_follows_the_prompt():
 
     with torch.no_grad():
         bare = model(x).argmax(1)
-    for method, options in (("ilm_vp", {}), ("ilm_vp", {"mapping": "flm"}), ("evp", {})):
+    unique = {"map": "unique"}
+    for method, options in (("ilm_vp", {}), ("ilm_vp", {"mapping": "flm"}), ("evp", unique), ("evp", {})):
         handle = vpeft.attach(model, method, classes=6, **options)
         prompt = next(handle.parameters())
         torch.nn.init.normal_(prompt, 0, 3)
@@ -268,8 +350,13 @@ def test_iterative_map_follows_the_prompt():
         with torch.no_grad(), running(model, all_outputs=True):
             prompted = model(x).argmax(1)
         assert not torch.equal(prompted, bare)
-        assert torch.equal(found, expected(bare, first_come_map) if method == "evp" else expected(prompted, greedy_map))
-        assert len(set(found.tolist())) == 6
+        if (method, options) == ("evp", {}):
+            assert found.tolist() == modes(bare.tolist(), labels.tolist(), 6)
+        else:
+            assert torch.equal(
+                found, expected(bare, first_come_map) if options == unique else expected(prompted, greedy_map)
+            )
+            assert len(set(found.tolist())) == 6
         handle.detach()
 
 

@@ -86,6 +86,26 @@ def test_the_choice(kind, place, tokens, tmp_path):
     assert [t.tolist() for n, t in again.state_dict().items() if n.endswith("sct.idx")] == expected
 
 
+def test_the_class_token_has_no_say_as_released():
+    """A class token that outweighs all patches changes nothing of the choice, but with ``tokens="all"``."""
+    found = {}
+    for name, options in (("default", {}), ("patches", {"tokens": "patches"}), ("all", {"tokens": "all"})):
+        for loud in (False, True):
+            model = make("vit")
+            if loud:
+                with torch.no_grad():
+                    model.cls_token[..., :6] += 1e3
+            handle = vpeft.attach(model, "sct", channels=6, blocks=[0])
+            if options:
+                handle = vpeft.attach(model, "sct", name="other", channels=6, blocks=[0], **options)
+            for block in model.blocks:  # attention would spread the token's values over the patches
+                block.attn.proj.weight.data.zero_()
+            handle.calibrate([(images(model, 4), torch.tensor([0, 1, 2, 3]))], progress=False)
+            found[name, loud] = handle.state_dict()["blocks.0.sct.idx"].tolist()
+    assert found["default", True] == found["default", False] == found["patches", True] == found["patches", False]
+    assert found["all", True] == [0, 1, 2, 3, 4, 5] != found["all", False]
+
+
 def test_initial_values():
     s = state("sct", channels=60)
     assert s["blocks.1.sct.weight"].std() == pytest.approx(0.02, rel=0.05)

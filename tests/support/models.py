@@ -51,6 +51,10 @@ UNREACHED["aim", "swin"] = "temporal.bias_table"
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
 
 
+# A model of random weights takes all images for one class: by ``mode`` all classes would have the same logits.
+SET = {"evp": {"map": "unique"}}
+
+
 def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
     """A random model in eval mode, with LayerScale values at which branches matter."""
     torch.manual_seed(seed)
@@ -108,4 +112,4 @@ def calibrated(handle: vpeft.Handle) -> vpeft.Handle:
 
 def attached(model: nn.Module, method: str, **options) -> vpeft.Handle:
     """``vpeft.attach``, ready for training."""
-    return calibrated(vpeft.attach(model, method, **(on_images(method) | options)))
+    return calibrated(vpeft.attach(model, method, **(on_images(method) | SET.get(method, {}) | options)))

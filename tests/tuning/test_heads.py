@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vpeft
 from tests.support.models import CASES, SMALL, attached, calibrated, images, make, randomise, train_steps
@@ -164,6 +166,60 @@ def test_label_maps_follow_a_new_classifier(method, tmp_path):
     fresh = make("vit")
     vpeft.load(fresh, handle.save(tmp_path / "a.safetensors"))
     assert torch.equal(run(fresh, images(model)), logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [("evp", {"classes": 3}, True), ("evp", {}, True), ("ilm_vp", {}, True), ("vp", {}, True), ("vp", {"classes": 3}, True),
+     ("dam_vp", {}, False), ("dam_vp", {"head": "tuned"}, False)],
+)  # fmt: skip
+def test_a_new_classifier_under_a_label_map_is_talked_of(method, options, says, tmp_path):
+    """That the map is gone is said; it is made anew by ``calibrate``, without which nothing trains; and the file loads."""
+    model, x, labels = make("vit"), images(make("vit"), 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    handle = vpeft.attach(model, method, **options)
+    handle.calibrate([(x, labels)], progress=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.reset_classifier(9)
+    found = [str(w.message) for w in said if w.category is UserWarning]
+    assert len(found) == says
+    assert all("random and stays frozen" in text and "attach again with classes=9" in text for text in found)
+    assert all(w.filename == __file__ for w in said)
+    if handle.method.needs_calibration:
+        if method != "dam_vp" or not options:
+            assert "not yet" in handle.summary()
+            with pytest.raises(vpeft.MethodError, match="looks at data first"):
+                handle.param_groups(lr=1)
+        handle.calibrate([(x, labels + 6)], progress=False)  # labels of the nine
+    handle.param_groups(lr=1)
+    logits = run(model, x)
+    assert logits.shape[1] == 9
+    fresh = make("vit")
+    vpeft.load(fresh, handle.save(tmp_path / "a.safetensors"))
+    assert torch.equal(run(fresh, x), logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("evp", {}), ("ilm_vp", {}), ("vp", {"classes": 3}), ("dam_vp", {}), ("vqt", {})]
+)
+def test_a_head_set_by_hand_where_the_method_acts_is_refused(method, options, tmp_path):
+    """It would lose its map (or its further inputs), and the file would load nowhere."""
+    model, x = make("vit"), images(make("vit"))
+    bare = run(model, x)
+    handle = vpeft.attach(model, method, **options)
+    handle.calibrate([(x, torch.tensor([0, 1, 2]))], progress=False)
+    expected, head = run(model, x), model.head
+    model.head = nn.Linear(32, 4)
+    for act in (lambda: handle.save(tmp_path / "a.safetensors"), lambda: handle.param_groups(lr=1)):
+        with pytest.raises(vpeft.MethodError, match=r"cannot follow one that is set by hand: .*reset_classifier\(n\)"):
+            act()
+    assert not list(tmp_path.iterdir())
+    model.head = head
+    handle.save(tmp_path / "a.safetensors")
+    assert torch.equal(run(model, x), expected)
+    model.head = nn.Linear(32, 4)
+    handle.detach()
+    assert torch.equal(run(model, x), bare)
 
 
 def test_a_model_without_a_classifier_gets_one_for_a_task(tmp_path):

@@ -54,13 +54,18 @@ class Objective:
         """What the task's module gives for a batch."""
         return self.outer(images)
 
+    @property
+    def classifies(self) -> bool:
+        """The task is to classify the model's own images by its own logits."""
+        return self.criterion is None and not self.prefix
+
     def need_classifier(self, what: str) -> None:
         """Refuse another task than that of classifying the model's own images.
 
         Raises:
             MethodError: names what needs it.
         """
-        if self.criterion is not None or self.prefix:
+        if not self.classifies:
             raise MethodError(f"{what} looks at one class label for each image; this task has none")
 
 
@@ -76,21 +81,82 @@ class _Loss(nn.Module):
 
 
 class Batches:
-    """A loader's batches on the model's device, under a progress bar; can be gone through several times."""
+    """A loader's batches on the model's device, under a progress bar; can be gone through several times.
 
-    def __init__(self, loader: Iterable, device: torch.device, title: str | None):
-        self.loader, self.device, self.title = loader, device, title
+    Args:
+        loader: yields (images, labels).
+        device: of the model.
+        title: in front of the bar; None for no bar.
+        objective: what they are for; where that is the classification of the model's own images, labels are class numbers.
+    """
+
+    def __init__(self, loader: Iterable, device: torch.device, title: str | None, objective: Objective):
+        self.loader, self.device, self.title, self.passes = loader, device, title, 0
+        self.objective, self.classify = objective, objective.classifies
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = self.loader
-        if self.title is not None:
-            from rich.progress import track
-
-            total = len(self.loader) if hasattr(self.loader, "__len__") else None
-            batches = track(self.loader, f"calibrating {self.title}", total=total, transient=True)
+        try:
+            batches = iter(self.loader)
+        except TypeError:
+            raise MethodError(
+                f"calibrate: {type(self.loader).__name__} is no loader; give what yields batches (images, labels)"
+            ) from None
         count = 0
-        for images, labels in batches:
+        for number, batch in enumerate(self._tracked(batches)):
+            images, labels = self._checked(batch, number)
             count += 1
             yield images.to(self.device), labels.to(self.device)
+        self.passes += 1
         if not count:
-            raise MethodError("calibrate: the loader gave no batch")
+            again = self.passes > 1
+            raise MethodError(
+                "calibrate: the loader gave no batch" + (" the second time; give a loader, no iterator" if again else "")
+            )
+
+    def _tracked(self, batches: Iterator) -> Iterator:
+        if self.title is None:
+            return batches
+        from rich import get_console
+        from rich.progress import track
+
+        if not get_console().is_interactive:  # where nothing can be redrawn, rich would leave an empty line behind
+            return batches
+        total = len(self.loader) if hasattr(self.loader, "__len__") else None
+        return track(batches, f"calibrating {self.title}", total=total, transient=True)
+
+    def _checked(self, batch: Any, number: int) -> tuple[Tensor, Tensor]:
+        problem = self._problem(batch)
+        if problem:
+            raise MethodError(f"calibrate: batch {number}: {problem}")
+        images, labels = batch
+        return images, labels.long() if self.classify else labels
+
+    def _problem(self, batch: Any) -> str | None:
+        """Why a batch cannot be looked at, or None."""
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            return f"expected a pair (images, labels), got {type(batch).__name__}{many}"
+        for name, value in zip(("images", "labels"), batch, strict=True):
+            if not isinstance(value, Tensor) or not value.ndim:
+                what = "a single number" if isinstance(value, Tensor) else type(value).__name__
+                return f"{name} must be a tensor of a whole batch, got {what} (a data set needs a DataLoader around it)"
+        images, labels = batch
+        if not images.is_floating_point() or images.ndim < 4:
+            return f"images must be (B, C, H, W) in floating point, got {_described(images)}"
+        if not len(images) or len(images) != len(labels):
+            return f"{len(images)} images and {len(labels)} labels"
+        return self._label_problem(labels) if self.classify else None
+
+    def _label_problem(self, labels: Tensor) -> str | None:
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            return f"labels must be class numbers (B,), got {_described(labels)}"
+        low, high = int(labels.min()), int(labels.max())
+        classes = getattr(self.objective.outer, "num_classes", None)
+        if low < 0 or (classes and high >= classes):
+            wrong, most = low if low < 0 else high, f" to {classes - 1}" if classes else ""
+            return f"there is a label {wrong}, but labels are class numbers from 0{most}"
+        return None
+
+
+def _described(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

@@ -141,9 +141,10 @@ class FeatureCache:
         if not progress:
             yield from batches
             return
+        from rich import get_console
         from rich.progress import Progress
 
-        with Progress(transient=True) as bar:
+        with Progress(transient=True, disable=not get_console().is_interactive) as bar:
             task = bar.add_task("caching frozen features", total=total)
             for start, images, labels in batches:
                 yield start, images, labels

@@ -23,10 +23,12 @@ class Bar:
     def __enter__(self) -> Callable[[], Any]:
         if not self.show:
             return lambda: None
+        from rich import get_console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, transient=True)
+        # Where nothing can be redrawn, rich would leave an empty line behind.
+        self.bar = Progress(*columns, transient=True, disable=not get_console().is_interactive)
         task = self.bar.add_task(self.text, total=self.total)
         self.bar.start()
         return lambda: self.bar.advance(task)

@@ -65,9 +65,9 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)
     built, handle = _attached(config, task, data, method)
+    again = _calibrated(config, built, handle, data, run)
     if run.main:
         run.logger.info("%s", handle.summary())
-    again = _calibrated(config, built, handle, data, run)
     start_tracking(config, accelerator)
     metadata = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
     metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
@@ -108,6 +108,9 @@ def _calibrated(
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
         handle.load_state_dict(RunState.read(run.file("state.safetensors")).trained)
+        handle.root.calibrated = True  # values may look as if it had not been: a label map that is the order of the classes
     elif handle.method.needs_calibration:
+        if run.main:
+            run.logger.info("%s looks at the training images before training", handle.name)
         calibrate(progress=run.main)
     return partial(calibrate, progress=False) if handle.method.calibrates_each_epoch else None

@@ -1,10 +1,12 @@
 """What a method is: a small dataclass of hyper-parameters, registered by name, that yields interventions."""
 
+import contextlib
 import copy
 import dataclasses
+import typing
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -83,6 +85,7 @@ class Method:
         name: under which it is registered.
         paper: where it was published.
         where: what it acts on, in a few words for the tables of methods.
+        starts_without_data: where no data are at hand for ``calibrate``, it trains from another start, with a warning.
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
     """
 
@@ -90,6 +93,7 @@ class Method:
     paper: ClassVar[Paper]
     where: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    starts_without_data: ClassVar[bool] = False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         """Yield ``(path, intervention)``: the path is where its tensors stand in the state dict.
@@ -116,6 +120,19 @@ class Method:
         ``(images, labels)`` on the model's device and can be gone through several times.
         """
         return callable(getattr(self, "calibrate", None))
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Whether its tensors can be what calibration left behind: what is loaded does not say whether there was one."""
+        return True
+
+    def without_calibration(self) -> str:
+        """``option='value'`` with which it would need no calibration, or "" where there is no such option."""
+        for this in declared(type(self)):
+            for choice in typing.get_args(this.hint) if typing.get_origin(this.hint) is Literal else ():
+                with contextlib.suppress(MethodError):  # choices that do not go with the other options
+                    if not dataclasses.replace(self, **{this.name: choice}).needs_calibration:
+                        return f"{this.name}={choice!r}"
+        return ""
 
     @property
     def calibrates_each_epoch(self) -> bool:

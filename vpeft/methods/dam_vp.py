@@ -34,6 +34,23 @@ class ClusterFrames(PixelPrompt):
             self.register_parameter(side, nn.Parameter(part.detach()[None]))
         self.register_buffer("prototypes", torch.zeros(1, features_width(sites)))
 
+    @property
+    def outputs(self) -> int:
+        return self.prototypes.shape[1] if self.neurons else super().outputs
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        prototypes = tensors["prototypes"]
+        clusters, width = prototypes.shape
+        if not clusters or width != self.prototypes.shape[1]:
+            return f"prototypes: {clusters} of {width} numbers, where the features have {self.prototypes.shape[1]}"
+        if not prototypes.is_meta and not prototypes.isfinite().all():
+            return "prototypes: not all of them are finite"
+        for side in SIDES:
+            wanted = (clusters, *getattr(self, side).shape[1:])
+            if tensors[side].shape != wanted:
+                return f"{side}: shape {tuple(tensors[side].shape)}, where {clusters} prototypes and the image need {wanted}"
+        return super().why_not(tensors)
+
     def _pick(self, args: tuple, output: Tensor) -> Tensor | None:
         return super()._pick(args, args[0] if self.neurons else output)
 
@@ -122,6 +139,10 @@ class DAMVP(PixelMethod):
     def trains_head(self) -> bool:
         return self.head == "tuned"
 
+    @property
+    def reads_classifier(self) -> bool:
+        return self.head == "tuned"
+
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         """See ``PixelMethod``; the classes are features, of which there must be enough."""
         width = features_width(tree.sites)
@@ -140,6 +161,10 @@ class DAMVP(PixelMethod):
             self.target_classes(sites, features_width(sites))
             chosen = torch.arange(self.classes or sites.model.num_classes)
         yield "dam_vp", ClusterFrames(sites, chosen, frame_width(self, sites), neurons=self.head == "active")
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """The one prototype of the start is 0, which no image's features are."""
+        return tree.get_submodule("dam_vp").prototypes.is_meta or bool(tree.get_submodule("dam_vp").prototypes.any())
 
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         tree.objective.need_classifier(self.name)

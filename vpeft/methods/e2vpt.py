@@ -12,31 +12,55 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attached.objective import Objective
 from ..attached.tree import Tree
-from ..backbone.modules import BlockSite, ModuleRef
+from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import PrefixKeysValues
+from ..interventions.base import Intervention
 from ..numerics import unregistered
 from ..options import option, probability
 from .base import Method, Paper, count, register
 from .vpt import PromptKeys, Prompts, VPTDeep, WindowPrompts
 
 
-class Masks(nn.Module):
-    """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start."""
+class Masks(Intervention):
+    """``token_mask`` (P,) and ``segment_mask`` (P, S), shared by all blocks, 1 until pruned; and the seed of the start.
 
-    def __init__(self, tokens: int, segments: int, seed: int, heads: list[ModuleRef]):
-        super().__init__()
+    They act through the prompts, and at no place by themselves.
+    """
+
+    inert = True
+    resizable = frozenset({"token_mask", "segment_mask"})
+
+    def __init__(self, tokens: int, segments: int, interleaved: bool, seed: int, heads: list[ModuleRef]):
+        super().__init__(LAST)
+        self.interleaved = interleaved
         self.register_buffer("token_mask", torch.ones(tokens))
         self.register_buffer("segment_mask", torch.ones(tokens, segments))
         self.register_buffer("seed", torch.tensor(seed))
         # What the head starts from; of no use in a file.
         self.head = {f"{h.path}.{n}": t.detach().clone() for h in heads for n, t in h.module.named_parameters()}
 
+    def hooked(self) -> list[ModuleRef]:
+        return []
+
+    def install(self) -> None:
+        pass
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        for name, found in tensors.items():
+            own = getattr(self, name)
+            if found.shape != own.shape:
+                return f"{name}: shape {tuple(found.shape)} in the file, {tuple(own.shape)} here"
+            if not found.is_meta and not ((found == 0) | (found == 1)).all():
+                return f"{name}: a mask is 0 or 1 everywhere"
+        return None
+
     def forward(self, prompts: Tensor) -> Tensor:
-        """Prompts (P, D) times the masks; a segment is D / S neighbouring channels."""
+        """Prompts (P, D) times the masks; a segment is every S-th channel, or D / S neighbouring ones."""
         mask = self.token_mask[:, None] * self.segment_mask
-        return (prompts.unflatten(-1, (mask.shape[1], -1)) * mask[..., None]).flatten(-2)
+        times = prompts.shape[-1] // mask.shape[1]
+        return prompts * (mask.repeat(1, times) if self.interleaved else mask.repeat_interleave(times, 1))
 
 
 class _Masked:
@@ -112,10 +136,11 @@ class E2VPT(VPTDeep):
 
     ``calibrate`` without ``pruned_from``, on a handle that was just trained, does the same within one program.
 
-    Calibration sums, over the batches, the absolute gradient of the mean loss with respect to each mask, drops the tokens
-    with the lowest sums and then, in each token, the segments with the lowest. Prompts, keys and values return to the
+    Calibration sums, over the batches, the gradient of the mean loss with respect to each mask, drops the tokens with the
+    lowest sums and, in each token, the segments with the lowest. Prompts, keys and values return to the
     very values that the first training started from (a file holds the seed they came from), the head to its own. Masked
-    prompts are zero, but keep their place in the sequence.
+    prompts are zero, but keep their place in the sequence. (The released code also updates the weights after each of
+    these batches; that is not repeated.)
 
     Args:
         tokens: P, prompts in front of each block.
@@ -125,6 +150,10 @@ class E2VPT(VPTDeep):
         init: of those: ``kaiming`` uniform, ``trunc_normal`` with std 0.02, or ``uniform`` in the prompts' range.
         kv_dropout: on them.
         segments: S, in how many parts a prompt is masked; divides every width.
+        layout: which channels are a segment. ``interleaved``, as the released code: channel c belongs to segment c mod S.
+            ``contiguous``, as the paper has it: D / S neighbours.
+        importance: what is summed: the gradients with their ``signed`` values, as the released code, so that a mask whose
+            gradient is most negative goes first; or their ``absolute`` values, as the paper's text has it.
         prune_tokens, prune_segments: per cent to drop in calibration, rounded down; at least 1 token and 4 segments per
             token stay. The paper chooses among 10, 20 … 90 on validation images.
         pruned_from: file of the first training; see above.
@@ -138,6 +167,8 @@ class E2VPT(VPTDeep):
     init: Literal["kaiming", "trunc_normal", "uniform"] = "kaiming"
     kv_dropout: float = probability(0.0)
     segments: int = count(16)
+    layout: Literal["interleaved", "contiguous"] = "interleaved"
+    importance: Literal["signed", "absolute"] = "signed"
     prune_tokens: float = option(10.0, ge=0, le=100, unit="per cent")
     prune_segments: float = option(10.0, ge=0, le=100, unit="per cent")
     pruned_from: str | None = option(None, free="a file's path")
@@ -160,7 +191,9 @@ class E2VPT(VPTDeep):
 
     def _parts(self, sites: Sites, seed: int) -> Iterator[tuple[str, nn.Module]]:
         """Everything, at the initial values that belong to a seed."""
-        self._masks = Masks(self.tokens, self.segments, seed, sites.heads)  # for ``_prompts_at``
+        self._masks = Masks(
+            self.tokens, self.segments, self.layout == "interleaved", seed, sites.heads
+        )  # for ``_prompts_at``
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -183,14 +216,18 @@ class E2VPT(VPTDeep):
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Choose what to mask by the trained prompts, and go back to the start."""
         masks: Masks = tree.get_submodule("e2vpt")
-        head = masks.head
-        if self.pruned_from is not None:
-            head = {n: t.clone() for n, t in tree.head_tensors().items()}
-            tree.load(_first_training(self.pruned_from, tree))
-        masks.token_mask.fill_(1)
-        masks.segment_mask.fill_(1)
-        tree.eval_all()
-        tokens, segments = importance(tree.objective, masks, batches)
+        before = {n: t.clone() for n, t in (tree.state() | tree.head_tensors()).items()}
+        head = masks.head if self.pruned_from is None else before
+        try:
+            if self.pruned_from is not None:
+                tree.load(_first_training(self.pruned_from, tree))
+            masks.token_mask.fill_(1)
+            masks.segment_mask.fill_(1)
+            tree.eval_all()
+            tokens, segments = importance(tree.objective, masks, batches, self.importance == "signed")
+        except BaseException:
+            tree.load(before)
+            raise
         masks.token_mask.copy_(keep(tokens, self.prune_tokens, self.KEEP_TOKENS))
         masks.segment_mask.copy_(keep(segments, self.prune_segments, self.KEEP_SEGMENTS))
         self._rewind(tree, int(masks.seed))
@@ -205,7 +242,16 @@ class E2VPT(VPTDeep):
                 state[f"{path}.{name}"].copy_(start)
 
     def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
-        return replace(self, pruned_from=None), tree.state()
+        return replace(self, pruned_from=None) if tree.calibrated else self, tree.state()
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where nothing is masked that was to be."""
+        masks: Masks = tree.get_submodule("e2vpt")
+        tokens = dropped(self.tokens, self.prune_tokens, self.KEEP_TOKENS)
+        segments = dropped(self.segments, self.prune_segments, self.KEEP_SEGMENTS)
+        if masks.token_mask.is_meta or not tokens + segments:
+            return True
+        return not (masks.token_mask.all() and masks.segment_mask.all())
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         masks: Masks = tree.get_submodule("e2vpt")
@@ -228,8 +274,10 @@ def _first_training(path: str | Path, tree: Tree) -> dict[str, Tensor]:
     return file.tensors
 
 
-def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sum over the batches of the absolute gradients of the mean loss with respect to both masks."""
+def importance(
+    objective: Objective, masks: Masks, batches: Iterable[tuple[Tensor, Tensor]], signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum over the batches of the gradients of the mean loss with respect to both masks, or of their absolute values."""
     both = [masks.token_mask, masks.segment_mask]
     tokens, segments = (torch.zeros_like(mask, dtype=torch.float32) for mask in both)
     try:
@@ -237,8 +285,8 @@ def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tenso
             mask.requires_grad_(True)
         for images, labels in batches:
             gradients = torch.autograd.grad(objective.loss(images, labels), both)
-            tokens += gradients[0].abs()
-            segments += gradients[1].abs()
+            tokens += gradients[0] if signed else gradients[0].abs()
+            segments += gradients[1] if signed else gradients[1].abs()
     finally:
         for mask in both:
             mask.requires_grad_(False)
@@ -247,7 +295,10 @@ def importance(objective: Objective, masks: Masks, batches: Iterable[tuple[Tenso
 
 def keep(scores: Tensor, percent: float, least: int) -> Tensor:
     """0 for the lowest ``percent`` of each row of scores, 1 for the others, of which at least ``least`` remain."""
-    count = scores.shape[-1]
-    drop = max(min(int(count * percent / 100), count - least), 0)
-    lowest = scores.argsort(dim=-1, stable=True)[..., :drop]
+    lowest = scores.argsort(dim=-1, stable=True)[..., : dropped(scores.shape[-1], percent, least)]
     return torch.ones_like(scores).scatter(-1, lowest, 0)
+
+
+def dropped(count: int, percent: float, least: int) -> int:
+    """How many are dropped of so many, of which at least ``least`` remain."""
+    return max(min(int(count * percent / 100), count - least), 0)

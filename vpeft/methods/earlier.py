@@ -7,6 +7,8 @@ from typing import Any
 MEANT: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "adamix": {"start": "equal", "divergence": "full"},
+        "e2vpt": {"layout": "contiguous", "importance": "absolute"},
+        "evp": {"map": "unique"},
         "mam": {"shared": False},
         "prefix": {"shared": False},
         "unipelt": {"shared": False, "place": "intermediate"},

@@ -77,6 +77,17 @@ class GrowingLinear(LoraLinear):
         for _, part in self.parts():
             part.rank.fill_(method.start_rank)
             part.e.data[: method.start_rank] = 0
+        self.resizable = frozenset(f"{slot}.rank" for slot in self.slots) or {"rank"}  # looked at before it is taken
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        (_, part), *_ = self.parts()
+        most = len(part.e) - self.reserve
+        for name, rank in tensors.items():
+            if rank.is_floating_point() or rank.is_complex() or rank.dtype == torch.bool:
+                return f"{name}: ranks are whole numbers, not {str(rank.dtype).removeprefix('torch.')}"
+            if not rank.is_meta and not 0 <= int(rank) <= most:
+                return f"{name}: {int(rank)} is no rank from 0 to {most}"
+        return None
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         return Growing(site, rank)
@@ -126,10 +137,11 @@ class IncreLoRA(Method):
     """LoRA that starts at rank 1 everywhere and gives more rank to the matrices that need it: U = alpha / rank B diag(e) A.
 
     After ``warmup`` steps, at every ``interval``-th one, the ``top`` matrices with the highest scores gain ``growth`` rows
-    until the ranks sum up to ``rank`` per matrix. A score is the running mean of sum |U * dL/dU| / sqrt(numel) times that
-    of its deviation, so training forms each weight's gradient. The next rows of every matrix train in advance, with e fixed
-    at 1e-5; hence it is not quite the bare model at the start. A and B start N(0, 0.02²), e at 0. The loss gets
-    ``orthogonality`` times the mean of |A A^T - 1| and |B^T B - 1|.
+    until the ranks sum up to ``rank`` per matrix. The last allocation stops there; the released code gives it out whole and
+    overshoots the budget (by 3 ranks of 36 in a small run beside this one). A score is the running mean of
+    sum |U * dL/dU| / sqrt(numel) times that of its deviation, so training forms each weight's gradient. The next rows of
+    every matrix train in advance, with e fixed at 1e-5; hence it is not quite the bare model at the start. A and B start
+    N(0, 0.02²), e at 0. The loss gets ``orthogonality`` times the mean of |A A^T - 1| and |B^T B - 1|.
 
     All rows that a matrix can come to have exist from the start, and count as parameters; those not in use get no gradient
     and no weight decay. Ranks and scores are part of the state dict. The engine calls ``handle.after_step()`` and adds

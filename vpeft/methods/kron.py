@@ -223,9 +223,12 @@ class KAdaptation(Method):
     """Sums of Kronecker products on q and v: x W^T + b + s x H + bias, H = sum over i < n of P_i kron (u_i v_i).
 
     P_i (n, n) is an outer product of two vectors that all blocks share (q and v have their own); u_i, v_i and one bias
-    for both projections belong to the block. P's vectors start uniform in ±0.01, u Glorot-uniform, v at zero. The
-    released file starts u and v both at zero, where no gradient ever reaches u, v or P and only the bias trains, and
-    its v branch uses q's factors; neither is repeated here.
+    for both projections belong to the block. P's vectors start uniform in ±0.01, u Glorot-uniform, v at zero.
+
+    This is the paper's W + ΔW. The released file computes something else, which is not repeated here: u and v both start
+    at zero, where no gradient ever reaches u, v or P and only the bias trains; the v branch uses q's factors; the update
+    of q is added after q was multiplied by 1 / sqrt(d), so that it is sqrt(d) times as large; and a reshape mixes samples
+    and heads in the update.
 
     Args:
         n: products in the sum; divides every width. None: 32, as released, or the largest of its divisors that fits.

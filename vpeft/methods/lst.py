@@ -1,6 +1,7 @@
 """LST: ladder side-tuning (Sung, Cho and Bansal, NeurIPS 2022, arXiv 2206.06522)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -125,9 +126,11 @@ class LST(Method):
         reduction: k. It must divide D, and the heads must divide w.
         side_layers: blocks with a side block; None for all.
         drop_layers: of these, the ones to leave out, with map and gate.
-        init: ``random``, or ``prune``: side blocks are cut out of the backbone's own (see ``lst_prune.py``).
+        init: ``prune``, as all released commands have it: ``calibrate`` cuts the side blocks out of the backbone's own (see
+            ``lst_prune.py``); without data they are
+            random. Or ``random``, which needs no data.
         importance: what a row's choice in ``prune`` goes by: ``fisher``, which looks at data (``calibrate``), or
-            ``magnitude``.
+            ``magnitude``. The released commands have ``fisher``.
         samples: examples that Fisher information is summed over.
         head_aware: in ``prune``, choose as many rows in each head, so that a side head stays within one head of the
             backbone (our option; the released code does not).
@@ -137,11 +140,13 @@ class LST(Method):
     reduction: int = count(8)
     side_layers: Blocks = which_blocks()
     drop_layers: Blocks = which_blocks(at_least=0)
-    init: Literal["random", "prune"] = "random"
+    init: Literal["random", "prune"] = "prune"
     importance: Literal["fisher", "magnitude"] = "fisher"
     samples: int = option(1024, ge=1, unit="images")
     head_aware: bool = False
     merge_last: bool = False
+
+    starts_without_data = True
 
     @property
     def starts_as_identity(self) -> bool:
@@ -204,6 +209,11 @@ class LST(Method):
                 values = pruned_blocks(self, tree, batches, self.layers(tree.sites))
             for name, value in values.items():
                 tree.get_parameter(name).data.copy_(value)
+
+    def exported(self, tree: Tree) -> tuple[Method, dict[str, Tensor]]:
+        # Without calibration the side blocks started at random, and that is what the file says.
+        started = self if tree.calibrated else replace(self, init="random")
+        return started, tree.state()
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
         sites, root = tree.sites, tree

@@ -59,25 +59,30 @@ def bias_of(site: LinearSite) -> Tensor:
     return site.module.weight.new_zeros(site.out_features) if bias is None else bias.detach()[rows_of(site)]
 
 
+_INSTEAD = "; attach with init='random'"
+
+
 def check_block(block: BlockSite) -> None:
     """Raise where nothing of an ordinary block's shape can be cut out."""
     q, k = block.linears("q")[0], block.linears("k")[0]
     if len(block.linears("fc1")) != 1 or block.linears("fc1")[0].out_features != block.linears("fc2")[0].in_features:
-        raise UnsupportedModelError(f"init='prune': {block.mlp.path} is no plain MLP, so none can be cut out of it")
+        raise UnsupportedModelError(
+            f"init='prune': {block.mlp.path} is no plain MLP, so none can be cut out of it{_INSTEAD}"
+        )
     if q.out_features != k.out_features or not block.pre_norm:
-        raise UnsupportedModelError(f"init='prune': no plain block can be cut out of {block.path}")
+        raise UnsupportedModelError(f"init='prune': no plain block can be cut out of {block.path}{_INSTEAD}")
 
 
 def pruned_blocks(method: Method, tree: Tree, batches, layers: list[int]) -> dict[str, Tensor]:
     """The side blocks' tensors by their names in the state dict."""
     sites = tree.sites
     if sites.patch_projection is None:
-        raise UnsupportedModelError("init='prune': no patch embedding to begin the choice of channels with")
+        raise UnsupportedModelError(f"init='prune': no patch embedding to begin the choice of channels with{_INSTEAD}")
     for block in sites.blocks:
         check_block(block)
     linears = [s for b in sites.blocks for slot in ("qkv", "proj", "fc1", "fc2") for s in b.linears(slot)]
     names = {f"{place.path}.weight" for place in [sites.patch_projection, *linears]}
-    tree.model.eval()
+    tree.eval_all()  # the heads too: single examples say nothing to a batch norm
     if method.importance == "fisher":
         fisher = _Fisher(tree, names)
         importance = fisher.summed(fisher.squares(batches, method.samples))

@@ -55,9 +55,31 @@ class SparseTensor(ReplaceTensor):
         index, value = tensors["index"], tensors["value"]
         if index.shape != value.shape:
             return f"{index.numel()} positions for {value.numel()} values"
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.frozen.numel():
-            return f"positions up to {int(index.max())} in a tensor of {self.frozen.numel()} entries"
+        return why_no_index(index, self.frozen.numel(), "positions", "a tensor of {} entries")
+
+
+def why_no_index(index: Tensor, size: int, what: str, among: str) -> str | None:
+    """Why numbers cannot be different positions among ``size`` others, as an error's text; or None.
+
+    Args:
+        index: from a file.
+        size: how many positions there are.
+        what: the numbers, in the plural.
+        among: what they are positions in, with ``{}`` for the size.
+    """
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        return f"{what} are whole numbers, not {str(index.dtype).removeprefix('torch.')}"
+    if index.is_meta or not index.numel():
         return None
+    index = index.long()
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= size:
+        return (
+            f"{what} up to {high} in {among.format(size)}" if low >= 0 else f"{what} down to {low} in {among.format(size)}"
+        )
+    if not (index.diff() > 0).all() and len(index.unique()) < index.numel():
+        return f"{what} that stand there twice"
+    return None
 
 
 class Masked(Method):
@@ -73,6 +95,9 @@ class Masked(Method):
             yield name, SparseTensor(sites, name)
         if whole:
             yield "tensors", tensors_of(sites, whole)
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        return any(part.index.numel() for part in masked_parts(tree).values())
 
 
 # ---- tools ----
@@ -236,6 +261,11 @@ class GPS(Masked):
             if isinstance(part, SparseTensor):
                 part.choose(self.rows(part.frozen.new_zeros(part.frozen.shape), first=True))
             yield path, part
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where the first entries of each row are still the chosen ones (but where a row has no more than k)."""
+        parts = [p for p in masked_parts(tree).values() if not p.index.is_meta and p.frozen[0].numel() > self.k]
+        return not parts or any(not torch.equal(p.index, self.rows(torch.empty_like(p.frozen), first=True)) for p in parts)
 
     def rows(self, score: Tensor, first: bool = False) -> Tensor:
         """Flat positions of the k largest (or first) entries of each row."""

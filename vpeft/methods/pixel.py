@@ -3,6 +3,7 @@
 ILM-VP and EVP, which shrink the image first, are in ``pixel_raw.py``; DAM-VP is in ``dam_vp.py``.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -34,6 +35,8 @@ class PixelPrompt(MapOutput):
         self.size = sites.image_size[1:]
         self.heads = sites.heads if chosen is not None else []
         self.register_buffer("map", chosen)
+        if chosen is not None:  # what a file holds of it is looked at before it is taken
+            self.resizable = type(self).resizable | {"map"}
 
     def hooked(self) -> list[ModuleRef]:
         return [self.place, *self.heads]
@@ -51,6 +54,14 @@ class PixelPrompt(MapOutput):
             set_tensor(self, "map", torch.arange(heads[0].module.out_features if heads else 0))
             for head in heads:
                 self.act_after(head, self._pick)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs there are to pick from."""
+        return self.heads[0].module.out_features
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        return why_no_map(tensors["map"], len(self.map), self.outputs) if "map" in tensors else None
 
     def _map_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (self.on_frames(args[0]), *args[1:]), kwargs
@@ -72,6 +83,16 @@ class PixelPrompt(MapOutput):
             raise MethodError(f"the pixel prompt is made for images of {want}, this one has {got}")
 
 
+def why_no_map(found: Tensor, classes: int, outputs: int) -> str | None:
+    """Why numbers from a file cannot say which of so many outputs stands for each class; or None."""
+    if len(found) != classes:
+        return f"map: {len(found)} outputs for {classes} classes"
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        return f"map: numbers of outputs are whole, not {str(found.dtype).removeprefix('torch.')}"
+    wrong = [] if found.is_meta else [n for n in found.tolist() if not 0 <= n < outputs]
+    return f"map: output {wrong[0]} of {outputs}" if wrong else None
+
+
 def as_images(x: Tensor) -> tuple[Tensor, int]:
     """(B T, 3, H, W), clip by clip, and T, of clips (B, 3, T, H, W); images (B, 3, H, W) and 1 as they are."""
     return (x, 1) if x.ndim == 4 else (x.transpose(1, 2).flatten(0, 1), x.shape[2])
@@ -81,6 +102,11 @@ class PixelMethod(Method):
     """What the methods in pixel space share: backbone and classifier are frozen, and some outputs stand for the classes."""
 
     classes: int | None
+
+    @property
+    def reads_classifier(self) -> bool:
+        """The logits are outputs of the model's classifier."""
+        return True
 
     @property
     def starts_as_identity(self) -> bool:
@@ -97,7 +123,19 @@ class PixelMethod(Method):
                 raise MethodError(f"{self.name} picks outputs of the classifier; detach it before taking that away")
             tree.method = self if self.classes is None else replace(self, classes=tree.model.num_classes)
             tree.calibrated = False
+        if self.reads_classifier and not self.trains_head:
+            warnings.warn(
+                f"{self.name}: the new classifier is random and stays frozen, and its outputs stand for the new classes one "
+                "for one. To have pretrained outputs stand for them, detach and attach again with "
+                f"classes={tree.model.num_classes}; to train a classifier, take another method",
+                stacklevel=3,
+            )
         super().follow_classifier(tree, heads)
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where the classes still stand for themselves, one after the other: if data said so, they say it again."""
+        maps = [p.map for p in tree.interventions if p.map is not None and len(p.map) > 1 and not p.map.is_meta]
+        return not maps or any(m.tolist() != list(range(len(m))) for m in maps)
 
     def target_classes(self, sites: Sites, outputs: int) -> int:
         """How many classes there are to be, of so many outputs that can stand for them."""

@@ -5,6 +5,7 @@ A timm model is given normalised images. What is raw (between 0 and 1) is normal
 deviation of the model's data config, which the state dict holds.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -17,7 +18,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..numerics import at_least_float32
 from .base import Paper, count, per_channel, register
-from .pixel import PixelMethod, PixelPrompt
+from .pixel import PixelMethod, PixelPrompt, as_images
 
 
 class Surround(PixelPrompt):
@@ -31,6 +32,7 @@ class Surround(PixelPrompt):
     """
 
     no_decay = frozenset({"prompt"})
+    resizable = frozenset({"mean", "std"})
 
     def __init__(self, method: "RawMethod", sites: Sites, chosen: Tensor):
         super().__init__(sites, chosen)
@@ -45,15 +47,35 @@ class Surround(PixelPrompt):
         self.register_buffer("std", std)
         self.register_buffer("outside", F.pad(torch.zeros(h, w), self.margins, value=1.0), persistent=False)
 
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        for name in ("mean", "std"):
+            found = tensors[name]
+            if found.shape != self.mean.shape:
+                return f"{name}: {len(found)} numbers for {len(self.mean)} channels"
+            if not found.is_meta and not (found.isfinite() & ((found > 0) | (name == "mean"))).all():
+                return f"{name}: {found.tolist()} are no {'positive ' if name == 'std' else ''}numbers"
+        return super().why_not(tensors)
+
     def pixels(self, batch: int) -> Tensor:
         """Raw pixels (3, H, W), zeros under the image."""
         raise NotImplementedError
 
+    def enlarged(self, x: Tensor) -> Tensor:
+        """Images (or clips) of the inner size at the model's size; others as they are."""
+        if tuple(x.shape[-2:]) != self.inner:
+            return x
+        images, frames = as_images(x)
+        images = self._resized(images, self.size)
+        return images if x.ndim == 4 else images.unflatten(0, (-1, frames)).transpose(1, 2)
+
+    def _resized(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        how = {"mode": self.resampling, "antialias": True, "align_corners": False}
+        return F.interpolate(at_least_float32(x), size, **how).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.inner:
             self.check_size(x)
-            how = {"mode": self.resampling, "antialias": True, "align_corners": False}
-            x = F.interpolate(at_least_float32(x), self.inner, **how).to(x.dtype)
+            x = self._resized(x, self.inner)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return F.pad(x, self.margins) + (self.pixels(x.shape[0]) - mean * self.outside) / std
 
@@ -128,20 +150,40 @@ class RawMethod(PixelMethod):
         return found
 
     @torch.no_grad()
-    def count(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> Tensor:
-        """(C_source, C): how many training images of each class are taken for each pretrained class."""
+    def taken_for(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]], prompted: bool) -> tuple[Tensor, Tensor]:
+        """Of all training images, in their order: the pretrained classes that they are taken for, and their labels."""
         tree.objective.need_classifier(self.name)
         tree.model.eval()
-        prompt = tree.get_submodule(self.name)
-        table = torch.zeros(tree.model.num_classes, len(prompt.map), dtype=torch.long)
+        prompt: Surround = tree.get_submodule(self.name)
+        sources, targets = [], []
         for images, labels in batches:
-            if labels.max() >= table.shape[1]:
-                raise MethodError(f"{self.name}.classes: {table.shape[1]}, but there is a label {int(labels.max())}")
+            if labels.max() >= len(prompt.map):
+                raise MethodError(f"{self.name}.classes: {len(prompt.map)}, but there is a label {int(labels.max())}")
             with tree.hub.running(None if prompted else (), all_outputs=True):
-                logits = tree.model(images)
-            pairs = logits.argmax(-1).cpu(), labels.cpu()
-            table.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
-        return table
+                logits = tree.model(images if prompted else prompt.enlarged(images))
+            sources.append(logits.argmax(-1).cpu())
+            targets.append(labels.cpu())
+        return torch.cat(sources), torch.cat(targets)
+
+
+def counted(sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(C_source, C): how many images of each class are taken for each pretrained class."""
+    table = torch.zeros(shape, dtype=torch.long)
+    return table.index_put_((sources, targets), torch.ones_like(sources), accumulate=True)
+
+
+def mode_map(sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+    """For each class the pretrained class that its first images are most often taken for; the lower one of equals.
+
+    Of each class the first N / C of N images count. A class without an image has the pretrained class of its own number.
+    """
+    most = max(1, len(targets) // shape[1])
+    rows = torch.arange(shape[1])
+    for target in range(shape[1]):
+        first = sources[targets == target][:most]
+        if len(first):
+            rows[target] = first.bincount().argmax()
+    return rows
 
 
 def greedy_map(table: Tensor) -> Tensor:
@@ -211,8 +253,9 @@ class ILMVP(RawMethod):
 
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         if self.mapping != "rlm":
-            table = self.count(tree, batches, prompted=True)
-            tree.get_submodule("ilm_vp").map.copy_(greedy_map(table))
+            prompt = tree.get_submodule("ilm_vp")
+            sources, targets = self.taken_for(tree, batches, prompted=True)
+            prompt.map.copy_(greedy_map(counted(sources, targets, (tree.model.num_classes, len(prompt.map)))))
 
 
 @register(
@@ -228,10 +271,14 @@ class EVP(RawMethod):
     averaged, and a loss scaler (fp16) would shrink it: train in fp32 or bf16, or switch ``normalise`` off. For the
     paper's input diversity augment the images (flip, crop).
 
-    The map comes once from the training set, through the bare model: each class in its order takes the pretrained class
-    that its images are most often taken for and that is still free (as in the released code).
+    The map comes once from the training set, through the bare model, to which images of the inner size are enlarged. (The
+    released code shows a convolutional network the inner images themselves, before they are normalised.)
 
     Args:
+        map: ``mode``, as in the released code: each class takes the pretrained class that its images are most often taken
+            for; with N images of C classes the first N / C of each class count. Two classes may share one, and then have
+            equal logits (``summary`` says so). ``unique``: each class in its order takes the one most often named that is
+            still free (ours).
         inner: shorter side of the shrunk image (bicubic); None for 164 at 224 and the same share of other sizes. Images of
             that size are taken as they are.
         normalise: see above; off, the gradient is the plain one.
@@ -239,6 +286,7 @@ class EVP(RawMethod):
         mean, std: with which the images are normalised; None for the model's own.
     """
 
+    map: Literal["mode", "unique"] = "mode"
     inner: int | None = count(None, "pixels")
     normalise: bool = True
     classes: int | None = count(None, "classes")
@@ -251,5 +299,21 @@ class EVP(RawMethod):
         yield "evp", FreeFrame(self, sites, self.first_outputs(sites))
 
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        table = self.count(tree, batches, prompted=False)
-        tree.get_submodule("evp").map.copy_(first_come_map(table))
+        prompt = tree.get_submodule("evp")
+        sources, targets = self.taken_for(tree, batches, prompted=False)
+        shape = tree.model.num_classes, len(prompt.map)
+        unique = self.map == "unique"
+        found = first_come_map(counted(sources, targets, shape)) if unique else mode_map(sources, targets, shape)
+        if shape[1] > 1 and len(found.unique()) == 1:
+            warnings.warn(
+                f"{self.name}: all {shape[1]} classes are taken for pretrained class {int(found[0])}, so that their logits "
+                "are equal and nothing can be learned; attach with map='unique', or to a model that tells the images apart",
+                stacklevel=3,
+            )
+        prompt.map.copy_(found)
+
+    def notes(self, tree: Tree) -> list[tuple[str, str]]:
+        chosen = tree.get_submodule("evp").map
+        sharing = 0 if chosen.is_meta else len(chosen) - len(chosen.unique())
+        text = f"{len(chosen) - sharing} pretrained classes stand for {len(chosen)}; those that share one have equal logits"
+        return [("map", text)] if sharing else []

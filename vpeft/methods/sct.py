@@ -15,10 +15,13 @@ from ..interventions.output import MapOutput
 from ..numerics import wide
 from ..options import option
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
+from .masks import why_no_index
 
 
 class Salient:
     """Gives an intervention the channels ``idx`` (K), and the K x K linear map on them."""
+
+    resizable = frozenset({"idx"})
 
     def add_parts(self, method: "SCT", block: BlockSite, size: int) -> None:
         count = min(size, block.width)
@@ -27,6 +30,13 @@ class Salient:
         self.register_buffer("idx", torch.arange(count, dtype=torch.int32))
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, count), std=0.02))
         self.bias = nn.Parameter(torch.zeros(count))
+
+    def why_not(self, tensors: dict[str, Tensor]) -> str | None:
+        idx, own = tensors["idx"], self.idx
+        if idx.shape != own.shape:
+            return f"idx: {idx.numel()} channels for a map of {len(own)}"
+        problem = why_no_index(idx, self.width, "channels", "a width of {}")
+        return problem and f"idx: {problem}"
 
     def change(self, u: Tensor) -> Tensor:
         """What is added to u: 0 but for the chosen channels."""
@@ -112,7 +122,7 @@ class SCT(Method):
     """A linear map on the K most salient channels of each block: x[idx] becomes z + s (z W^T + b) with z = x[idx].
 
     ``idx`` is chosen by ``handle.calibrate``, on the bare backbone: per class, the L2 norm of each channel over all images
-    and tokens of the class; the mean over classes; the K largest. It is saved with the values. Not the bare model at the
+    and patches of the class; the mean over classes; the K largest. It is saved with the values. Not the bare model at the
     start. A published file expects s folded into W and b: give ``scale=1`` with it.
 
     Args:
@@ -121,7 +131,8 @@ class SCT(Method):
             path, which can be merged. Channels are chosen by norm2's input or by the block's output.
         scale: s. Published: 0.1 to 1, by task.
         variant: ``scale`` as above, or ``scale_on_x``: s z + (z W^T + b).
-        tokens: the tokens that count in the choice: ``all``, or ``patches``, as the released code has it.
+        tokens: the tokens that count in the choice: ``patches``, without class token and registers, as in the released code;
+            or ``all``.
         blocks: which blocks; None for all.
     """
 
@@ -129,7 +140,7 @@ class SCT(Method):
     place: Literal["attn", "mlp"] = "attn"
     scale: float = option(1.0, gt=0)
     variant: Literal["scale", "scale_on_x"] = "scale"
-    tokens: Literal["all", "patches"] = "all"
+    tokens: Literal["all", "patches"] = "patches"
     blocks: Blocks = which_blocks()
 
     @property
@@ -140,6 +151,11 @@ class SCT(Method):
         for block, size in self.sized_blocks(sites, "channels", self.blocks):
             kind = SalientStream if self.place == "attn" else SalientMLP
             yield f"{block.path}.sct", kind(self, block, size)
+
+    def looks_calibrated(self, tree: Tree) -> bool:
+        """Not where every block still has its first channels (but where it has them all)."""
+        parts = [p for p in tree.interventions if isinstance(p, Salient) and len(p.idx) < p.width and not p.idx.is_meta]
+        return not parts or any(p.idx.tolist() != list(range(len(p.idx))) for p in parts)
 
     def calibrate(self, tree: Tree, batches) -> None:
         tree.model.eval()

@@ -92,16 +92,31 @@ class Container(nn.Module):
 
     def put_classifier(self) -> None:
         """Put the classifier of the handle that was enabled last into the model, or the model's own."""
-        self.adopt_classifier()
+        self.adopt_classifier(refuse=False)
         self.enabled_order = [name for name in self.enabled_order if name in self._modules and self._modules[name].enabled]
         self.current_classifier().put_into(self.hub.model)
         self.shown = self.enabled_order[-1] if self.enabled_order else None
 
-    def adopt_classifier(self) -> None:
-        """A classifier that a user has put into the model by hand belongs to whose was there before."""
+    def adopt_classifier(self, refuse: bool = True) -> None:
+        """A classifier that a user has put into the model by hand belongs to whose was there before.
+
+        Args:
+            refuse: raise where that cannot be; else it is passed over.
+
+        Raises:
+            MethodError: the method acts at the classifier that it found (a label map, more inputs).
+        """
         tree, now = self._modules.get(self.shown), Classifier.of(self.hub.model)
         known = self.own_classifier if tree is None else tree.classifier
         if not now.modules or now.is_same(known):
+            return
+        acted_at = set() if tree is None else {p.module for i in tree.interventions for p in i.hooked()}
+        if acted_at & {*known.modules.values(), *now.modules.values()}:
+            if refuse:
+                raise MethodError(
+                    f"'{self.shown}' acts at the classifier itself, and cannot follow one that is set by hand: put the "
+                    "former one back, and call model.reset_classifier(n), or detach it first"
+                )
             return
         if tree is None:
             self.own_classifier = now

@@ -17,7 +17,7 @@ from ..methods.base import Method
 from ..numerics import kept_modes
 from . import merging
 from .container import Container, container_of, remove
-from .needs import CacheNeeds, boundary, cache_needs
+from .needs import CacheNeeds, boundary, cache_needs, check_calibrated
 from .summary import summary
 
 
@@ -95,6 +95,8 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged; unmerge() before loading other values")
         self.root.load(state, strict)
+        if self.method.needs_calibration and not self.method.looks_calibrated(self.root):
+            self.root.calibrated = False  # of a handle that had not been calibrated either
 
     @property
     def heads(self) -> list[ModuleRef]:
@@ -125,14 +127,10 @@ class Handle:
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that an optimiser should see: the method's and the head's that require gradients."""
-        self._check_calibrated()
+        check_calibrated(self.root)
         for _, parameter in [*self.named_parameters(), *self.head_parameters()]:
             if parameter.requires_grad:
                 yield parameter
-
-    def _check_calibrated(self) -> None:
-        if self.method.needs_calibration and not self.root.calibrated:
-            raise MethodError(f"{self.method.name} looks at data first: call handle.calibrate(loader) before training")
 
     def param_groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimiser.
@@ -146,7 +144,7 @@ class Handle:
             weight_decay: of the other tensors.
             head_lr: learning rate of the heads; ``lr`` where None.
         """
-        self._check_calibrated()
+        check_calibrated(self.root)
         exempt = set(getattr(self.model, "no_weight_decay", set)())
         heads = (pair for name, head in self.root.heads.items() for pair in head.named_modules(prefix=name))
         for path, module in [*self.root.named_modules(), *heads]:
@@ -311,20 +309,22 @@ class Handle:
             progress: show a bar.
 
         Raises:
-            MethodError: merged or disabled, or an empty loader.
+            MethodError: merged or disabled; or the loader is empty or gives something else than images with labels. The
+                handle is then as before.
         """
         if not callable(getattr(self.method, "calibrate", None)):
             return self
         if self.merged or not self.enabled:
             raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
-        device = next(self.model.parameters()).device
+        device, was, done = next(self.model.parameters()).device, self.root.calibrated, False
         try:
-            self.root.calibrated = False
             self.root.task = Objective(self.model, self.root.heads, outer, criterion)
+            batches = Batches(loader, device, self.name if progress else None, self.root.task)
             with kept_modes(self.model if outer is None else outer), self._container.bring_forward(self.name):
-                self.method.calibrate(self.root, Batches(loader, device, self.name if progress else None))
-            self.root.calibrated = True
+                self.method.calibrate(self.root, batches)
+            done = True
         finally:
+            self.root.calibrated = done or was
             self.root.task = None
             for parameter in (*self.model.parameters(), *(p for _, p in self.head_parameters())):
                 parameter.grad = None

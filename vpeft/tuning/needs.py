@@ -1,10 +1,13 @@
-"""What an attached method needs of the frozen model: how far its gradient goes, which features it reads."""
+"""What an attached method needs: of the frozen model (how far its gradient goes, which features it reads), and of data."""
 
+import warnings
 from dataclasses import dataclass
 
 from ..attached.tree import Tree
 from ..backbone.modules import IMAGE
+from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,26 @@ def cache_needs(tree: Tree) -> CacheNeeds:
     taps = {t for i in parts for t in i.taps()}
     first = min([depth, *(i.runs_from for i in parts)])
     return CacheNeeds(first, not parts, tuple(sorted(t for t in taps if IMAGE < t < first)), IMAGE in taps)
+
+
+def calibration_advice(method: Method) -> str:
+    """What is to be done before training."""
+    instead = method.without_calibration()
+    return "call handle.calibrate(loader) before training" + (f", or attach with {instead}" if instead else "")
+
+
+def check_calibrated(tree: Tree) -> None:
+    """Refuse to train what has to look at data first; a method that has another start gives a warning.
+
+    Raises:
+        MethodError: says what to do.
+    """
+    method = tree.method
+    if method.needs_calibration and not tree.calibrated:
+        text = f"{method.name} looks at data first: {calibration_advice(method)}"
+        if not method.starts_without_data:
+            raise MethodError(text)
+        warnings.warn(text, stacklevel=4)
 
 
 def _involved(tree: Tree) -> list[Intervention]:

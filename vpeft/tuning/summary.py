@@ -8,6 +8,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER
 from ..interventions.base import Intervention
 from ..interventions.weights import ExistingTensors
+from .needs import calibration_advice
 
 
 def model_name(model: nn.Module) -> str:
@@ -43,10 +44,12 @@ def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
     inside = sum(p.numel() for n, p in tree.model.named_parameters() if not n.startswith(prefix))
     total = inside + sum(p.numel() for p in tree.parameters())
     options = ", ".join(f"{k}={v!r}" for k, v in method.options().items())
+    waits = method.needs_calibration and not tree.calibrated
     lines = [
         f"{tree.name}: {method.name}({options}) on {model_name(tree.model)}, {state}",
         f"  paper      {method.paper}",
         f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
+        *([f"  calibrated not yet: {calibration_advice(method)}"] if waits else []),
         *(f"  {title:10} {text}" for title, text in method.notes(tree)),
         f"  mergeable  {'yes' if mergeable else 'no'}",
         f"  gradient   reaches back to {boundary}",

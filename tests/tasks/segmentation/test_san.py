@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 import types
+import warnings
 
 import pytest
 import timm
@@ -376,6 +377,23 @@ def test_text_is_averaged_over_templates(monkeypatch):
     }  # fmt: skip
     with pytest.raises(ConfigError, match="no class names"):
         clip_text([])
+
+    def create_model(name, pretrained):
+        asked.append((name, pretrained))
+        if (pretrained == "metaclip_400m") != name.endswith("-quickgelu"):
+            warnings.warn("QuickGELU mismatch between final model config and pretrained tag", UserWarning, stacklevel=1)
+        return Clip()
+
+    asked, stub.create_model = [], create_model
+    with pytest.raises(ConfigError, match="trained with QuickGELU: give model='ViT-L-14-quickgelu'"):
+        clip_text(["cat"], "ViT-L-14")
+    assert not asked, "nothing was downloaded"
+    with pytest.raises(ConfigError, match="ViT-B-32 with metaclip_400m: QuickGELU mismatch"):
+        clip_text(["cat"], "ViT-B-32", "metaclip_400m")
+    clip_text(["cat"], "ViT-B-32-quickgelu", "metaclip_400m")
+    stub.create_model = lambda name, pretrained: asked.append((name, pretrained)) or Clip()
+    clip_text(["cat"])
+    assert asked[-1] == ("ViT-B-16-quickgelu", "openai")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match="pip install open_clip_torch"):
         clip_text(["cat"])

@@ -57,10 +57,11 @@ class TimmBackbone(BaseModule):
                 raise MethodError(f"method: {options} must have a name, as in dict(name='lora', rank=8)")
             handle = attach(model, options.pop("name"), heads=self.maps.heads, **options)
             self.maps.check(handle)
-            if handle.method.needs_calibration:
+            if handle.method.needs_calibration and not handle.method.starts_without_data:
+                instead = handle.method.without_calibration()
                 raise MethodError(
                     f"{handle.method.name} looks at data before training, for which mmengine has no place: train it "
-                    "with vpeft's own engine (task: segmentation)"
+                    "with vpeft's own engine (task: segmentation)" + (f", or give it {instead}" if instead else "")
                 )
 
     @property

@@ -1,6 +1,7 @@
 """Text embeddings of class names: read from a file, written to one, or computed by open_clip."""
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,24 +64,43 @@ def save_text(path: str | Path, text: Tensor, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def clip_text(
-    names: Sequence[str], model: str = "ViT-B-16", pretrained: str = "openai", templates: Iterable[str] = TEMPLATES
+    names: Sequence[str],
+    model: str = "ViT-B-16-quickgelu",
+    pretrained: str = "openai",
+    templates: Iterable[str] = TEMPLATES,
 ) -> Tensor:
     """Normalised text embeddings (C, d) of class names: CLIP's text tower over every template, averaged.
 
-    Needs ``pip install open_clip_torch``, which downloads the weights.
+    Needs ``pip install open_clip_torch``, which downloads the weights. OpenAI's weights were trained with QuickGELU, which
+    open_clip's plain names do not have. An image backbone beside them needs it too: in timm that is
+    ``vit_base_patch16_clip_quickgelu_224.openai``; ``vit_base_patch16_clip_224.openai`` holds the same weights under GELU.
+
+    Args:
+        names: of the classes.
+        model: open_clip's name of the model.
+        pretrained: open_clip's tag of its weights.
+        templates: sentences with ``{}`` for the name.
 
     Raises:
-        ConfigError: open_clip is not installed, or there are no names.
+        ConfigError: open_clip is not installed, there are no names, or the model has not the activation that the weights
+            were trained with.
     """
     if not names:
         raise ConfigError("clip_text: no class names were given")
+    if pretrained == "openai" and not model.endswith("-quickgelu"):
+        raise ConfigError(f"clip_text: OpenAI's weights were trained with QuickGELU: give model='{model}-quickgelu'")
     try:
         import open_clip
     except ImportError as error:
         raise ConfigError(
             "text embeddings are computed by open_clip: pip install open_clip_torch, or read them from a file (read_text)"
         ) from error
-    clip = open_clip.create_model(model, pretrained=pretrained).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        try:
+            clip = open_clip.create_model(model, pretrained=pretrained).eval()
+        except UserWarning as error:
+            raise ConfigError(f"clip_text: {model} with {pretrained}: {error}") from error
     tokenizer = open_clip.get_tokenizer(model)
     sums = [F.normalize(clip.encode_text(tokenizer([t.format(n) for n in names])), dim=-1) for t in templates]
     return F.normalize(torch.stack(sums).mean(0), dim=-1)
