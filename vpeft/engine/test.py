@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
-from ..tuning.attaching import load
+from ..tuning.loading import load
 from .setup import make_accelerator
 
 

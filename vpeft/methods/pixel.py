@@ -38,6 +38,10 @@ class PixelPrompt(MapOutput):
     def hooked(self) -> list[ModuleRef]:
         return [self.place, *self.heads]
 
+    @property
+    def outputs(self) -> int | None:
+        return None if self.map is None else len(self.map)
+
     def install(self) -> None:
         # In front of other methods' changes: they see the image that the model sees.
         self.act_before(self.place, self._map_input, first=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import checkpoint
 from ..errors import CheckpointError
-from ..tuning.attaching import load
+from ..tuning.loading import load
 from .protocol import Task, TaskModel
 
 

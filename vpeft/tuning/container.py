@@ -1,10 +1,10 @@
 """``model.vpeft``: the attached methods by name, whose classifier the model has, and what ``detach`` has to put back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attached.classifier import Classifier
 from ..attached.tree import Tree
@@ -130,6 +130,11 @@ class Container(nn.Module):
 def container_of(model: nn.Module) -> Container | None:
     """What holds a model's attached methods, or None where nothing is attached."""
     return getattr(model, CONTAINER, None)
+
+
+def originals_of(trees: Iterable[Tree]) -> dict[str, Tensor | None]:
+    """What the model's own tensors held before these methods changed them, by name; None where there was none."""
+    return {name: value for tree in trees for name, value in tree.originals().items()}
 
 
 def remove(model: nn.Module, name: str) -> None:
