@@ -33,7 +33,7 @@ def test(
     check_model_name(config)
     task = task or get_task(config)
     task.check()
-    file = checkpoint.read(Path(ckpt))
+    file = checkpoint.read_header(ckpt)
     accelerator = make_accelerator(config)
     data, _ = task.open_data()
     dataset = getattr(data, split)

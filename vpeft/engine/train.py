@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
+from ..files import naming
 from ..methods.base import Method
 from ..tasks.models import check_model_name, make_method
 from ..tasks.protocol import Task, TaskModel
@@ -94,7 +95,9 @@ def _calibrated(
     calibrate = partial(handle.calibrate, loader, **built.calibration())
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
-        handle.load_state_dict(RunState.read(run.file("state.safetensors")).trained)
+        file = run.file("state.safetensors")
+        with naming(file):
+            handle.load_state_dict(RunState.read(file).trained)
     elif handle.method.needs_calibration:
         calibrate(progress=run.main)
     return partial(calibrate, progress=False) if handle.method.calibrates_each_epoch else None
