@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import Tensor
 from .errors import CheckpointError, VpeftError
 
 DEEPEST = 50  # lists and mappings in each other; a configuration has about five
-LONGEST_SHOWN = 300  # characters of what was given for a path
+LONGEST_SHOWN = 1000  # characters of a message that repeats what it was given
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no file and no terminal can be given
 # safetensors' names of the types that torch has.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -182,7 +184,8 @@ def naming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     except (VpeftError, *kinds) as error:
         if isinstance(error, CheckpointError) and str(path) in str(error):
             raise
-        raise CheckpointError(f"{path}: {error or type(error).__name__}") from error
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"{path}: {text if len(text) <= LONGEST_SHOWN else f'{text[:LONGEST_SHOWN]}…'}") from error
 
 
 def parse_json(text: str, path: Path) -> Any:
@@ -200,8 +203,10 @@ def parse_json(text: str, path: Path) -> Any:
         depth += 1
         if depth > DEEPEST:
             raise CheckpointError(f"{path}: its metadata are nested more than {DEEPEST} deep")
+        if any(isinstance(x, str) and _SURROGATE.search(x) for x in level):
+            raise CheckpointError(f"{path}: its metadata hold half a character")
     return found
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -89,10 +89,10 @@ def _method_of(file: checkpoint.File) -> Method:
             raise CheckpointError(f"{stored['name']} has no hyper-parameter {some(sorted(strange))}")
         method = create(stored["name"], **options_of(stored["name"], stored["options"], written))
     except Exception as error:  # of whatever kind: the values come from a file
-        raise CheckpointError(f"{file.path}: its method cannot be rebuilt here: {error}") from error
+        raise CheckpointError(f"its method cannot be rebuilt here: {error}") from error
     missing = sorted(method.options().keys() - stored["options"].keys())
     if missing and written == checkpoint.FORMAT:  # what older files mean is in methods/earlier.py
-        raise CheckpointError(f"{file.path}: its metadata lack {some(missing)} of {method.name}")
+        raise CheckpointError(f"its metadata lack {some(missing)} of {method.name}")
     return method
 
 
@@ -100,6 +100,11 @@ def _wanted_classifier(file: checkpoint.File, heads: Mapping[str, nn.Module]) ->
     """Of the tensors of the file's head, those that are not of the heads outside the model."""
     outside = tuple(f"{name}." for name in heads)
     shapes = {n: file.shapes[n].size for n in sorted(file.head_names) if not n.startswith(outside)}
+    empty = [n for n, size in shapes.items() if 0 in size]
+    if empty:  # a file can declare any number of classes this way and stay small
+        raise CheckpointError(
+            f"its head does not fit the model's: {empty[0]} is {shapes[empty[0]]} in the file, without entries"
+        )
     classes = {size[:1] for size in shapes.values()}
     if len(classes) == 1 and classes != {()}:  # of a plain classifier; num_classes may be another where a user put it there
         return WantedClassifier(shapes, classes.pop()[0])
@@ -145,7 +150,9 @@ def _planned(
             sites, own = _without_values(model)
             classifier_like(sites.model, own, wanted).put_into(sites.model)
             sites.heads = head_places(sites.model)
-            tree = built_tree(method.name, method, sites, Hub(sites.model, [block.module for block in sites.blocks]))
+            hub = Hub(sites.model, [block.module for block in sites.blocks])
+            with torch.device("meta"):
+                tree = built_tree(method.name, method, sites, hub)
             for intervention in tree.interventions:
                 intervention.exchange_classifier()
             tree.classifier = Classifier.of(sites.model)
