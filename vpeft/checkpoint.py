@@ -84,6 +84,7 @@ def save(
         described: what is said of it, see ``describe``, and its ``num_classes``.
         originals: see ``fingerprint``.
     """
+    _check_has_values(model)
     tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
@@ -208,12 +209,16 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
     state = {n: originals.get(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)}
     chosen = [(n, t) for n, t in state.items() if t is not None]
     digest = hashlib.sha256()
-    if any(t.is_meta for _, t in chosen):
-        raise CheckpointError(f"{type(model).__name__} is on the meta device: its weights have no values to save or compare")
+    _check_has_values(model)
     for name, tensor in sorted(chosen, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _check_has_values(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise CheckpointError(f"{type(model).__name__} is on the meta device: its weights have no values to save or compare")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

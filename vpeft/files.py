@@ -162,15 +162,15 @@ def writable_file(path: Any) -> Path:
         CheckpointError: no path, a folder, or one where no file can be.
     """
     given, path = path, as_path(path)
-    if not str(given) or path.is_dir():
-        raise CheckpointError(f"'{given}' is {'a folder' if str(given) else 'no path'}; give the path of a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.lstat(path)
-    except FileNotFoundError:
-        pass
+        folder = path.is_dir()
+        if str(given) and not folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.is_symlink()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+    if not str(given) or folder:
+        raise CheckpointError(f"'{given}' is {'a folder' if str(given) else 'no path'}; give the path of a file")
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{path} cannot be written: no right to write in its folder")
     return path

@@ -70,7 +70,7 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
         name = names[0]
     if name is None and names:
         raise MethodError(f"{len(names)} methods are attached: {', '.join(names)}; say which, get_handle(model, name)")
-    if name not in names:
+    if name not in names:  # of whatever kind
         what = "one method" if name is None else f"'{name}'"
         raise MethodError(f"{what} is not attached{did_you_mean(name, names) if names else ''}")
     return Handle(model, name)
