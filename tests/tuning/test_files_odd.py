@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import vpeft
@@ -16,6 +17,7 @@ from tests.support.models import attached, images, make, randomise
 from tests.support.signed import edited, parts, sign
 from vpeft import checkpoint
 from vpeft.attached.classifier import WantedClassifier
+from vpeft.engine.predict import predict
 from vpeft.methods import METHODS, on_images
 from vpeft.tuning import loading
 
@@ -616,3 +618,43 @@ def test_get_handle_says_which_there_are():
     for name in (3, ["on"]):
         with pytest.raises(vpeft.MethodError, match="not attached"):
             vpeft.get_handle(model, name)
+
+
+# ---- prediction from a file alone ----
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory):
+    import timm
+
+    model = timm.create_model("vit_micro_patch4_28.vpeft_fashion", pretrained=True, num_classes=3).eval()
+    handle = vpeft.attach(model, "lora", rank=1, blocks=[0])
+    folder = tmp_path_factory.mktemp("fashion")
+    Image.new("RGB", (28, 28)).save(folder / "a.png")
+    return handle.save(folder / "a.safetensors", class_names=list("abc"))
+
+
+def test_a_file_predicts(fashion):
+    assert len(predict(fashion, [fashion.parent / "a.png"])[0]["classes"]) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, t: m.update(config={"seed": "x"}),
+        lambda m, t: m.update(config={"no_key": 1}),
+        lambda m, t: m.update(config={"method": {"name": "${oops"}}),
+        lambda m, t: m["data"].update(interpolation="odd"),
+        lambda m, t: m.update(class_names=["a"] * 1000),
+        lambda m, t: m.update(class_names=None, num_classes=10**9),
+        lambda m, t: m["model"].update(name="../x"),
+        lambda m, t: m["model"].update(name=None),
+        lambda m, t: m.update(config={"model": {"kwargs": {"depth": "x"}}}),
+        lambda m, t: m.update(config={"model": {"kwargs": {"odd": 1}}}),
+    ],
+)
+def test_a_file_that_cannot_predict_says_so(fashion, change):
+    file = edited(fashion, change)
+    with pytest.raises(vpeft.CheckpointError) as raised:
+        predict(file, [fashion.parent / "a.png"])
+    assert str(file) in str(raised.value)
