@@ -11,7 +11,7 @@ ROOT = Path(vpeft.__file__).parent
 FLOORS = (
     ("errors", "files", "numerics", "options"),
     ("backbone",),
-    ("checkpoint",),
+    ("checkpoint", "metadata"),
     ("interventions",),
     ("attached",),
     ("methods",),

@@ -4,9 +4,10 @@ from .backbone import embedded as _backbones  # noqa: F401 - registers the embed
 from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
 from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
-from .tuning.attaching import attach, get_handle, load
+from .tuning.attaching import attach, get_handle
 from .tuning.description import describe
 from .tuning.handle import Handle
+from .tuning.loading import load
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,6 @@
 """Checkpoints: one safetensors file with what was trained, the head, and JSON metadata that rebuilds it."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
-from .files import read_tensors, write_bytes
+from .files import Shape, as_path, read_shapes, read_tensors, write_bytes
+from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
 
-FORMAT = 2  # 1: until November 2026; what changed in the meaning of options is in methods/earlier.py
-READABLE = (1, FORMAT)
 KEY = "vpeft"
+SMALL = 64 * 2**20  # bytes of a file whose checksum costs nothing that anybody would notice
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -34,19 +35,31 @@ class Saved(Protocol):
 
 @dataclass
 class File:
-    """A checkpoint that was read and verified.
+    """A checkpoint whose header was read and checked.
 
     Attributes:
         path: of the file.
-        metadata: its metadata.
-        tensors: by name; those of the head are named in ``head_names``.
+        metadata: its metadata, which fulfil ``Metadata``.
+        shapes: of its tensors by name; those of the head are named in ``head_names``.
         head_names: names of the head's tensors.
     """
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+    shapes: dict[str, Shape]
     head_names: frozenset[str]
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, read and compared with the checksum when they are first asked for.
+
+        Raises:
+            CheckpointError: changed by even one bit.
+        """
+        header, tensors = read_tensors(self.path)
+        if header.get("sha256") != _checksum(header.get(KEY, ""), tensors):
+            raise CheckpointError(f"{self.path} is damaged: its contents do not match the checksum inside")
+        return tensors
 
 
 def save(
@@ -68,11 +81,12 @@ def save(
         model: the timm model; a fingerprint of its frozen weights is saved.
         own: the method's tensors.
         head: the heads' tensors.
-        described: what is said of it: ``class_names``, ``num_classes``, ``metrics``, ``data``, ``config``.
+        described: what is said of it, see ``describe``, and its ``num_classes``.
         originals: see ``fingerprint``.
     """
+    _check_has_values(model)
     tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
-    cfg, class_names = getattr(model, "pretrained_cfg", None) or {}, described.get("class_names")
+    cfg = getattr(model, "pretrained_cfg", None) or {}
     preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
     metadata = {
         "format": FORMAT,
@@ -80,46 +94,79 @@ def save(
         "method": {"name": method.name, "options": method.options()},
         "model": model_metadata(model),
         "fingerprint": fingerprint(model, own.keys(), originals),
-        "data": preprocessing | (described.get("data") or {}),
-        "num_classes": described.get("num_classes"),
-        "class_names": list(class_names) if class_names is not None else None,
-        "metrics": described.get("metrics") or {},
+        "data": plain(preprocessing, "data") | described["data"],
+        "num_classes": described["num_classes"],
+        "class_names": described["class_names"],
+        "metrics": described["metrics"],
         "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
-        "config": described.get("config"),
+        "config": described["config"],
         "head": sorted(head),
     }
-    text = json.dumps(metadata, sort_keys=True)
+    check_metadata(metadata, tensors, path)
+    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
     write_bytes(path, blob)
     return path
 
 
-def read(path: Path) -> File:
+def describe(class_names: Any, metrics: Any, data: Any, config: Any) -> dict[str, Any]:
+    """What a user says of a checkpoint, as plain values.
+
+    Raises:
+        CheckpointError: what JSON cannot hold, or what is of another kind; names it.
+    """
+    for name, value in (("data", data), ("config", config)):
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"{name}: expected a mapping, got {type(value).__name__}")
+    return {
+        "class_names": plain_names(class_names),
+        "metrics": plain_metrics(metrics),
+        "data": plain(data or {}, "data"),
+        "config": None if config is None else plain(config, "config"),
+    }
+
+
+def read_header(path: str | Path) -> File:
+    """Read and check what a file says of itself. A large one's tensors are left for later: see ``File.tensors``.
+
+    Raises:
+        CheckpointError: missing, of another format, with metadata that do not fit the schema; a file that is not large is
+            also read and verified, so that damage is called damage.
+    """
+    path = as_path(path)
+    header, shapes = read_shapes(path)
+    if KEY not in header:
+        raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")
+    verified = None
+    if path.stat().st_size <= SMALL:
+        verified = File(path, {}, shapes, frozenset()).tensors
+    metadata = read_metadata(header[KEY], shapes, path)
+    file = File(path, metadata, shapes, frozenset(metadata["head"]))
+    if verified is not None:
+        file.tensors = verified
+    return file
+
+
+def read(path: str | Path) -> File:
     """Read and verify a file.
 
     Raises:
         CheckpointError: missing, of another format, truncated, or changed by even one bit.
     """
-    header, tensors = read_tensors(path)
-    if KEY not in header:
-        raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")
-    if header.get("sha256") != _checksum(header[KEY], tensors):
-        raise CheckpointError(f"{path} is damaged: its contents do not match the checksum inside")
-    metadata = json.loads(header[KEY])
-    if metadata.get("format") not in READABLE:
-        raise CheckpointError(f"{path} has format {metadata.get('format')}; this version of vpeft reads 1 to {FORMAT}")
-    return File(path, metadata, tensors, frozenset(metadata["head"]))
+    file = read_header(path)
+    _ = file.tensors
+    return file
 
 
-def check_backbone(model: nn.Module, file: File) -> None:
-    """Refuse a model whose frozen weights are not those that the file was trained on.
+def check_backbone(model: nn.Module, file: File, originals: Mapping[str, Tensor | None] | None = None) -> None:
+    """Refuse a model whose frozen weights are not those that the file was trained on; ``originals``: see ``fingerprint``.
 
     Raises:
         CheckpointError: names both backbones.
     """
     stored, here = file.metadata["model"], model_metadata(model)
-    own = file.tensors.keys() - file.head_names
-    if fingerprint(model, own) == file.metadata["fingerprint"]:
+    own = file.shapes.keys() - file.head_names
+    if fingerprint(model, own, originals) == file.metadata["fingerprint"]:
         return
     was, is_ = stored["name"] or stored["class"], here["name"] or here["class"]
     if was == is_:
@@ -152,6 +199,9 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
         model: the timm model.
         trained: names of tensors that are left out.
         originals: values of tensors that another attached method has changed in the model, None where it added one.
+
+    Raises:
+        CheckpointError: the model is on the meta device, where nothing has a value.
     """
     originals = originals or {}
     skip = (*tuple(f"{h.path}." for h in head_places(model)), f"{CONTAINER}.")
@@ -159,10 +209,16 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
     state = {n: originals.get(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)}
     chosen = [(n, t) for n, t in state.items() if t is not None]
     digest = hashlib.sha256()
+    _check_has_values(model)
     for name, tensor in sorted(chosen, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _check_has_values(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise CheckpointError(f"{type(model).__name__} is on the meta device: its weights have no values to save or compare")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

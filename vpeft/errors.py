@@ -41,5 +41,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first three of some names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three of some names, cut where they are long, and how many more there are."""
+    shown = [n if len(n) <= 200 else f"{n[:200]}…" for n in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

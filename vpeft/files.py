@@ -1,15 +1,34 @@
 """Files that appear whole or not at all, and safetensors files with their metadata."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VpeftError
+
+DEEPEST = 50  # lists and mappings in each other; a configuration has about five
+LONGEST_SHOWN = 1000  # characters of a message that repeats what it was given
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no file and no terminal can be given
+# safetensors' names of the types that torch has.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+_LONGEST_NAME = 200  # bytes of a file's name that a temporary one can be made of, where systems allow 255
 
 
 @contextmanager
@@ -21,7 +40,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoded = os.fsencode(path.name)
+    short = path.name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
+    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -54,17 +75,138 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         save_file(plain, temporary, dict(metadata) if metadata else None)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a file's header says of a tensor.
+
+    Attributes:
+        size: its shape.
+        dtype: its type.
+    """
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    def like(self) -> Tensor:
+        """A tensor of this shape and type without values, which takes no memory."""
+        return torch.empty(self.size, dtype=self.dtype, device="meta")
+
+
+def read_shapes(path: str | Path) -> tuple[dict[str, str], dict[str, Shape]]:
+    """The metadata and the tensors' shapes of a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: no path, missing, a folder, or damaged.
+    """
+    with _opened(path) as f:
+        found = {}
+        for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+            part = f.get_slice(name)
+            found[name] = Shape(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+        return f.metadata() or {}, found
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata and the tensors of a safetensors file, whoever wrote it.
 
     Raises:
-        CheckpointError: missing, or damaged.
+        CheckpointError: no path, missing, a folder, or damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+    with _opened(path) as f:
+        return f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    path = existing_file(path)
     try:
         with safe_open(path, "pt") as f:
-            return f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            yield f
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def as_path(path: Any) -> Path:
+    """A path from what a user gave.
+
+    Raises:
+        CheckpointError: it is no path.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise CheckpointError(f"expected a file's path, got {path!r}"[:LONGEST_SHOWN])
+    return Path(path)
+
+
+def existing_file(path: Any) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        CheckpointError: no path, missing, or a folder.
+    """
+    path = as_path(path)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    if not path.is_file():
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no file'}")
+    return path
+
+
+def writable_file(path: Any) -> Path:
+    """The path of a file to be written; its folder is made.
+
+    Raises:
+        CheckpointError: no path, a folder, or one where no file can be.
+    """
+    given, path = path, as_path(path)
+    try:
+        folder = path.is_dir()
+        if str(given) and not folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.is_symlink()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+    if not str(given) or folder:
+        raise CheckpointError(f"'{given}' is {'a folder' if str(given) else 'no path'}; give the path of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{path} cannot be written: no right to write in its folder")
+    return path
+
+
+@contextmanager
+def naming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Under here the library's errors, and those of other ``kinds``, become a ``CheckpointError`` that names the file."""
+    try:
+        yield
+    except (VpeftError, *kinds) as error:
+        if isinstance(error, CheckpointError) and str(path) in str(error):
+            raise
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"{path}: {text if len(text) <= LONGEST_SHOWN else f'{text[:LONGEST_SHOWN]}…'}") from error
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """What a file's JSON text holds; ``NaN`` and infinities, which are no JSON but which Python writes, are taken.
+
+    Raises:
+        CheckpointError: it is no JSON, or its lists and mappings lie in each other more than ``DEEPEST`` times.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata are no JSON ({error})") from error
+    level, depth = [found], 0
+    while level := [v for x in level for v in _inside(x)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise CheckpointError(f"{path}: its metadata are nested more than {DEEPEST} deep")
+        if any(isinstance(x, str) and _SURROGATE.search(x) for x in level):
+            raise CheckpointError(f"{path}: its metadata hold half a character")
+    return found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -18,6 +19,30 @@ def at_least_float32(x: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """The tensor's values in float32 or better, without a graph: what merging computes with before it casts once."""
     return at_least_float32(x.detach())
+
+
+def why_not_copied(value: Any, own: Tensor, any_size: bool = False, planned: bool = False) -> str | None:
+    """Why a value cannot be copied into a tensor without changing what it says; or None.
+
+    Floating-point types are converted into each other; whole numbers, truth values and complex numbers are not.
+
+    Args:
+        value: what is to be copied; a tensor without values (meta) is taken where ``own`` has none either.
+        own: where to.
+        any_size: only the number of dimensions must agree.
+        planned: the value is only described so far, by a tensor without values.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, UninitializedTensorMixin):
+        return f"expected a tensor, got {type(value).__name__}"
+    if value.layout != torch.strided or value.is_quantized:
+        return f"expected a plain tensor, got a {'quantised' if value.is_quantized else str(value.layout)} one"
+    if value.is_meta and not (own.is_meta or planned):
+        return "it is on the meta device and has no values"
+    if value.ndim != own.ndim if any_size else value.shape != own.shape:
+        return f"shape {tuple(value.shape)} in the file, {tuple(own.shape)} in the model"
+    if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+        return f"type {value.dtype} in the file, {own.dtype} in the model"
+    return None
 
 
 def unregistered(owner: nn.Module, **modules: nn.Module | None) -> None:

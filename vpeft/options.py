@@ -41,6 +41,7 @@ class Option:
         words: what it may be, for the reference page, where types and bounds say it badly.
         pattern: a regular expression that a free text fulfils as a whole.
         help: a short phrase for the reference page, where the class's docstring does not explain the option.
+        optional: the key may be missing where values come from a file.
     """
 
     ge: float | None = None
@@ -54,6 +55,7 @@ class Option:
     words: str = ""
     pattern: str = ""
     help: str = ""
+    optional: bool = False
 
     @property
     def bounds(self) -> str:
@@ -98,7 +100,7 @@ def option(default: Any, *, length: int | tuple[int, int] = (0, LONGEST), **limi
         default: of the option.
         length: of a list: how many entries, exactly or from … to ….
         limits: what ``Option`` holds besides: ``ge``, ``gt``, ``le``, ``lt``, ``choices``, ``unit``, ``free``, ``words``,
-            ``pattern``, ``help``.
+            ``pattern``, ``help``, ``optional``.
     """
     limits["choices"] = tuple(limits.get("choices", ()))
     spec = Option(length=(length, length) if isinstance(length, int) else length, **limits)
@@ -167,22 +169,32 @@ def checked(this: Declared, value: Any, where: str, error: type[VpeftError]) -> 
 
 
 def check_values(schema: type, values: Mapping[str, Any], error: type[VpeftError], path: str = "") -> None:
-    """Refuse what a configuration's keys may not be, in all its sections.
+    """Refuse what a configuration's keys, or a file's metadata, may not be, in all sections.
 
     Args:
-        schema: the dataclass of the configuration.
-        values: plain values of all its keys.
+        schema: the dataclass of the configuration; a field whose name is Python's own word has ``_`` behind it.
+        values: plain values of all its keys; others are passed over.
         error: what to raise.
         path: of the section, for messages.
 
     Raises:
         VpeftError: of the given class, with the key's dotted path.
     """
+    if not isinstance(values, Mapping):
+        raise error(f"{path.rstrip('.') or 'all of it'}: {_shown(values)} is no mapping of keys")
     for key in declared(schema):
-        where, value = f"{path}{key.name}", values[key.name]
+        name = key.name.removesuffix("_")
+        where = f"{path}{name}"
+        if name not in values:
+            if key.option.optional:
+                continue
+            raise error(f"{where} is missing")
+        value = values[name]
         if is_dataclass(key.hint):
             check_values(key.hint, value, error, f"{where}.")
         elif (section := section_of(key.hint)) is not None:
+            if not isinstance(value, list):
+                raise error(f"{where}: {_shown(value)} is no list")
             for number, item in enumerate(value):
                 check_values(section, item, error, f"{where}[{number}].")
         else:

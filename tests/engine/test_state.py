@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from vpeft import CheckpointError
 from vpeft.engine.state import Average, RunState, optimizer_state, optimizer_tensors
 
 
@@ -78,3 +80,23 @@ def test_an_average_swaps_and_goes_on():
     average.load([torch.full((2,), 3.0)])
     assert torch.equal(average.values[0], torch.full((2,), 3.0))
     assert torch.equal(p, torch.full((2,), 4.0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, "", "[]", "{", "null", '{"epoch": 1, "best": {}}', '{"epoch": "x", "best": {}, "scalars": {}}',
+        '{"epoch": -1, "best": {}, "scalars": {}}', '{"epoch": 1, "best": [], "scalars": {}}', "[" * 5000,
+        '{"epoch": 1, "best": {}, "scalars": {"x": {}}}', '{"epoch": 1, "best": {}, "scalars": {"3": 4}}',
+    ],
+)  # fmt: skip
+def test_a_state_of_another_kind_is_refused_by_name(tmp_path, text):
+    file = tmp_path / "state.safetensors"
+    save_file({"method/a": torch.ones(2)}, file, None if text is None else {"state": text})
+    with pytest.raises(CheckpointError, match=r"state of a run|metadata") as raised:
+        RunState.read(file)
+    assert str(file) in str(raised.value)
+    good = json.dumps({"epoch": 1, "best": {}, "scalars": {}})
+    save_file({"optimizer/x/exp_avg": torch.ones(2)}, file, {"state": good})
+    with pytest.raises(CheckpointError, match="state of a run"):
+        RunState.read(file)

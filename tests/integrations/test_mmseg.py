@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vpeft
@@ -438,6 +438,19 @@ def test_foreign_and_damaged_files_are_refused(finished, tmp_path):
     vpeft.attach(backbone().timm, "lora").save(tmp_path / "own.safetensors")
     with pytest.raises(vpeft.CheckpointError, match=r"no file of vpeft\.SaveTrained"):
         load_trained(model, tmp_path / "own.safetensors")
+    tensors, same_model = load_file(file), MODELS.build(config(root, work).model)
+    odd, norm = tmp_path / "odd.safetensors", "model/decode_head.bottleneck.bn.running_mean"
+    before = {n: t.clone() for n, t in same_model.state_dict().items()}
+    good = '{"format": "vpeft.mmseg.2", "backbones": {}}'
+    for text, changed, match in (
+        ("[]", tensors, "no file of"), ("{", tensors, "no JSON"), ('{"format": "vpeft.mmseg.2"}', tensors, "backbones is missing"),
+        (good, tensors | {norm: tensors[norm].bool()}, "running_mean: type torch.bool"),
+    ):  # fmt: skip
+        save_file(changed, odd, {"vpeft": text})
+        with pytest.raises(vpeft.CheckpointError, match=match) as raised:
+            load_trained(same_model, odd)
+        assert str(odd) in str(raised.value)
+    assert all(torch.equal(before[n], t) for n, t in same_model.state_dict().items())
 
 
 def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):

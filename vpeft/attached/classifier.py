@@ -2,8 +2,11 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..backbone.modules import ModuleRef, classifier_modules
@@ -53,6 +56,11 @@ class Classifier:
         """The modules that have tensors."""
         return [ModuleRef(path, m) for path, m in self.modules.items() if any(True for _ in m.parameters())]
 
+    @property
+    def outputs(self) -> int | None:
+        """How many numbers it gives of an image, where that can be read; None where not, or where it has no tensors."""
+        return next((_outputs(head.module) for head in self.heads), None)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its tensors, by their names in the model."""
         return {name: tuple(t.shape) for name, t in self.tensors().items()}
@@ -62,16 +70,50 @@ class Classifier:
         return {f"{head.path}.{n}": t for head in self.heads for n, t in head.module.state_dict().items()}
 
 
+@dataclass(frozen=True)
+class WantedClassifier:
+    """What a file's classifier is like.
+
+    Attributes:
+        shapes: of its tensors, by their names in the model; none of a model without a classifier.
+        classes: timm's number of classes of it; None where that is not known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    classes: int | None
+
+
+def classifier_like(model: nn.Module, own: Classifier, wanted: WantedClassifier | None) -> Classifier:
+    """A copy of the model's own classifier, or timm's fresh one where the wanted one has another number of classes.
+
+    Args:
+        model: keeps a fresh classifier.
+        own: its own.
+        wanted: None for a copy in any case.
+    """
+    has = own.num_classes if own.outputs is None else own.outputs
+    if wanted is None or wanted.classes in (None, has) or own.shapes() == wanted.shapes:
+        return own.twin()
+    return fresh_classifier(model, wanted.classes)
+
+
 def _copied(module: nn.Module) -> nn.Module:
     # Hooks that somebody put there stay theirs: what they are bound to is not copied.
     tables = (module._forward_hooks, module._forward_pre_hooks)
     return copy.deepcopy(module, {id(table): OrderedDict(table) for table in tables})
 
 
+def _outputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Sequential) and len(module):
+        return _outputs(module[-1])
+    return module.out_features if isinstance(module, nn.Linear) else None
+
+
 def fresh_classifier(model: nn.Module, classes: int) -> Classifier:
     """timm's fresh classifier of so many classes, like the model in type and device; the model keeps it."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    type(model).reset_classifier(model, classes)
+    with torch.device("meta") if like.is_meta else nullcontext():
+        type(model).reset_classifier(model, classes)
     made = Classifier.of(model)
     for module in made.modules.values():
         module.to(device=like.device, dtype=like.dtype)

@@ -1,6 +1,6 @@
 """All that one attached method brought to a model, as a tree of modules, and what a method may do with it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..errors import CheckpointError, VpeftError, did_you_mean, some
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.hub import Hub
 from ..interventions.weights import ExistingTensors
+from ..numerics import why_not_copied
 from .classifier import Classifier
 from .objective import Objective
 
@@ -128,6 +129,22 @@ class Tree(nn.Module):
         for module in (self.model, *self.heads.values()):
             module.eval()
 
+    @property
+    def outputs(self) -> int | None:
+        """How many classes the model tells apart; None where heads outside of it decide that, or where it cannot be read."""
+        if self.heads:
+            return None
+        return next((i.outputs for i in self.interventions if i.outputs is not None), self.classifier.outputs)
+
+    def check_class_names(self, names: Sequence[Any] | None) -> None:
+        """Refuse names that are more or fewer than the classes.
+
+        Raises:
+            CheckpointError: with both numbers.
+        """
+        if names is not None and self.outputs is not None and len(names) != self.outputs:
+            raise CheckpointError(f"class_names: {len(names)} names for {self.outputs} outputs of the classifier")
+
     # ---- tensors ----
 
     def state(self) -> dict[str, Tensor]:
@@ -179,29 +196,52 @@ class Tree(nn.Module):
         """Copy tensors in, by the names of ``state``; the heads' are taken too where they are given.
 
         Raises:
-            CheckpointError: a missing or unknown name (where ``strict``) or a wrong shape; then nothing was changed.
+            CheckpointError: see ``check``, and values that do not fit each other; then nothing was changed.
         """
-        own, heads = self.state(), self.head_tensors()
-        missing = sorted(own.keys() - state.keys())
-        if strict:
-            self._check_names(missing, sorted(state.keys() - own.keys() - heads.keys()))
-        known = own | heads
-        resizable = {
-            f"{path}.{leaf}".lstrip("."): (module, leaf)
-            for path, module in self.named_modules()
-            for leaf in getattr(module, "resizable", ())
-        }
-        self._check_shapes(state, known, resizable.keys())
+        self.check(state, strict)
+        own, resizable = self.state(), self._resizable()
+        known = own | self.head_tensors()
+        self._check_values(state, known)
+        # Converted before the first is copied: what fails here fails before anything was changed.
+        ready = {n: v.detach().to(known[n].device, known[n].dtype) for n, v in state.items() if n in known}
         existing = {n: e for e in self.existing for n in e.slots}
-        self.calibrated = self.calibrated or not missing
-        for name, value in state.items():
+        self.calibrated = self.calibrated or not own.keys() - ready.keys()
+        for name, value in ready.items():
             if name in existing:
                 existing[name].set_value(name, value)
             elif name in resizable and value.shape != known[name].shape:
                 module, leaf = resizable[name]
                 set_tensor(module, leaf, value)
-            elif name in known:
+            else:
                 known[name].copy_(value)
+        if self.method.needs_calibration and not self.method.looks_calibrated(self):
+            self.calibrated = False  # these are of a handle that had not been calibrated either
+
+    def check(self, state: Mapping[str, Tensor], strict: bool = True, planned: bool = False) -> None:
+        """Refuse tensors that ``load`` could not take; values are not looked at, and ``planned`` ones are without.
+
+        Raises:
+            CheckpointError: a missing or unknown name (where ``strict``), no plain tensor, a wrong shape, or a type that
+                does not convert without loss of meaning (whole numbers, truth values, complex numbers).
+        """
+        if not isinstance(state, Mapping) or not all(isinstance(n, str) for n in state):
+            raise CheckpointError(f"expected a mapping of names to tensors, got {type(state).__name__}")
+        own, heads = self.state(), self.head_tensors()
+        if strict:
+            self._check_names(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - heads.keys()))
+        resizable, known = self._resizable(), own | heads
+        for name, value in state.items():
+            problem = why_not_copied(value, known[name], name in resizable, planned) if name in known else None
+            if problem:
+                raise CheckpointError(f"{name}: {problem}")
+
+    def _resizable(self) -> dict[str, tuple[nn.Module, str]]:
+        """Tensors whose size depends on data, as (module, its name there)."""
+        return {
+            f"{path}.{leaf}".lstrip("."): (module, leaf)
+            for path, module in self.named_modules()
+            for leaf in getattr(module, "resizable", ())
+        }
 
     def _check_names(self, missing: list[str], unknown: list[str]) -> None:
         parts = [f"missing {some(missing)}"] if missing else []
@@ -210,14 +250,7 @@ class Tree(nn.Module):
         if parts:
             raise CheckpointError(f"tensors do not fit {self.method.name} on this model: {'; '.join(parts)}")
 
-    def _check_shapes(self, state: Mapping[str, Tensor], known: dict[str, Tensor], resizable: Any) -> None:
-        for name, value in state.items():
-            if name not in known or (name in resizable and value.ndim == known[name].ndim):
-                continue
-            if value.shape != known[name].shape:
-                raise CheckpointError(
-                    f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
-                )
+    def _check_values(self, state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
         for path, module in self.named_modules():
             if isinstance(module, Intervention) and module.resizable:
                 names = {leaf: f"{path}.{leaf}".lstrip(".") for leaf in module.resizable}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..backbone.reading import input_size
 from ..errors import MethodError, UnsupportedModelError
 from ..methods import METHODS, list_methods, on_images
-from ..tuning.attaching import attach, load
+from ..tuning.attaching import attach
 from ..tuning.handle import Handle
+from ..tuning.loading import load
 
 _TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 _SWIN = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.splits import Datasets
 from ..errors import VpeftError
-from ..files import read_tensors
+from ..files import naming, read_tensors
 from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
@@ -280,8 +280,10 @@ class Trainer:
         ).write(self.run.file("state.safetensors"))
 
     def _load_state(self) -> None:
-        state = RunState.read(self.run.file("state.safetensors"))
-        self.handle.load_state_dict(state.trained)
+        file = self.run.file("state.safetensors")
+        state = RunState.read(file)
+        with naming(file):
+            self.handle.load_state_dict(state.trained)
         if self.average:
             self.average.load(state.average)
         groups = self.optimizer.state_dict()["param_groups"]
@@ -291,5 +293,7 @@ class Trainer:
         self.epoch, self.best = state.epoch, state.best
 
     def _load_best(self) -> None:
-        _, tensors = read_tensors(self.run.file("best.safetensors"))
-        self.handle.load_state_dict(tensors)
+        file = self.run.file("best.safetensors")
+        _, tensors = read_tensors(file)
+        with naming(file):
+            self.handle.load_state_dict(tensors)

@@ -8,15 +8,20 @@ from typing import Any
 from omegaconf import DictConfig
 
 from .. import checkpoint
-from ..files import write_text
+from ..files import naming, write_text
 from ..tasks.protocol import PredictOptions
 from ..tasks.registry import get_task
 from .config import from_container
 
 
 def config_of(file: checkpoint.File) -> DictConfig:
-    """The experiment behind a checkpoint; the defaults where it was saved from a user's own loop."""
-    return from_container(file.metadata["config"] or {})
+    """The experiment behind a checkpoint; the defaults where it was saved from a user's own loop.
+
+    Raises:
+        CheckpointError: what the file holds there is no configuration of this version.
+    """
+    with naming(file.path, Exception):  # OmegaConf's errors have no common class
+        return from_container(file.metadata["config"] or {})
 
 
 def predict(
@@ -46,7 +51,7 @@ def predict(
     Raises:
         VpeftError: a checkpoint or a file that cannot be read.
     """
-    file = checkpoint.read(Path(ckpt))
+    file = checkpoint.read_header(ckpt)
     options = PredictOptions(topk, batch_size, weights, out)
     found = get_task(config_of(file)).predict(file, [str(p) for p in paths], options)
     if json_file:

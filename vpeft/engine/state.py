@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
+from ..errors import CheckpointError
+from ..files import parse_json, read_tensors, write_tensors
+from ..options import check_values, option
 
 METHOD, AVERAGE, OPTIMIZER = "method/", "average/", "optimizer/"
 
@@ -55,10 +57,20 @@ class RunState:
         """Read a state file.
 
         Raises:
-            CheckpointError: missing, or damaged.
+            CheckpointError: missing, damaged, or no state of a run.
         """
         metadata, tensors = read_tensors(path)
-        saved = json.loads(metadata["state"])
+        if "state" not in metadata:
+            raise CheckpointError(f"{path} holds no state of a run")
+        saved = parse_json(metadata["state"], path)
+        try:
+            check_values(SavedState, saved, CheckpointError)
+            return cls._of(saved, tensors)
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no state of a run: {error}") from None
+
+    @classmethod
+    def _of(cls, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RunState":
         average = {int(n.removeprefix(AVERAGE)): t for n, t in tensors.items() if n.startswith(AVERAGE)}
         return cls(
             trained={n.removeprefix(METHOD): t for n, t in tensors.items() if n.startswith(METHOD)},
@@ -68,6 +80,16 @@ class RunState:
             best=saved["best"],
             scaler=saved.get("scaler"),
         )
+
+
+@dataclass
+class SavedState:
+    """The plain values of a state file."""
+
+    epoch: int = option(0, ge=0, le=10**9, unit="epochs")
+    best: dict[str, Any] = option({})
+    scalars: dict[str, dict[str, Any]] = option({})
+    scaler: dict[str, Any] | None = option(None, optional=True)
 
 
 def optimizer_tensors(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

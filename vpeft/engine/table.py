@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..files import write_text
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
-from ..tuning.attaching import load
+from ..tuning.loading import load
 from .config import load_config
 from .train import check, train
 

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
-from ..tuning.attaching import load
+from ..tuning.loading import load
 from .setup import make_accelerator
 
 
@@ -33,7 +33,7 @@ def test(
     check_model_name(config)
     task = task or get_task(config)
     task.check()
-    file = checkpoint.read(Path(ckpt))
+    file = checkpoint.read_header(ckpt)
     accelerator = make_accelerator(config)
     data, _ = task.open_data()
     dataset = getattr(data, split)

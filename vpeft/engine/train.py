@@ -12,6 +12,7 @@ from .. import checkpoint
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
+from ..files import naming
 from ..methods.base import Method, create
 from ..methods.earlier import options_of
 from ..tasks.models import check_model_name, make_method
@@ -107,7 +108,9 @@ def _calibrated(
     calibrate = partial(handle.calibrate, loader, **built.calibration())
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
-        handle.load_state_dict(RunState.read(run.file("state.safetensors")).trained)
+        file = run.file("state.safetensors")
+        with naming(file):
+            handle.load_state_dict(RunState.read(file).trained)
         handle.root.calibrated = True  # values may look as if it had not been: a label map that is the order of the classes
     elif handle.method.needs_calibration:
         if run.main:

@@ -106,6 +106,9 @@ class Intervention(nn.Module):
         """Say what is done where (``act_before``, ``act_after``, ``act_around``), once ``hub`` and ``owner`` are known."""
         raise NotImplementedError
 
+    def exchange_classifier(self) -> None:
+        """Put another classifier in the place of the one that the model has, before ``install``; most leave it there."""
+
     def calls_needed(self) -> list[ModuleRef]:
         """Attentions that must be set to call their own qkv module; without that, hooks on it never fire."""
         return []
@@ -130,6 +133,11 @@ class Intervention(nn.Module):
     def runs_from(self) -> int:
         """The first block that must really run for it; FIRST where it also needs what comes before the blocks."""
         return self.position
+
+    @property
+    def outputs(self) -> int | None:
+        """How many classes it makes of the classifier's outputs; None where it leaves their number alone."""
+        return None
 
     @property
     def inert(self) -> bool:

@@ -35,8 +35,8 @@ class ClusterFrames(PixelPrompt):
         self.register_buffer("prototypes", torch.zeros(1, features_width(sites)))
 
     @property
-    def outputs(self) -> int:
-        return self.prototypes.shape[1] if self.neurons else super().outputs
+    def pickable(self) -> int:
+        return self.prototypes.shape[1] if self.neurons else super().pickable
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         prototypes = tensors["prototypes"]

@@ -211,7 +211,7 @@ class E2VPT(VPTDeep):
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
         if sites.blocks[0].maps and self.share_blocks:
             raise UnsupportedModelError(f"{self.name}: stages differ in heads, so share_blocks has no meaning")
-        return self._parts(sites, int(torch.randint(2**62, ())))
+        return self._parts(sites, int(torch.randint(2**62, (), device="cpu")))
 
     def calibrate(self, tree: Tree, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Choose what to mask by the trained prompts, and go back to the start."""

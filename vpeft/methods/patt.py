@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ class ParallelAttention(Intervention):
         super().__init__(block.index)
         self.linears: dict[str, list[LinearSite]] = linears_by_path(block, slots)
         widths = {s: block.linears(s)[0].out_features for s in slots}
-        starts = torch.tensor([0, *widths.values()]).cumsum(0).tolist()
+        starts = list(accumulate(widths.values(), initial=0))
         self.parts = {s: (starts[i], starts[i + 1]) for i, s in enumerate(widths)}  # rows of W2
         self.scale = scale
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, starts[-1])

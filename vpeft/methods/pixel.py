@@ -41,6 +41,10 @@ class PixelPrompt(MapOutput):
     def hooked(self) -> list[ModuleRef]:
         return [self.place, *self.heads]
 
+    @property
+    def outputs(self) -> int | None:
+        return None if self.map is None else len(self.map)
+
     def install(self) -> None:
         # In front of other methods' changes: they see the image that the model sees.
         self.act_before(self.place, self._map_input, first=True)
@@ -56,12 +60,12 @@ class PixelPrompt(MapOutput):
                 self.act_after(head, self._pick)
 
     @property
-    def outputs(self) -> int:
+    def pickable(self) -> int:
         """How many outputs there are to pick from."""
         return self.heads[0].module.out_features
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
-        return why_no_map(tensors["map"], len(self.map), self.outputs) if "map" in tensors else None
+        return why_no_map(tensors["map"], len(self.map), self.pickable) if "map" in tensors else None
 
     def _map_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (self.on_frames(args[0]), *args[1:]), kwargs

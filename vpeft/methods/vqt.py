@@ -102,7 +102,7 @@ class WideHead(Intervention):
     def hooked(self) -> list[ModuleRef]:
         return [self.current]
 
-    def install(self) -> None:
+    def exchange_classifier(self) -> None:
         """Widen the classifier that stands in the model: what comes out has as many outputs, and fresh values."""
         own, wide = self.current.module, nn.Identity()
         if isinstance(own, nn.Linear):
@@ -111,12 +111,15 @@ class WideHead(Intervention):
             wide.requires_grad_(own.weight.requires_grad)
         parent, _, leaf = self.path.rpartition(".")
         setattr(self.model.module.get_submodule(parent), leaf, wide.train(own.training))
-        self.act_before(ModuleRef(self.path, wide), self._widen)
+
+    def install(self) -> None:
+        self.act_before(self.current, self._widen)
 
     def _widen(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (self(args[0]), *args[1:]), kwargs
 
     def follow_classifier(self, heads: list[ModuleRef]) -> None:
+        self.exchange_classifier()
         self.install()
 
 

@@ -40,6 +40,19 @@ def check_classifier(file: checkpoint.File) -> None:
         raise CheckpointError(f"{file.path} holds no classifier")
 
 
+def preparation(file: checkpoint.File, *keys: str) -> dict[str, Any]:
+    """How images were prepared in training, as the checkpoint says it.
+
+    Raises:
+        CheckpointError: one of these keys is not there.
+    """
+    found = file.metadata["data"]
+    missing = [key for key in keys if found.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{file.path}: its metadata do not say how images are prepared (data.{missing[0]})")
+    return found
+
+
 def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[Tensor], topk: int) -> list[dict[str, Any]]:
     """The best classes of each file, as ``{"file": …, "classes": [{"class": …, "probability": …}, …]}``, best first.
 

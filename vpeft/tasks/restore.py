@@ -8,7 +8,8 @@ from torch import nn
 
 from .. import checkpoint
 from ..errors import CheckpointError
-from ..tuning.attaching import load
+from ..files import naming
+from ..tuning.loading import load
 from .protocol import Task, TaskModel
 
 
@@ -33,8 +34,9 @@ def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = N
     # Nothing of the backbone's own is needed where the checkpoint holds all of it.
     config.model.pretrained = False
     same = type(task)(config)
-    names = set(same.build_backbone(0).state_dict())
-    config.model.pretrained = bool(names - file.tensors.keys())
+    with naming(file.path, Exception):  # what it is built from stands in the file
+        names = set(same.build_backbone(0).state_dict())
+    config.model.pretrained = bool(names - file.shapes.keys())
     try:
         return same.build_backbone(0).eval()
     except Exception as error:  # hub, cache and file errors have no common class
@@ -49,8 +51,15 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     Raises:
         CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
     """
-    classes = file.metadata["class_names"] or range(file.metadata["num_classes"] or 0)
-    built = task.assemble(restored_backbone(task, file, weights), len(classes))
+    names, number = file.metadata["class_names"], file.metadata["num_classes"] or 0
+    classes = len(names) if names else number
+    # A head has a tensor with at least as many rows: nothing larger is built than the file holds.
+    largest = max((max(file.shapes[n].size, default=0) for n in file.head_names), default=0)
+    if file.head_names and classes > largest:
+        raise CheckpointError(f"{file.path}: its metadata say {classes} classes, which its head does not have")
+    backbone = restored_backbone(task, file, weights)
+    with naming(file.path, Exception):  # its configuration may say what cannot be built
+        built = task.assemble(backbone, classes)
     handle = load(built.backbone, file.path, heads=built.heads)
     built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     handle.eval()

@@ -1,29 +1,25 @@
-"""``attach`` a method to a timm model, ``load`` one from a file, ``get_handle`` of a copy."""
+"""``attach`` a method to a timm model, ``get_handle`` of a copy; ``load`` is in ``loading.py``."""
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import checkpoint
-from ..attached.classifier import Classifier, fresh_classifier
+from ..attached.classifier import Classifier, WantedClassifier, classifier_like
 from ..attached.tree import Tree
 from ..backbone.attention import needs_separate_bias_call
 from ..backbone.modules import CONTAINER
 from ..backbone.reading import model_inside, prove_alive
 from ..backbone.sites import Sites
-from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
+from ..errors import MethodError, UnsupportedModelError, did_you_mean
 from ..interventions.context import clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
-from ..methods.earlier import options_of
 from .container import Container, container_of, remove
 from .handle import Handle
-from .heads import check_heads, head_differences
+from .heads import check_heads
 from .summary import model_name
 
 
@@ -56,7 +52,8 @@ def attach(
         MethodError: unknown method or hyper-parameter, or ``name`` taken.
         UnsupportedModelError: a structure that cannot be read, or a hook that would never fire; names the place.
     """
-    return _attach(model, create(method, **options), name, heads or {})
+    check_arguments(model, name, heads)
+    return attach_method(model, create(method, **options), name, heads or {})
 
 
 def get_handle(model: nn.Module, name: str | None = None) -> Handle:
@@ -74,82 +71,34 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
     names = list(container._modules) if container is not None else []
     if name is None and len(names) == 1:
         name = names[0]
-    if name not in names:
-        what = f"'{name}'" if name else "one method"
-        raise MethodError(f"{what} is not attached{did_you_mean(name or '', names) if names else ''}")
+    if name is None and names:
+        raise MethodError(f"{len(names)} methods are attached: {', '.join(names)}; say which, get_handle(model, name)")
+    if name not in names:  # of whatever kind
+        what = "one method" if name is None else f"'{name}'"
+        raise MethodError(f"{what} is not attached{did_you_mean(name, names) if names else ''}")
     return Handle(model, name)
 
 
-def load(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    name: str | None = None,
-    head: bool = True,
-    heads: Mapping[str, nn.Module] | None = None,
-    check_backbone: bool = True,
-) -> Handle:
-    """Attach the method that a file holds and put its values in.
-
-    The classifier is rebuilt where its number of classes differs. Needs no network.
-
-    Args:
-        model: a fresh model with the backbone weights that the file was trained on.
-        path: a file that ``Handle.save`` wrote.
-        name: for the handle; the one it was saved under where None.
-        head: also load the classifier and ``heads``.
-        heads: the modules outside the model that trained with the method, as given to ``attach``.
-        check_backbone: compare the frozen weights with those it was trained on.
+def check_arguments(model: nn.Module, name: Any, heads: Any) -> None:
+    """Refuse what is of another kind than ``attach`` and ``load`` take.
 
     Raises:
-        CheckpointError: damaged, foreign, or made for another backbone; the model is then as it was.
+        UnsupportedModelError: no model, or a wrapper around one.
+        MethodError: a name that is no text, or heads that are no mapping.
     """
     _check_wrapper(model)
-    file = checkpoint.read(Path(path))
-    if check_backbone:
-        checkpoint.check_backbone(model, file)
-    head_tensors = {n: t for n, t in file.tensors.items() if n in file.head_names} if head else {}
-    stored = file.metadata["method"]
-    try:
-        method = create(stored["name"], **options_of(stored["name"], stored["options"], file.metadata["format"]))
-    except VpeftError as error:
-        raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
-    outside = tuple(f"{n}." for n in heads or {})
-    wanted = _Wanted.of({n: t for n, t in head_tensors.items() if not n.startswith(outside)})
-
-    def fill(handle: Handle) -> None:
-        handle.load_state_dict({n: t for n, t in file.tensors.items() if n not in file.head_names})
-        current = handle.head_state_dict()
-        found, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (current, head_tensors))
-        if expected and found != expected:
-            raise CheckpointError(f"{path}: its head does not fit the model's: {head_differences(expected, found)}")
-        with torch.no_grad():
-            for n, t in head_tensors.items():
-                current[n].copy_(t)
-
-    return _attach(model, method, name or file.metadata["name"], heads or {}, wanted, fill)
+    if name is not None and not isinstance(name, str):
+        raise MethodError(f"name: expected a text, got {name!r}"[:300])
+    if heads is not None and not isinstance(heads, Mapping):
+        raise MethodError(f"heads: expected a mapping of names to modules, got {type(heads).__name__}")
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What a file's classifier is like: the shapes of its tensors by name, and how many classes it has."""
-
-    shapes: dict[str, tuple[int, ...]]
-    classes: int
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "_Wanted | None":
-        """From the classifier's tensors; None where there are none."""
-        ends = [t for n, t in tensors.items() if n.endswith(("bias", "weight"))]
-        return cls({n: tuple(t.shape) for n, t in tensors.items()}, ends[0].shape[0]) if ends else None
-
-
-def _attach(
+def attach_method(
     model: nn.Module,
     method: Method,
     name: str | None,
     heads: Mapping[str, nn.Module],
-    wanted: _Wanted | None = None,
+    wanted: WantedClassifier | None = None,
     fill: Callable[[Handle], None] = lambda handle: None,
 ) -> Handle:
     """See ``attach``.
@@ -158,7 +107,6 @@ def _attach(
         wanted: what the classifier must be like, where it is not to be a copy of the model's own.
         fill: puts values in; when it fails, nothing was attached.
     """
-    _check_wrapper(model)
     name = name or method.name
     if not name.isidentifier():
         raise MethodError(f"name: '{name}' must be letters, digits and underscores")
@@ -200,7 +148,7 @@ def _install(
     method: Method,
     name: str,
     heads: Mapping[str, nn.Module],
-    wanted: _Wanted | None,
+    wanted: WantedClassifier | None,
     required_grad: dict[str, bool],
 ) -> None:
     """Make the method's tree and let it act; what is half done at an error is taken back by the caller.
@@ -210,13 +158,10 @@ def _install(
     """
     container = container_of(model)
     own = Classifier.of(model) if container is None else container.own_classifier
-    classifier = own.twin()
-    if wanted and classifier.shapes() != wanted.shapes and Classifier.of(model).num_classes != wanted.classes:
-        classifier = fresh_classifier(model, wanted.classes)
-    classifier.put_into(model)
+    classifier_like(model, own, wanted).put_into(model)
     sites = Sites(model)
     hub = Hub(model, [block.module for block in sites.blocks]) if container is None else container.hub
-    tree = _tree(name, method, sites, hub)
+    tree = built_tree(name, method, sites, hub)
     if container is None:
         container = Container(hub, own, required_grad)
         model.add_module(CONTAINER, container)
@@ -230,6 +175,7 @@ def _install(
         head.module.requires_grad_(method.trains_head)
     for intervention in tree.interventions:
         intervention.hub, intervention.owner = container.hub, name
+        intervention.exchange_classifier()
         intervention.install()
         for place in intervention.calls_needed():
             if needs_separate_bias_call(place.module):
@@ -246,7 +192,12 @@ def _install(
         prove_alive(model, places, sites.input_size)
 
 
-def _tree(name: str, method: Method, sites: Sites, hub: Hub) -> Tree:
+def built_tree(name: str, method: Method, sites: Sites, hub: Hub) -> Tree:
+    """The method's tree of modules, like the model in type and device; nothing of it acts yet.
+
+    Raises:
+        VpeftError: the method cannot act on the model, or has nowhere to act.
+    """
     tree = Tree(name, method, sites, hub)
     like = next(p for p in sites.model.parameters() if p.is_floating_point())
     count = 0

@@ -1,6 +1,6 @@
 """``model.vpeft``: the attached methods by name, whose classifier the model has, and what ``detach`` has to put back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ class Container(nn.Module):
         enabled_order: names of the enabled handles, the one last enabled at the end: its classifier is in the model.
         required_grad: which of the model's parameters required a gradient before the first method was attached.
         shown: whose classifier is in the model; None for the model's own.
-        own: functions that a user had put in the place of timm's, which the container's stand before.
+        users_own: functions that a user had put in the place of timm's, which the container's stand before.
         patched: attentions that were set to call their own qkv module.
     """
 
@@ -38,13 +38,13 @@ class Container(nn.Module):
     required_grad: dict[str, bool]
     patched: list[ModuleRef]
     shown: str | None
-    own: dict[str, Callable]
+    users_own: dict[str, Callable]
 
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
         self.enabled_order, self.patched = [], []
-        self.shown, self.own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
+        self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
 
     def install(self) -> None:
         """Stand before timm's functions that change the model, and see weights before they are loaded."""
@@ -59,7 +59,7 @@ class Container(nn.Module):
         model = self.hub.model
         for name in STANDS_BEFORE:
             vars(model).pop(name, None)
-        vars(model).update(self.own)
+        vars(model).update(self.users_own)
         hooks = model._load_state_dict_pre_hooks
         for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
             del hooks[key]
@@ -183,8 +183,8 @@ class Container(nn.Module):
 
     def _timms(self, name: str, model: nn.Module) -> Callable:
         """A function that this object stands before: the user's own, or the class's."""
-        if name in self.own and model is self.hub.model:
-            return self.own[name]
+        if name in self.users_own and model is self.hub.model:
+            return self.users_own[name]
         return partial(getattr(type(model), name), model)
 
     def _before_load(self, model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -217,6 +217,11 @@ class Container(nn.Module):
 def container_of(model: nn.Module) -> Container | None:
     """What holds a model's attached methods, or None where nothing is attached."""
     return getattr(model, CONTAINER, None)
+
+
+def originals_of(trees: Iterable[Tree]) -> dict[str, Tensor | None]:
+    """What the model's own tensors held before these methods changed them, by name; None where there was none."""
+    return {name: value for tree in trees for name, value in tree.originals().items()}
 
 
 def remove(model: nn.Module, name: str) -> None:

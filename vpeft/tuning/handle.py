@@ -13,10 +13,11 @@ from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, some
+from ..files import naming, writable_file
 from ..methods.base import Method
 from ..numerics import kept_modes
 from . import merging
-from .container import Container, container_of, remove
+from .container import Container, container_of, originals_of, remove
 from .needs import CacheNeeds, boundary, cache_needs, check_calibrated
 from .summary import summary
 
@@ -89,14 +90,15 @@ class Handle:
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copy tensors in, by the names of ``state_dict``; the head's are taken too where they are given.
 
+        Floating-point values are converted to the type that the tensor has here.
+
         Raises:
-            CheckpointError: a missing or unknown name (where ``strict``) or a wrong shape; then nothing was changed.
+            CheckpointError: a missing or unknown name (where ``strict``), no plain tensor, a wrong shape, or a type that
+                does not convert (whole numbers, truth values, complex numbers); then nothing was changed.
         """
         if self.merged:
             raise MethodError(f"'{self.name}' is merged; unmerge() before loading other values")
         self.root.load(state, strict)
-        if self.method.needs_calibration and not self.method.looks_calibrated(self.root):
-            self.root.calibrated = False  # of a handle that had not been calibrated either
 
     @property
     def heads(self) -> list[ModuleRef]:
@@ -376,19 +378,23 @@ class Handle:
 
         Args:
             path: of the file.
-            class_names: in the order of the head's outputs.
-            metrics: what was measured.
+            class_names: in the order of the head's outputs; a name may stand there twice.
+            metrics: what was measured, as numbers of Python, NumPy or torch; None is written where one is not finite.
             data: preprocessing, where it differs from the model's own pretrained_cfg.
-            config: the experiment.
+            config: the experiment, as values that JSON has.
             training: keep the form it has in training, where the method would save a simpler one.
 
         Raises:
             MethodError: merged at the moment.
+            CheckpointError: no file can be at this path, or what is to be said in it does not fit; nothing was written.
         """
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
-        method, own = (self.method, self.state_dict()) if training else self.method.exported(self.root)
-        described = {"class_names": class_names, "metrics": metrics, "data": data, "config": config}
-        described["num_classes"] = self.root.classifier.num_classes
-        originals = {n: t for tree in self._others() for n, t in tree.originals().items()}
-        return checkpoint.save(Path(path), self.name, method, self.model, own, self.head_state_dict(), described, originals)
+        file, head = writable_file(path), self.head_state_dict()
+        with naming(file):
+            described = checkpoint.describe(class_names, metrics, data, config)
+            described["num_classes"] = self.root.classifier.num_classes
+            self.root.check_class_names(described["class_names"])
+            method, own = (self.method, self.state_dict()) if training else self.method.exported(self.root)
+            originals = originals_of(self._others())
+            return checkpoint.save(file, self.name, method, self.model, own, head, described, originals)

@@ -32,4 +32,5 @@ def head_differences(wanted: dict[str, tuple], found: dict[str, tuple]) -> str:
         parts.append(f"{some(missing)} only in the file (give load the modules that were trained: heads=…)")
     if unknown:
         parts.append(f"{some(unknown)} not in the file")
-    return "; ".join(parts)
+    hint = "; of a classifier of your own put one like the file's into the model before load, or give head=False"
+    return "; ".join(parts) + hint

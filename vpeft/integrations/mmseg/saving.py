@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...engine.state import optimizer_state, optimizer_tensors
 from ...errors import CheckpointError, VpeftError
+from ...files import naming
 from ...numerics import random_states_from_json, random_states_to_json
+from ...options import check_values
 from .backbone import bare
 from .registries import VPEFT_HOOKS
-from .trained import MODEL, fingerprints, load_trained, put_trained, read_trained, trained_tensors, write_trained
+from .trained import MODEL, SavedRun, fingerprints, load_trained, put_trained, read_trained, trained_tensors, write_trained
 
 STATE = "state.safetensors"
 
@@ -144,10 +146,13 @@ class SaveTrained(Hook):
         tensors, metadata = read_trained(file)
         if "random" not in metadata:
             raise CheckpointError(f"{file} holds weights alone; a run continues from {STATE}")
+        with naming(file):
+            check_values(SavedRun, metadata, CheckpointError)
         if len(metadata["random"]) != get_world_size():
             raise CheckpointError(f"{file}: written by {len(metadata['random'])} processes, here are {get_world_size()}")
         put_trained(bare(runner.model), tensors, metadata, file)
-        self._restore_optimizer(runner, tensors, metadata)
+        with naming(file, KeyError, TypeError):
+            self._restore_optimizer(runner, tensors, metadata)
         loop = runner.train_loop
         loop._iter, loop._epoch = metadata["iter"], metadata["epoch"]
         runner.optim_wrapper.initialize_count_status(runner.model, loop.iter, loop.max_iters)

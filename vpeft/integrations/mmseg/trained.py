@@ -1,6 +1,7 @@
 """What was trained of a segmentor, in files."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,34 @@ from torch import Tensor, nn
 
 from ...checkpoint import fingerprint
 from ...errors import CheckpointError, VpeftError
-from ...files import read_tensors, write_tensors
+from ...files import naming, parse_json, read_tensors, write_tensors
+from ...numerics import why_not_copied
+from ...options import check_values, option
 from .backbone import backbones
 
 FORMAT = "vpeft.mmseg.2"
 MODEL = "model/"  # in front of the names of trained tensors
+
+
+@dataclass
+class SavedTrained:
+    """The metadata of a file of ``SaveTrained``; those of a run's state hold more keys."""
+
+    backbones: dict[str, str] = option({})
+
+
+@dataclass
+class SavedRun:
+    """What the metadata of a run's state hold beyond those of ``SavedTrained``."""
+
+    iter: int = option(0, ge=0, le=10**12, unit="iterations")
+    epoch: int = option(0, ge=0, le=10**12, unit="epochs")
+    random: list[dict[str, Any]] = option([], length=(1, 10**6))
+    groups: list[dict[str, Any]] = option([], length=(1, 10**6))
+    scalars: dict[str, dict[str, Any]] = option({})
+    schedulers: list[dict[str, Any]] = option([])
+    scaler: dict[str, Any] | None = option(None)
+    base: dict[str, Any] | None = option(None)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,9 +79,13 @@ def read_trained(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: damaged, or another program's.
     """
     header, tensors = read_tensors(file)
-    metadata = json.loads(header.get("vpeft", "{}"))
-    if metadata.get("format") != FORMAT:
+    metadata = parse_json(header.get("vpeft", "{}"), file)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no file of vpeft.SaveTrained")
+    try:
+        check_values(SavedTrained, metadata, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: its metadata are wrong: {error}") from None
     return tensors, metadata
 
 
@@ -93,11 +121,16 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str
         raise CheckpointError(f"{file}: not of this configuration: lacks {missing[:3]}, has unknown {unknown[:3]}")
     plain = {n: t for n, t in values.items() if not n.startswith(tuple(methods))}
     for name, value in plain.items():
-        if own[name].shape != value.shape:
-            raise CheckpointError(f"{file}: {name} is {tuple(value.shape)}, here {tuple(own[name].shape)}")
+        problem = why_not_copied(value, own[name])
+        if problem:
+            raise CheckpointError(f"{file}: {name}: {problem}")
     if metadata["backbones"] != fingerprints(model):
         raise CheckpointError(f"{file}: trained on other frozen weights than this backbone's")
-    for prefix, handle in methods.items():
-        handle.load_state_dict({n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)})
+    theirs = {prefix: {n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)} for prefix in methods}
+    with naming(file):
+        for prefix, handle in methods.items():  # all of them before the first is changed
+            handle.root.check(theirs[prefix])
+        for prefix, handle in methods.items():
+            handle.load_state_dict(theirs[prefix])
     for name, value in plain.items():
         own[name].copy_(value)

@@ -21,6 +21,7 @@ from ...backbone.reading import input_size
 from ...data.find import find_images
 from ...data.images import ImageFiles
 from ...data.splits import Datasets, check_class_count
+from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
 from ..models import build_model, check_outputs, data_stats
@@ -91,5 +92,6 @@ class ImageClassification(LabelStep):
 
 def _transform_of(file: checkpoint.File) -> Callable:
     """timm's evaluation transform, as the checkpoint's model was trained with."""
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(**{k: file.metadata["data"][k] for k in keys if k in file.metadata["data"]})
+    keys, data = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"), file.metadata["data"]
+    with naming(file.path, Exception):  # an interpolation that timm does not know
+        return create_transform(**{k: data[k] for k in keys if data.get(k) is not None})

@@ -21,7 +21,7 @@ from ...errors import ConfigError, VpeftError
 from ...methods.base import Method
 from ...numerics import eval_mode
 from ..models import build_model, data_stats
-from ..prediction import Predictions, names_of
+from ..prediction import Predictions, names_of, preparation
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
 from . import model as heads
@@ -167,7 +167,7 @@ class SemanticSegmentation(SegmentationStep):
         """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
         files, out = find_images(paths), Path(options.out or "predictions")
         built = restored(self, file, options.weights)
-        described = file.metadata["data"]
+        described = preparation(file, "mean", "std")
         transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
         names = names_of(file, self.num_classes)
         colours, found, used = palette(len(names)), Predictions(), set()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, DataError
-from ...files import read_tensors, write_tensors
+from ...files import parse_json, read_tensors, write_tensors
 
 TENSOR, NAMES = "text", "class_names"
 
@@ -39,10 +39,10 @@ def read_text(path: str | Path) -> tuple[Tensor, list[str]]:
         raise DataError(f"{path}: there is no such file of text embeddings")
     try:
         metadata, found = read_tensors(path)
-        names, text = json.loads(metadata.get(NAMES, "[]")), found.get(TENSOR)
-    except (CheckpointError, ValueError) as error:
+        names, text = parse_json(metadata.get(NAMES, "[]"), path), found.get(TENSOR)
+    except CheckpointError as error:
         raise DataError(f"{path}: no readable safetensors file with text embeddings ({error})") from error
-    if text is None or text.ndim != 2:
+    if text is None or text.ndim != 2 or not text.is_floating_point():
         raise DataError(f"{path}: expected a tensor '{TENSOR}' (classes, width); it has {', '.join(found) or 'no tensors'}")
     if not isinstance(names, list) or len(names) != len(text):
         raise DataError(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, UnsupportedModelError, VpeftError
 from ...interventions.base import Intervention
 from ...interventions.hub import running
+from ...numerics import why_not_copied
 
 
 class FramewiseModel(nn.Module):
@@ -321,7 +322,7 @@ def _fill(model: nn.Module, values: dict[str, Tensor], needed: list[str], origin
         if names:
             raise CheckpointError(f"{origin} {what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
     for n, t in values.items():
-        if own[n].shape != t.shape:
-            raise CheckpointError(f"{n}: shape {tuple(t.shape)} in {origin}, {tuple(own[n].shape)} in the model")
+        if problem := why_not_copied(t, own[n]):
+            raise CheckpointError(f"{origin}: {n}: {problem}")
     for n, t in values.items():
         own[n].copy_(t)

@@ -16,7 +16,7 @@ from ...data.splits import SPLITS, Datasets, check_class_count
 from ...errors import ConfigError
 from ...methods.base import Method
 from ..models import build_model, check_outputs, data_stats
-from ..prediction import check_classifier, ranked
+from ..prediction import check_classifier, preparation, ranked
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
 from .data import Clips, build_clips, check_video_source, find_videos, open_files
@@ -120,7 +120,7 @@ class ActionRecognition(ClipStep):
         video = self.config.video
         files = find_videos(paths, video.template)
         check_classifier(file)
-        clips = open_files(files, video, file.metadata["data"])
+        clips = open_files(files, video, preparation(file, "input_size", "mean", "std", "crop_pct", "interpolation"))
         built = restored(self, file, options.weights)
         # A file that cannot be read ends the command: what was asked for has no answer.
         views = (torch.stack([clips.clip(i) for i in part]) for part in _parts(range(len(files)), options.batch_size))
