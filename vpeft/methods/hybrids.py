@@ -28,7 +28,7 @@ from .base import (
     tensors_of,
     which_blocks,
 )
-from .lora import LoRA, LoraLinear
+from .lora import LoRA, LoraLinear, check_rank
 from .prefix import MadePrefix, Prefix, PrefixTuning, fold_prefixes
 from .selective import BitFit
 
@@ -248,6 +248,7 @@ class UniPELT(_WithPrefix):
         elif tokens:
             yield f"{block.path}.prefix", GatedMadePrefix(block, tokens, self.hidden, self.prefix_dropout)
         for path, linears in linears_by_path(block, ["q", "v"]).items() if rank else ():
+            check_rank(f"{self.name}.rank", rank, linears)
             yield f"{path}.lora", GatedLora(linears, block.index, rank, 1.0, self.lora_dropout, on_input=True)
         if bottleneck:
             adapter = BottleneckAdapter(act=self.act, init="bert", dropout=self.dropout)

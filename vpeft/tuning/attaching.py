@@ -15,15 +15,19 @@ from ..backbone.attention import needs_separate_bias_call
 from ..backbone.modules import CONTAINER
 from ..backbone.reading import prove_alive
 from ..backbone.sites import Sites
-from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from ..interventions.context import clips
+from ..errors import CheckpointError, MethodError, UnsupportedModelError, VpeftError, did_you_mean, shown
+from ..interventions.context import Watch, clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
 from ..methods.earlier import options_of
+from .allowance import Allowance
 from .container import Container, container_of, remove
 from .handle import Handle
 from .heads import check_heads, head_differences
 from .summary import model_name
+
+
+_LONGEST_NAME = 100  # of a handle
 
 
 def attach(
@@ -54,7 +58,7 @@ def attach(
         MethodError: unknown method or hyper-parameter, or ``name`` taken.
         UnsupportedModelError: a structure that cannot be read, or a hook that would never fire; names the place.
     """
-    return _attach(model, create(method, **options), name, heads or {})
+    return _attach(model, create(method, **options), name, {} if heads is None else heads)
 
 
 def get_handle(model: nn.Module, name: str | None = None) -> Handle:
@@ -71,8 +75,8 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
     names = list(container._modules) if container is not None else []
     if name is None and len(names) == 1:
         name = names[0]
-    if name not in names:
-        what = f"'{name}'" if name else "one method"
+    if not isinstance(name, str) or name not in names:
+        what = "one method" if name is None else shown(name)
         raise MethodError(f"{what} is not attached{did_you_mean(name or '', names) if names else ''}")
     return Handle(model, name)
 
@@ -101,6 +105,9 @@ def load(
     Raises:
         CheckpointError: damaged, foreign, or made for another backbone; the model is then as it was.
     """
+    heads = {} if heads is None else heads
+    _check_wrapper(model)
+    check_heads(model, heads)
     file = checkpoint.read(Path(path))
     if check_backbone:
         checkpoint.check_backbone(model, file)
@@ -110,7 +117,7 @@ def load(
         method = create(stored["name"], **options_of(stored["name"], stored["options"], file.metadata["format"]))
     except VpeftError as error:
         raise CheckpointError(f"{path}: its method cannot be rebuilt here: {error}") from error
-    outside = tuple(f"{n}." for n in heads or {})
+    outside = tuple(f"{n}." for n in heads)
     wanted = _Wanted.of({n: t for n, t in head_tensors.items() if not n.startswith(outside)})
 
     def fill(handle: Handle) -> None:
@@ -123,7 +130,7 @@ def load(
             for n, t in head_tensors.items():
                 current[n].copy_(t)
 
-    return _attach(model, method, name or file.metadata["name"], heads or {}, wanted, fill)
+    return _attach(model, method, name if name is not None else file.metadata["name"], heads, wanted, fill)
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,9 @@ def _attach(
         fill: puts values in; when it fails, nothing was attached.
     """
     _check_wrapper(model)
-    name = name or method.name
-    if not name.isidentifier():
-        raise MethodError(f"name: '{name}' must be letters, digits and underscores")
+    name = method.name if name is None else name
+    if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
+        raise MethodError(f"name: {shown(name)} must be letters, digits and underscores, at most {_LONGEST_NAME} of them")
     check_heads(model, heads)
     earlier = container_of(model)
     if earlier is not None and name in earlier._modules:
@@ -240,13 +247,12 @@ def _install(
 def _tree(name: str, method: Method, sites: Sites, hub: Hub) -> Tree:
     tree = Tree(name, method, sites, hub)
     like = next(p for p in sites.model.parameters() if p.is_floating_point())
-    count = 0
-    with _named(method, sites.model), torch.random.fork_rng(devices=[], enabled=like.is_meta):
+    fork = torch.random.fork_rng(devices=[], enabled=like.is_meta)
+    with _named(method, sites.model), fork, Allowance(method, sites.model):
         for path, module in method.build(sites):
             module.to(device=like.device, dtype=like.dtype)
             tree.add_at(path, module)
-            count += 1
-    if not count:
+    if all(isinstance(i, Watch) for i in tree.interventions):
         raise MethodError(f"{method.name}: these hyper-parameters choose no place to act on")
     return tree
 
