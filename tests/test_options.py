@@ -1,11 +1,17 @@
 """Options: what the one validator takes and refuses, and that every option says what it may be."""
 
 import dataclasses
+import json
 import time
+import tracemalloc
 from dataclasses import dataclass, field, is_dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import vpeft
@@ -14,6 +20,7 @@ from vpeft.cli import main
 from vpeft.engine.config import Config, check_options
 from vpeft.errors import ConfigError, MethodError
 from vpeft.methods import METHODS
+from vpeft.methods.adapter import Adapter
 from vpeft.methods.base import Blocks, Method, create, per_block, which_blocks
 from vpeft.options import (
     LARGEST,
@@ -223,10 +230,37 @@ def test_what_an_option_may_be_in_words():
 
 # ---- every option of every method, every key of every configuration ----
 
+
+class Unprintable:
+    """What cannot be shown, compared or hashed."""
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+
+def nested(kind, depth=5000):
+    """A list or tuple in a list or tuple, ..."""
+    value = kind([1])
+    for _ in range(depth):
+        value = kind([value])
+    return value
+
+
+ITSELF = [0] * 300
+ITSELF[:] = [ITSELF] * 300
+
 EVERY = [(name, this) for name, cls in METHODS.items() for this in declared(cls)]
 STRANGE = (
     None, "x", "", "²", True, float("nan"), float("inf"), -float("inf"), -1, 0, -0.5, 1e300, 2**31, 10**9, 10**400, [], [[]],
-    [None], [-1], [float("nan")], [10**9], ["x"], (), {}, {"a": 1}, object(), b"x", 1j,
+    [None], [-1], [float("nan")], [10**9], ["x"], (), {}, {"a": 1}, object(), b"x", 1j, 2**63, 10**5000, -1e9, {1},
+    np.float32("nan"), np.int64(2**62), np.array([]), np.zeros(10**6), np.array(None), torch.tensor(8), torch.zeros(3),
+    torch.zeros(1, device="meta"), range(10**12), range(10**30), [1] * 10**6, (1,) * 10**6, "x" * 10**6, int, iter([1]),
+    Unprintable(), nested(list), nested(tuple), ITSELF, Decimal(8), Decimal("nan"), Fraction(1, 2), slice(3), 5e-324, -0.0,
 )  # fmt: skip
 
 
@@ -243,12 +277,25 @@ def test_strange_values_end_at_once_in_the_librarys_error(method, this):
     for value in STRANGE:
         start = time.process_time()
         got = made_or_refused(method, **{this.name: value})
-        assert time.process_time() - start < 0.1
+        assert time.process_time() - start < 0.1, type(value)
         if isinstance(got, str):
             assert this.name in got
             assert len(got) < 1000
         else:
             assert create(method, **got.options()) == got
+            json.dumps(got.options(), allow_nan=False)
+
+
+def test_strange_values_take_no_memory():
+    """Nothing is made of what is too long: not even a copy of it."""
+    tracemalloc.start()
+    try:
+        for method, this in {str(this.hint): (method, this) for method, this in EVERY}.values():  # one of each type
+            for value in STRANGE:
+                made_or_refused(method, **{this.name: value})
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("method", "this"), EVERY, ids=[f"{m}.{d.name}" for m, d in EVERY])
@@ -295,6 +342,73 @@ def test_presets_are_within_the_bounds():
     for name, cls in METHODS.items():
         for preset in cls.presets:
             create(name, preset=preset)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "given", "kept"),
+    [
+        ("lora", "rank", np.int64(4), 4),
+        ("lora", "rank", np.array(4), 4),
+        ("lora", "rank", np.array([4, 0, 4]), [4, 0, 4]),
+        ("lora", "rank", [np.int16(4), 2], [4, 2]),
+        ("lora", "blocks", range(8, 11), [8, 9, 10]),
+        ("lora", "blocks", np.arange(2), [0, 1]),
+        ("lora", "scale", np.float32(0.5), 0.5),
+        ("lora", "dropout", np.float64(0.25), 0.25),
+        ("lora", "dropout", np.int8(0), 0.0),
+        ("adapter", "norm", np.bool_(True), True),
+        ("adapter", "act", np.str_("relu"), "relu"),
+        ("s4", "groups", (("lora",), ["adapter"]), [["lora"], ["adapter"]]),
+    ],
+)
+def test_numbers_and_lists_of_numpy_are_plain_ones(method, option, given, kept):
+    got = getattr(create(method, **{option: given}), option)
+    assert repr(got) == repr(kept)  # the type too
+
+
+@pytest.mark.parametrize("given", [np.int64(-1), np.float64(8.0), np.bool_(True), np.array([4.5]), np.array([[4]])])
+def test_numbers_of_numpy_have_the_same_bounds(given):
+    with pytest.raises(MethodError, match=r"^lora\.rank"):
+        create("lora", rank=given)
+
+
+def test_attributes_that_were_set_later_are_checked_when_the_method_is_used():
+    method = vpeft.LoRA(alpha=4.0)
+    method.alpha = float("nan")
+    with pytest.raises(MethodError, match=r"^lora\.alpha: nan is impossible"):
+        create(method)
+    method.alpha, method.rank = 8, np.int64(2)
+    assert create(method) is method
+    assert method.options() == vpeft.LoRA(alpha=8, rank=2).options()
+
+
+def test_a_class_that_is_no_method_by_itself():
+    for cls in (Method, Adapter):
+        with pytest.raises(MethodError, match=f"^{cls.__name__} is no method by itself"):
+            create(cls)
+
+
+@pytest.mark.parametrize("preset", [5, [], {}, "", "pfet", True, b"peft", 0, "x" * 10**6])
+def test_presets_that_are_none(preset):
+    with pytest.raises(MethodError, match=r"^lora has no preset") as found:
+        create("lora", preset=preset)
+    assert len(str(found.value)) < 1000
+    with pytest.raises(MethodError, match="not to both"):
+        create(vpeft.LoRA(), preset=preset)
+
+
+@pytest.mark.parametrize("method", [None, 5, [], {}, "", "lroa", b"lora", "x" * 10**6, int, True, Unprintable()], ids=type)
+def test_methods_that_are_none(method):
+    with pytest.raises(MethodError, match=r"unknown method|expected a method") as found:
+        create(method)
+    assert len(str(found.value)) < 1500
+
+
+def test_options_that_are_none():
+    for key in ("rnak", "", "x" * 10**6):
+        with pytest.raises(MethodError, match=r"^lora has no hyper-parameter") as found:
+            create("lora", **{key: 3})
+        assert len(str(found.value)) < 1000
 
 
 def test_no_list_stands_for_the_default_list():

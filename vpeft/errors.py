@@ -31,14 +31,15 @@ class DataError(VpeftError):
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
-_short.maxlist, _short.maxtuple, _short.maxdict, _short.maxlong = 12, 12, 12, 60
+_short.maxlist, _short.maxtuple, _short.maxdict, _short.maxlong, _short.maxlevel = 12, 12, 12, 60, 2
 
 
 def shown(value: object) -> str:
     """A value in a message, cut where it is long."""
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print very long ones
         return f"a number of {value.bit_length()} bits"
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..numerics import unregistered
-from ..options import nonnegative, option, probability
+from ..options import SIZE, factor, option, probability
 from .adapter import BottleneckAdapter, MappedBottleneck
 from .adaptformer import AdaptFormer
 from .base import (
@@ -72,7 +72,7 @@ class MAM(_WithPrefix):
     hidden: int = count(512, "channels")
     prefix_dropout: float = probability(0.0)
     bottleneck: PerBlock = per_block(64, "channels")
-    scale: float | Literal["learnable"] = nonnegative(0.1)
+    scale: float | Literal["learnable"] = factor(0.1)
     norm: Literal["none", "in", "out"] = "none"
     dropout: float = probability(0.0)
     reads: Literal["normed", "stream"] = "normed"
@@ -335,7 +335,12 @@ class S4(Method):
         width, attention = block.width, block.heads * block.head_width
         lora = sum(site.in_features + site.out_features for slot in "qv" for site in block.linears(slot))
         cost = {"adapter": (width, 2 * width + 1), "prefix": (0, 2 * attention), "lora": (0, lora)}
-        return {s: max(round((share - cost[s][0]) / cost[s][1]), 1) for s in sized}
+        found = {s: max(round((share - cost[s][0]) / cost[s][1]), 1) for s in sized}
+        for strategy, size in found.items():
+            if size > SIZE:
+                what = {"adapter": "a bottleneck", "prefix": "a prefix", "lora": "a rank"}[strategy]
+                raise MethodError(f"{self.name}.budget: {self.budget} parameters make {what} of {size}; at most {SIZE}")
+        return found
 
 
 def spindle(depth: int, groups: int) -> list[int]:

@@ -26,7 +26,6 @@ from .handle import Handle
 from .heads import check_heads, head_differences
 from .summary import model_name
 
-
 _LONGEST_NAME = 100  # of a handle
 
 
