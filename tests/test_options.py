@@ -290,7 +290,7 @@ def test_strange_values_take_no_memory():
     """Nothing is made of what is too long: not even a copy of it."""
     tracemalloc.start()
     try:
-        for method, this in {str(this.hint): (method, this) for method, this in EVERY}.values():  # one of each type
+        for method, this in {readable(this.hint): (method, this) for method, this in EVERY}.values():  # one of each type
             for value in STRANGE:
                 made_or_refused(method, **{this.name: value})
         assert tracemalloc.get_traced_memory()[1] < 20 * 2**20

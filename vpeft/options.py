@@ -118,9 +118,9 @@ def fraction(default: float | None, *, help: str = "") -> Any:
     return option(default, gt=0, le=1, unit="fraction", help=help)
 
 
-def factor(default: float | str, *, gt: float | None = None, help: str = "") -> Any:
+def factor(default: float | str, *, help: str = "") -> Any:
     """A field for what a block's values are multiplied by: the product over 24 blocks must stay finite in float32."""
-    return option(default, ge=0 if gt is None else None, gt=gt, le=1000, help=help)
+    return option(default, ge=0, le=100, help=help)
 
 
 def nonnegative(default: float | str | None, *, help: str = "") -> Any:

@@ -58,22 +58,25 @@ def trained(model, method: str, **options) -> None:
 @pytest.mark.parametrize(("method", "option", "value", "many"), CASES, ids=[f"{m}.{o}={v:g}" for m, o, v, _ in CASES])
 def test_the_bounds_themselves_give_finite_losses(method, option, value, many):
     model = make("vit", depth=4 if METHODS[method].paper.category == "selective" else 24)
+    refusal = None
     try:
         trained(model, method, **{option: [value] * 3 if many else value})
     except vpeft.VpeftError as error:
-        assert re.search(REFUSALS, str(error))
+        refusal = str(error)
+    assert refusal is None or re.search(REFUSALS, refusal)
 
 
 @pytest.mark.parametrize(
-    ("method", "option"),
-    [("adapter", "scale"), ("adapter_plus", "scale"), ("adamix", "scale"), ("adaptformer", "scale"), ("mam", "scale"),
-     ("sct", "scale")],
-)  # fmt: skip
-def test_factors_of_what_each_block_adds(method, option):
+    ("method", "most"),
+    [("adapter", 100), ("adapter_plus", 100), ("adamix", 100), ("adaptformer", 100), ("mam", 100), ("sct", 10)],
+)
+def test_factors_of_what_each_block_adds(method, most):
     """A million of them overflows within 24 blocks."""
-    with pytest.raises(vpeft.MethodError, match=rf"{method}\.{option}: 1001 is impossible; it must be .* at most 1000$"):
-        create(method, **{option: 1001})
-    trained(make("vit", depth=24), method, **{option: 1000})
+    with pytest.raises(
+        vpeft.MethodError, match=rf"{method}\.scale: {most + 1} is impossible; it must be .* at most {most}$"
+    ):
+        create(method, scale=most + 1)
+    trained(make("vit", depth=24), method, scale=most)
 
 
 def test_the_share_of_a_random_gradient_is_a_divisor():

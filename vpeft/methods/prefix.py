@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
+from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
 from ..options import probability
@@ -29,6 +30,9 @@ class Prefix(PrefixKeysValues):
         return self.key, self.value
 
 
+_MOST = 2**26
+
+
 class MadePrefix(ComputedKeysValues):
     """The same, made from an embedding (P, D) by a perceptron: Linear(D, h), tanh, Linear(h, 2 heads d)."""
 
@@ -37,6 +41,11 @@ class MadePrefix(ComputedKeysValues):
     def __init__(self, block: BlockSite, tokens: int, hidden: int, dropout: float):
         super().__init__(block)
         self.heads = block.heads
+        if tokens * hidden > _MOST:  # what each forward computes, even of no images
+            raise MethodError(
+                f"tokens={tokens} and hidden={hidden}: a block's perceptron would hold {tokens * hidden:,} numbers in "
+                f"each forward; at most {_MOST:,} are allowed, take smaller sizes"
+            )
         self.embedding = nn.Parameter(torch.empty(tokens, block.width).normal_(0, 1))
         self.down, self.up = nn.Linear(block.width, hidden), nn.Linear(hidden, 2 * block.heads * block.head_width)
         self.drop = nn.Dropout(dropout)

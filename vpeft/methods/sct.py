@@ -13,7 +13,7 @@ from ..interventions.base import Folded, Intervention, set_tensor
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
 from ..numerics import wide
-from ..options import factor
+from ..options import option
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
@@ -127,7 +127,7 @@ class SCT(Method):
 
     channels: PerBlock = per_block(96, "channels")
     place: Literal["attn", "mlp"] = "attn"
-    scale: float = factor(1.0, gt=0)
+    scale: float = option(1.0, gt=0, le=10)
     variant: Literal["scale", "scale_on_x"] = "scale"
     tokens: Literal["all", "patches"] = "all"
     blocks: Blocks = which_blocks()
