@@ -13,7 +13,7 @@ from ..options import declared
 
 # A method is small beside its backbone. One that makes more than this many times the backbone's numbers is a slip of
 # the pen, unless the model is tiny: half a gigabyte in float32 is always allowed.
-TIMES = 4
+TIMES = 2
 ALWAYS = 2**27
 
 
