@@ -1,6 +1,7 @@
 """The exceptions that a user's mistake raises: what was wrong, where, and what would be right."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -28,9 +29,22 @@ class DataError(VpeftError):
     """A data source that is missing or does not fit the configuration."""
 
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+_short.maxlist, _short.maxtuple, _short.maxdict, _short.maxlong, _short.maxlevel = 12, 12, 12, 60, 2
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = _short.repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(str(name)[:200], sorted(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches((name[:200] if isinstance(name, str) else shown(name)), sorted(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 

@@ -9,14 +9,15 @@ import dataclasses
 import functools
 import math
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
-from .errors import VpeftError, nearest
+import numpy as np
+
+from .errors import VpeftError, nearest, shown
 
 # No number is larger than this, in either direction, unless its option says so: 1e300 is a slip of the pen.
 LARGEST = 1_000_000
@@ -119,8 +120,13 @@ def fraction(default: float | None, *, help: str = "") -> Any:
     return option(default, gt=0, le=1, unit="fraction", help=help)
 
 
+def factor(default: float | str, *, help: str = "") -> Any:
+    """A field for what a block's values are multiplied by: the product over 24 blocks must stay finite in float32."""
+    return option(default, ge=0, le=100, help=help)
+
+
 def nonnegative(default: float | str | None, *, help: str = "") -> Any:
-    """A field for a number that is at least 0: a factor, a weight, a learning rate."""
+    """A field for a number that is at least 0: a weight, a learning rate, a factor that need not be small."""
     return option(default, ge=0, help=help)
 
 
@@ -149,7 +155,9 @@ def _option_of(cls: type, name: str) -> Option:
 
 
 def checked(this: Declared, value: Any, where: str, error: type[VpeftError]) -> Any:
-    """The value as the option keeps it: tuples are lists, and a whole number is a float where only that is asked for.
+    """The value as the option keeps it: plain numbers and lists, and a whole number is a float where only that is asked for.
+
+    NumPy's numbers and arrays, tuples and ranges count as the plain numbers and lists that they hold.
 
     Args:
         this: the option.
@@ -160,8 +168,7 @@ def checked(this: Declared, value: Any, where: str, error: type[VpeftError]) -> 
     Raises:
         VpeftError: of the given class: a wrong type, a number out of its bounds, a text that is none of the choices.
     """
-    if isinstance(value, tuple | list):
-        value = _as_list(value)
+    value = _plain(value, [2 * LONGEST])
     problem = _problem(value, this.hint, this.option, where)
     if problem is not None:
         raise error(problem)
@@ -181,7 +188,7 @@ def check_values(schema: type, values: Mapping[str, Any], error: type[VpeftError
         VpeftError: of the given class, with the key's dotted path.
     """
     if not isinstance(values, Mapping):
-        raise error(f"{path.rstrip('.') or 'all of it'}: {_shown(values)} is no mapping of keys")
+        raise error(f"{path.rstrip('.') or 'all of it'}: {shown(values)} is no mapping of keys")
     for key in declared(schema):
         name = key.name.removesuffix("_")
         where = f"{path}{name}"
@@ -194,7 +201,7 @@ def check_values(schema: type, values: Mapping[str, Any], error: type[VpeftError
             check_values(key.hint, value, error, f"{where}.")
         elif (section := section_of(key.hint)) is not None:
             if not isinstance(value, list):
-                raise error(f"{where}: {_shown(value)} is no list")
+                raise error(f"{where}: {shown(value)} is no list")
             for number, item in enumerate(value):
                 check_values(section, item, error, f"{where}[{number}].")
         else:
@@ -230,8 +237,22 @@ def readable(hint: Any) -> str:
     return f"{name}[{inner}]" if inner else name
 
 
-def _as_list(value: Any) -> Any:
-    return [_as_list(v) if isinstance(v, tuple) else v for v in value]
+def _plain(value: Any, room: list[int], depth: int = 4) -> Any:
+    """See ``checked``; what is longer or deeper than any option may be stays as it is.
+
+    Args:
+        value: what was given.
+        room: how many entries may still come, in a list of one number that all levels count down.
+        depth: how many lists may still stand in one another.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.size <= room[0] else value
+    if not isinstance(value, list | tuple | range) or not depth or room[0] < 0:
+        return value
+    room[0] -= len(value) if not isinstance(value, range) else len(value[: room[0] + 1])  # its length may be no index
+    return [_plain(v, room, depth - 1) for v in value] if room[0] >= 0 else value
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -268,7 +289,7 @@ def _problem(value: Any, hint: Any, spec: Option, where: str) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not spec.allows(value):
             unit = f" ({spec.unit})" if spec.unit else ""
-            return f"{where}: {_shown(value)} is impossible; it must be {spec.bounds}{unit}"
+            return f"{where}: {shown(value)} is impossible; it must be {spec.bounds}{unit}"
     elif isinstance(value, str) and typing.get_origin(found) is not Literal:
         return _text_problem(value, spec, where)
     return None
@@ -278,7 +299,7 @@ def _list_problem(value: list, hint: Any, spec: Option, where: str) -> str | Non
     low, high = spec.length
     if not low <= len(value) <= high:
         many = f"{low}" if low == high else f"at least {low}" if len(value) < low else f"at most {high}"
-        return f"{where}: {_shown(value)} has {len(value)} entries; it must have {many}"
+        return f"{where}: {shown(value)} has {len(value)} entries; it must have {many}"
     (inner,) = typing.get_args(hint) or (Any,)
     return _first(_problem(v, inner, spec, f"{where}[{i}]") for i, v in enumerate(value))
 
@@ -287,7 +308,7 @@ def _text_problem(value: str, spec: Option, where: str) -> str | None:
     if spec.choices and value not in spec.choices:
         return f"{where}: {_no_choice(value, spec.choices)}"
     if len(value) > LONGEST or (spec.pattern and not re.fullmatch(spec.pattern, value)):
-        return f"{where}: {_shown(value)} is not {spec.free or f'a text of at most {LONGEST} characters'}"
+        return f"{where}: {shown(value)} is not {spec.free or f'a text of at most {LONGEST} characters'}"
     return None
 
 
@@ -299,28 +320,16 @@ def _mismatch(value: Any, hint: Any) -> str:
     kinds = " | ".join(dict.fromkeys(map(readable, others)))
     if names and (isinstance(value, str) or not others):
         return _no_choice(value, names, f" and no {kinds}" if others else "")
-    return f"{_shown(value)} is no {kinds}" + (f" and not one of {', '.join(names)}" if names else "")
+    return f"{shown(value)} is no {kinds}" + (f" and not one of {', '.join(names)}" if names else "")
 
 
 def _no_choice(value: Any, choices: Sequence[str], more: str = "") -> str:
     near = nearest(value, choices) if isinstance(value, str) else ""
-    return f"{_shown(value)} is not one of {', '.join(choices)}{more}{near}"
+    return f"{shown(value)} is not one of {', '.join(choices)}{more}{near}"
 
 
 def _first(problems: Iterator[str | None]) -> str | None:
     return next((p for p in problems if p is not None), None)
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 200
-_short.maxlist, _short.maxdict, _short.maxlong = 12, 12, 60
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print very long ones
-        return f"a number of {value.bit_length()} bits"
-    return _short.repr(value)
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError, VpeftError
+from ..errors import MethodError, UnsupportedModelError
 from .modules import CONTAINER, FIRST, LAST, BlockSite, ModuleRef, head_places, is_norm
 from .reading import _find_blocks, _read_blocks, input_size
 
@@ -53,7 +53,7 @@ class Sites:
         """The blocks that ``"8-11"``, ``"0,4,8-11"``, ``[0, 4]``, ``[-1]``, a number or None (all) names.
 
         Raises:
-            VpeftError: a block that does not exist, or a text that is no list of numbers and ranges.
+            MethodError: a block that does not exist, or a text that is no list of numbers and ranges.
         """
         return [self.blocks[i] for i in block_indices(blocks, len(self.blocks))]
 
@@ -177,7 +177,7 @@ def block_indices(blocks: Any, depth: int) -> list[int]:
         chosen = [blocks] if isinstance(blocks, int) else list(blocks)
     for i in chosen:
         if isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth:
-            raise VpeftError(f"blocks: there is no block {i}; this model has blocks 0 to {depth - 1}")
+            raise MethodError(f"blocks: there is no block {i}; this model has blocks 0 to {depth - 1}")
     return sorted({i % depth for i in chosen})
 
 
@@ -185,10 +185,10 @@ def _range(part: str, blocks: str) -> tuple[int, int]:
     """First and last block of ``"8-11"`` or ``"8"``. Plain digits alone: ``str.isdigit`` also takes "²"."""
     found = re.fullmatch(r"([0-9]{1,9})\s*(?:-\s*([0-9]{1,9}))?", part)
     if found is None:
-        raise VpeftError(f"blocks: '{blocks}' is no list of blocks and ranges such as '8-11' or '0,4,8-11'")
+        raise MethodError(f"blocks: '{blocks}' is no list of blocks and ranges such as '8-11' or '0,4,8-11'")
     first, last = int(found[1]), int(found[2] or found[1])
     if last < first:
-        raise VpeftError(f"blocks: the range '{part}' runs backwards")
+        raise MethodError(f"blocks: the range '{part}' runs backwards")
     return first, last
 
 

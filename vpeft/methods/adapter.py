@@ -15,7 +15,7 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
 from ..numerics import unregistered
-from ..options import nonnegative, option, probability
+from ..options import factor, option, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
@@ -122,7 +122,7 @@ class Adapter(Method):
     variant: Variant = "intermediate"
     act: Literal["gelu", "relu", "silu", "quick_gelu", "gelu_tanh"] = "gelu"
     norm: bool = False
-    scale: float | Literal["learned", "channel"] = nonnegative(1.0)
+    scale: float | Literal["learned", "channel"] = factor(1.0)
     init: Literal["houlsby", "bert", "lora", "noah", "zeros"] = "houlsby"
     dropout: float = probability(0.0)
     drop_path: float = probability(0.0)
@@ -244,7 +244,7 @@ class AdapterPlus(Adapter):
     """
 
     variant: Variant = "post"
-    scale: float | Literal["learned", "channel"] = nonnegative("channel")
+    scale: float | Literal["learned", "channel"] = factor("channel")
     drop_path: float = probability(0.1)
 
 

@@ -11,7 +11,7 @@ from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
-from ..options import nonnegative, probability
+from ..options import factor, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 
 
@@ -69,7 +69,7 @@ class AdaptFormer(Method):
     """
 
     bottleneck: PerBlock = per_block(64, "channels")
-    scale: float | Literal["learnable"] = nonnegative(0.1)
+    scale: float | Literal["learnable"] = factor(0.1)
     norm: Literal["none", "in", "out"] = "none"
     dropout: float = probability(0.1)
     init: Literal["zero", "video"] = "zero"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attached.tree import Tree
 from ..backbone.modules import LAST, SLOTS, BlockSite, LinearSite, ModuleRef
 from ..backbone.sites import Sites
-from ..errors import MethodError, VpeftError, did_you_mean
+from ..errors import MethodError, VpeftError, did_you_mean, shown
 from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.weights import ExistingTensors
@@ -276,23 +276,32 @@ def create(method: "str | Method | type[Method]", *, preset: str | None = None, 
         MethodError: unknown name, unknown or impossible hyper-parameter, with the nearest valid one.
     """
     if isinstance(method, Method):
-        if options or preset:
+        if options or preset is not None:
             raise MethodError("hyper-parameters belong to the method object, or to its name, not to both")
+        _check_named(type(method))
+        method.__post_init__()  # its attributes may have been set since
         return method
     cls = METHODS.get(ALIASES.get(method, method)) if isinstance(method, str) else method
     if cls is None:
-        raise MethodError(f"unknown method '{method}'{did_you_mean(method, [*METHODS, *ALIASES])}")
+        raise MethodError(f"unknown method {shown(method)}{did_you_mean(method, [*METHODS, *ALIASES])}")
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"expected a method's name, class or object, got {type(method).__name__}")
+    _check_named(cls)
     if preset is not None:
-        if preset not in cls.presets:
-            raise MethodError(f"{cls.name} has no preset '{preset}'{did_you_mean(preset, cls.presets)}")
+        if not isinstance(preset, str) or preset not in cls.presets:
+            raise MethodError(f"{cls.name} has no preset {shown(preset)}{did_you_mean(preset, cls.presets)}")
         options = cls.presets[preset] | options
     known = {f.name for f in dataclasses.fields(cls)}
     for key in options:
         if key not in known:
-            raise MethodError(f"{cls.name} has no hyper-parameter '{key}'{did_you_mean(key, known)}")
+            raise MethodError(f"{cls.name} has no hyper-parameter {shown(key)}{did_you_mean(key, known)}")
     return cls(**options)
+
+
+def _check_named(cls: type[Method]) -> None:
+    """Refuse a class that no name leads to, such as the base of a family."""
+    if not hasattr(cls, "name"):
+        raise MethodError(f"{cls.__name__} is no method by itself: it has no name; see vpeft.list_methods()")
 
 
 def on_images(method: str) -> dict[str, Any]:
@@ -308,6 +317,6 @@ def list_methods(category: str | None = None) -> list[str]:
         VpeftError: no method has this category.
     """
     categories = {m.paper.category for m in METHODS.values()}
-    if category is not None and category not in categories:
-        raise VpeftError(f"no category '{category}'{did_you_mean(category, categories)}")
+    if category is not None and (not isinstance(category, str) or category not in categories):
+        raise VpeftError(f"no category {shown(category)}{did_you_mean(category, categories)}")
     return sorted(n for n, m in METHODS.items() if category in (None, m.paper.category))

@@ -107,7 +107,7 @@ class ChildTuningF(Method):
         p: share of the entries that move in one step.
     """
 
-    p: float = fraction(0.3)
+    p: float = option(0.3, ge=1e-3, le=1, unit="fraction")  # gradients are divided by it
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         names = [n for n, _ in sites.parameters()]

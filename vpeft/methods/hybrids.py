@@ -13,7 +13,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..numerics import unregistered
-from ..options import nonnegative, option, probability
+from ..options import SIZE, factor, option, probability
 from .adapter import BottleneckAdapter, MappedBottleneck
 from .adaptformer import AdaptFormer
 from .base import (
@@ -28,7 +28,7 @@ from .base import (
     tensors_of,
     which_blocks,
 )
-from .lora import LoRA, LoraLinear
+from .lora import LoRA, LoraLinear, check_rank
 from .prefix import FirstHalf, MadePrefix, Prefix, PrefixTuning, first_half, fold_prefixes
 from .selective import BitFit
 
@@ -75,7 +75,7 @@ class MAM(_WithPrefix):
     hidden: int = count(512, "channels")
     prefix_dropout: float = probability(0.0)
     bottleneck: PerBlock = per_block(64, "channels")
-    scale: float | Literal["learnable"] = nonnegative(0.1)
+    scale: float | Literal["learnable"] = factor(0.1)
     norm: Literal["none", "in", "out"] = "none"
     dropout: float = probability(0.0)
     reads: Literal["stream", "normed"] = "stream"
@@ -264,6 +264,7 @@ class UniPELT(_WithPrefix):
         elif tokens:
             yield f"{block.path}.prefix", GatedMadePrefix(block, tokens, self.hidden, self.prefix_dropout, first)
         for path, linears in linears_by_path(block, ["q", "v"]).items() if rank else ():
+            check_rank(f"{self.name}.rank", rank, linears)
             yield f"{path}.lora", GatedLora(linears, block.index, rank, 1.0, self.lora_dropout, on_input=True)
         if bottleneck:
             adapter = BottleneckAdapter(act=self.act, init="bert", dropout=self.dropout)
@@ -351,7 +352,12 @@ class S4(Method):
         width, attention = block.width, block.heads * block.head_width
         lora = sum(site.in_features + site.out_features for slot in "qv" for site in block.linears(slot))
         cost = {"adapter": (width, 2 * width + 1), "prefix": (0, 2 * attention), "lora": (0, lora)}
-        return {s: max(round((share - cost[s][0]) / cost[s][1]), 1) for s in sized}
+        found = {s: max(round((share - cost[s][0]) / cost[s][1]), 1) for s in sized}
+        for strategy, size in found.items():
+            if size > SIZE:
+                what = {"adapter": "a bottleneck", "prefix": "a prefix", "lora": "a rank"}[strategy]
+                raise MethodError(f"{self.name}.budget: {self.budget} parameters make {what} of {size}; at most {SIZE}")
+        return found
 
 
 def spindle(depth: int, groups: int) -> list[int]:

@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..options import nonnegative, option, probability
 from .base import Blocks, Method, Paper, PerBlock, count, linears_by_path, per_block, register, slots, which_blocks
-from .lora import LoraLinear, check_targets
+from .lora import LoraLinear, check_rank, check_targets
 from .lora_variants import Schedule
 
 _EARLY = 1e-5  # e of a row that trains in advance
@@ -205,6 +205,9 @@ class IncreLoRA(Method):
             for block, rank in self.sized_blocks(sites, "rank", self.blocks)
             for path, linears in linears_by_path(block, self.targets).items()
         ]
+        for _, linears, _, rank in found:
+            check_rank(f"{self.name}.rank", rank, linears)
+            check_rank(f"{self.name}.growth", self.rows, linears)
         budget = Budget(sum(rank * len(linears) for _, linears, _, rank in found))
         missing = budget.total - self.start_rank * sum(len(linears) for _, linears, _, _ in found)
         # The most that one matrix can get: a share of every allocation.

@@ -168,11 +168,24 @@ class LoRA(Method):
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         for block, rank in self.sized_blocks(sites, "rank", self.blocks):
             for path, linears in linears_by_path(block, self.targets).items():
+                check_rank(f"{self.name}.rank", rank, linears)
                 yield f"{path}.lora", self.linear(linears, block.index, rank)
 
     def linear(self, sites: list[LinearSite], position: int, rank: int) -> LoraLinear:
         """What acts on one linear."""
         return self.adds(sites, position, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input")
+
+
+def check_rank(option: str, rank: int, linears: list[LinearSite]) -> None:
+    """Refuse a rank that no update of the linears can have.
+
+    Raises:
+        MethodError: names the option, the linear and its smaller side.
+    """
+    for site in linears:
+        most = min(site.in_features, site.out_features)
+        if rank > most:
+            raise MethodError(f"{option}: {rank} is above the {most} of {site.path}, which is the highest rank there")
 
 
 def check_targets(method: Method) -> None:

@@ -162,8 +162,6 @@ class PrincipalLinear(LoraLinear):
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         part, weight = super().part(site, rank), site.module.weight
-        if rank > min(site.out_features, site.in_features):
-            raise MethodError(f"pissa.rank: {rank} is above the {min(site.out_features, site.in_features)} of {site.path}")
         u, sigma, vt = torch.linalg.svd(_rows(site), full_matrices=False)
         root = (sigma[:rank] / self.scale).sqrt()
         for name, value in (("a", root[:, None] * vt[:rank]), ("b", u[:, :rank] * root)):

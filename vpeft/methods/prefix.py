@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
+from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
 from ..numerics import unregistered
@@ -28,6 +29,9 @@ class Prefix(PrefixKeysValues):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.key, self.value
+
+
+_MOST = 2**26
 
 
 class FirstHalf(nn.Module):
@@ -56,6 +60,11 @@ class MadePrefix(ComputedKeysValues):
 
     def __init__(self, block: BlockSite, tokens: int, hidden: int, dropout: float, shared: FirstHalf | None = None):
         super().__init__(block)
+        if tokens * hidden > _MOST:  # what each forward computes, even of no images
+            raise MethodError(
+                f"tokens={tokens} and hidden={hidden}: a block's perceptron would hold {tokens * hidden:,} numbers in "
+                f"each forward; at most {_MOST:,} are allowed, take smaller sizes"
+            )
         unregistered(self, shared=shared)
         self.tokens, self.heads = tokens, block.heads
         if shared is None:

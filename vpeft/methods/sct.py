@@ -138,7 +138,7 @@ class SCT(Method):
 
     channels: PerBlock = per_block(96, "channels")
     place: Literal["attn", "mlp"] = "attn"
-    scale: float = option(1.0, gt=0)
+    scale: float = option(1.0, gt=0, le=10)
     variant: Literal["scale", "scale_on_x"] = "scale"
     tokens: Literal["all", "patches"] = "patches"
     blocks: Blocks = which_blocks()

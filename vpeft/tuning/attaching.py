@@ -13,14 +13,17 @@ from ..backbone.attention import needs_separate_bias_call
 from ..backbone.modules import CONTAINER
 from ..backbone.reading import model_inside, prove_alive
 from ..backbone.sites import Sites
-from ..errors import MethodError, UnsupportedModelError, did_you_mean
-from ..interventions.context import clips
+from ..errors import MethodError, UnsupportedModelError, did_you_mean, shown
+from ..interventions.context import Watch, clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
+from .allowance import Allowance
 from .container import Container, container_of, remove
 from .handle import Handle
 from .heads import check_heads
 from .summary import model_name
+
+_LONGEST_NAME = 100  # of a handle
 
 
 def attach(
@@ -53,7 +56,7 @@ def attach(
         UnsupportedModelError: a structure that cannot be read, or a hook that would never fire; names the place.
     """
     check_arguments(model, name, heads)
-    return attach_method(model, create(method, **options), name, heads or {})
+    return attach_method(model, create(method, **options), name, {} if heads is None else heads)
 
 
 def get_handle(model: nn.Module, name: str | None = None) -> Handle:
@@ -73,9 +76,9 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
         name = names[0]
     if name is None and names:
         raise MethodError(f"{len(names)} methods are attached: {', '.join(names)}; say which, get_handle(model, name)")
-    if name not in names:  # of whatever kind
-        what = "one method" if name is None else f"'{name}'"
-        raise MethodError(f"{what} is not attached{did_you_mean(name, names) if names else ''}")
+    if not isinstance(name, str) or name not in names:
+        what = "one method" if name is None else shown(name)
+        raise MethodError(f"{what} is not attached{did_you_mean(name or '', names) if names else ''}")
     return Handle(model, name)
 
 
@@ -88,9 +91,8 @@ def check_arguments(model: nn.Module, name: Any, heads: Any) -> None:
     """
     _check_wrapper(model)
     if name is not None and not isinstance(name, str):
-        raise MethodError(f"name: expected a text, got {name!r}"[:300])
-    if heads is not None and not isinstance(heads, Mapping):
-        raise MethodError(f"heads: expected a mapping of names to modules, got {type(heads).__name__}")
+        raise MethodError(f"name: expected a text, got {shown(name)}")
+    check_heads(model, {} if heads is None else heads)
 
 
 def attach_method(
@@ -107,10 +109,9 @@ def attach_method(
         wanted: what the classifier must be like, where it is not to be a copy of the model's own.
         fill: puts values in; when it fails, nothing was attached.
     """
-    name = name or method.name
-    if not name.isidentifier():
-        raise MethodError(f"name: '{name}' must be letters, digits and underscores")
-    check_heads(model, heads)
+    name = method.name if name is None else name
+    if not name.isidentifier() or len(name) > _LONGEST_NAME:
+        raise MethodError(f"name: {shown(name)} must be letters, digits and underscores, at most {_LONGEST_NAME} of them")
     earlier = container_of(model)
     if earlier is not None and name in earlier._modules:
         raise MethodError(f"'{name}' is attached already; give name=…, or detach it")
@@ -200,13 +201,12 @@ def built_tree(name: str, method: Method, sites: Sites, hub: Hub) -> Tree:
     """
     tree = Tree(name, method, sites, hub)
     like = next(p for p in sites.model.parameters() if p.is_floating_point())
-    count = 0
-    with _named(method, sites.model), torch.random.fork_rng(devices=[], enabled=like.is_meta):
+    fork = torch.random.fork_rng(devices=[], enabled=like.is_meta)
+    with _named(method, sites.model), fork, Allowance(method, sites.model):
         for path, module in method.build(sites):
             module.to(device=like.device, dtype=like.dtype)
             tree.add_at(path, module)
-            count += 1
-    if not count:
+    if all(isinstance(i, Watch) for i in tree.interventions):
         raise MethodError(f"{method.name}: these hyper-parameters choose no place to act on")
     return tree
 

@@ -23,7 +23,7 @@ from ..methods.earlier import options_of
 from .attaching import attach_method, built_tree, check_arguments
 from .container import container_of, originals_of
 from .handle import Handle
-from .heads import check_heads, head_differences
+from .heads import head_differences
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -59,7 +59,6 @@ def load(
     """
     check_arguments(model, name, heads)
     heads = dict(heads or {})
-    check_heads(model, heads)
     file = checkpoint.read_header(path)
     with naming(file.path, Exception):
         container = container_of(model)
@@ -77,7 +76,7 @@ def load(
             _compare(handle.root, file, values, head, planned=False)
             handle.load_state_dict(values)
 
-        return attach_method(model, method, name or file.metadata["name"], heads, wanted, fill)
+        return attach_method(model, method, file.metadata["name"] if name is None else name, heads, wanted, fill)
 
 
 def _method_of(file: checkpoint.File) -> Method:
