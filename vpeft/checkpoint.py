@@ -16,6 +16,7 @@ from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
 from .files import read_tensors, write_bytes
+from .shards import check_same, class_of, first_writes, whole, wholes
 
 FORMAT = 2  # 1: until November 2026; what changed in the meaning of options is in methods/earlier.py
 READABLE = (1, FORMAT)
@@ -61,6 +62,8 @@ def save(
 ) -> Path:
     """Write a method's tensors and metadata; the file appears whole or not at all.
 
+    Tensors in shards are gathered, on every process; the first one writes.
+
     Args:
         path: of the file.
         name: of the handle.
@@ -71,7 +74,7 @@ def save(
         described: what is said of it: ``class_names``, ``num_classes``, ``metrics``, ``data``, ``config``.
         originals: see ``fingerprint``.
     """
-    tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in wholes({**own, **head}).items()}
     cfg, class_names = getattr(model, "pretrained_cfg", None) or {}, described.get("class_names")
     preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
     metadata = {
@@ -89,8 +92,10 @@ def save(
         "head": sorted(head),
     }
     text = json.dumps(metadata, sort_keys=True)
+    live = model.state_dict()
+    check_same(live, _checksum(text, {n: tensors[n] for n in own}), path)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
-    write_bytes(path, blob)
+    first_writes(live, lambda: write_bytes(path, blob), path)
     return path
 
 
@@ -137,7 +142,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
         name = f"{name}.{cfg['tag']}"
     return {
         "name": name,
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "img_size": list(input_size(model)[1:]),
         "in_chans": input_size(model)[0],
     }
@@ -146,7 +151,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str, Tensor | None] | None = None) -> str:
     """SHA-256 over the model's frozen tensors: all but the head's, the methods' and those named in ``trained``.
 
-    Tensors on an accelerator are copied over one by one.
+    Tensors on an accelerator are copied over one by one; those in shards are gathered one by one, on every process.
 
     Args:
         model: the timm model.
@@ -160,6 +165,7 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
     chosen = [(n, t) for n, t in state.items() if t is not None]
     digest = hashlib.sha256()
     for name, tensor in sorted(chosen, key=lambda item: item[0]):
+        tensor = whole(tensor)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -13,8 +13,11 @@ from ..errors import CheckpointError, VpeftError, did_you_mean, some
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.hub import Hub
 from ..interventions.weights import ExistingTensors
+from ..shards import is_shard, put, reshard
 from .classifier import Classifier
 from .objective import Objective
+
+_RESIZED = "its size depends on data, and cannot change in a model that is in shards: before fully_shard call"
 
 
 class Tree(nn.Module):
@@ -83,6 +86,7 @@ class Tree(nn.Module):
     def switch(self, on: bool) -> None:
         """Let its parts act, or not; the classifier is another matter."""
         if on != self.enabled:
+            reshard(self.model)  # what is written into whole parameters that a forward left there would be lost
             self.enabled = on
             for intervention in self.interventions:
                 intervention.on_toggle()
@@ -112,6 +116,7 @@ class Tree(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The method's tensors by their names in this tree, and tensors of the model that it trains by the model's names."""
+        reshard(self.model)
         state = dict(self.state_dict())  # parameters and persistent buffers
         for existing in self.existing:
             state |= existing.values()
@@ -128,6 +133,7 @@ class Tree(nn.Module):
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The method's parameters by the names of ``state``; one of no entries (an empty mask) is left out."""
+        reshard(self.model)
         yield from ((n, p) for n, p in self.named_parameters() if p.numel())
         for existing in self.existing:
             yield from existing.tensors()
@@ -138,6 +144,7 @@ class Tree(nn.Module):
         container = getattr(self.model, CONTAINER, None)
         if container is not None:
             container.adopt_classifier()
+        reshard(self.model, *self.heads.values())
         return [*self.classifier.heads, *(ModuleRef(name, module) for name, module in self.heads.items())]
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -171,6 +178,7 @@ class Tree(nn.Module):
             for path, module in self.named_modules()
             for leaf in getattr(module, "resizable", ())
         }
+        state = {n: t.reshape(known[n].shape) if n in known and _one(t, known[n]) else t for n, t in state.items()}
         self._check_shapes(state, known, resizable.keys())
         existing = {n: e for e in self.existing for n in e.slots}
         self.calibrated = self.calibrated or not missing
@@ -181,7 +189,7 @@ class Tree(nn.Module):
                 module, leaf = resizable[name]
                 set_tensor(module, leaf, value)
             elif name in known:
-                known[name].copy_(value)
+                put(known[name], value)
 
     def _check_names(self, missing: list[str], unknown: list[str]) -> None:
         parts = [f"missing {some(missing)}"] if missing else []
@@ -191,10 +199,13 @@ class Tree(nn.Module):
             raise CheckpointError(f"tensors do not fit {self.method.name} on this model: {'; '.join(parts)}")
 
     def _check_shapes(self, state: Mapping[str, Tensor], known: dict[str, Tensor], resizable: Any) -> None:
+        in_shards = any(is_shard(t) for t in known.values())
         for name, value in state.items():
-            if name not in known or (name in resizable and value.ndim == known[name].ndim):
+            if name not in known or (name in resizable and value.ndim == known[name].ndim and not in_shards):
                 continue
             if value.shape != known[name].shape:
+                if name in resizable and value.ndim == known[name].ndim:
+                    raise CheckpointError(f"{name}: {_RESIZED} load_state_dict")
                 raise CheckpointError(
                     f"{name}: shape {tuple(value.shape)} in the file, {tuple(known[name].shape)} in the model"
                 )
@@ -204,3 +215,8 @@ class Tree(nn.Module):
                 problem = module.why_not({leaf: state.get(n, known[n]) for leaf, n in names.items()})
                 if problem:
                     raise CheckpointError(f"{path}: {problem}")
+
+
+def _one(given: Tensor, known: Tensor) -> bool:
+    """Whether they are one number each, as a number or as a vector (FSDP2 takes vectors only)."""
+    return given.numel() == 1 and known.numel() == 1 and max(given.ndim, known.ndim) == 1

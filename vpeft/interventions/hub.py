@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import CONTAINER
 from ..errors import MethodError
+from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, unhook, with_tensors
 
@@ -174,6 +175,8 @@ class Hub:
     # ---- hooks ----
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling():
+            gather_uncalled(getattr(model, CONTAINER))
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:

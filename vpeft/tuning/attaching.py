@@ -20,6 +20,7 @@ from ..interventions.context import clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
 from ..methods.earlier import options_of
+from ..shards import reshard
 from .container import Container, container_of, remove
 from .handle import Handle
 from .heads import check_heads, head_differences
@@ -101,6 +102,7 @@ def load(
     Raises:
         CheckpointError: damaged, foreign, or made for another backbone; the model is then as it was.
     """
+    _check_not_sharded(model)
     file = checkpoint.read(Path(path))
     if check_backbone:
         checkpoint.check_backbone(model, file)
@@ -155,6 +157,7 @@ def _attach(
         fill: puts values in; when it fails, nothing was attached.
     """
     _check_wrapper(model)
+    _check_not_sharded(model)
     name = name or method.name
     if not name.isidentifier():
         raise MethodError(f"name: '{name}' must be letters, digits and underscores")
@@ -263,6 +266,14 @@ class _named:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, UnsupportedModelError):
             raise UnsupportedModelError(f"{self.text}: {error}") from error
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    if isinstance(model, nn.Module) and reshard(model):
+        raise UnsupportedModelError(
+            "the model is in shards (fully_shard), which new parameters would not be: attach or load first, then shard; "
+            "values for a method that is attached already: handle.load_state_dict"
+        )
 
 
 def _check_wrapper(model: nn.Module) -> None:
