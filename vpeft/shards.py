@@ -197,3 +197,15 @@ def first_writes(tensors: Mapping[str, Tensor], write: Callable[[], Any], path: 
         raise failed
     if int(told):
         raise CheckpointError(f"{path}: the first process could not write it")
+
+
+def zero_through(module: nn.Module) -> Tensor | float:
+    """0, in place of what a module left out of this forward would give.
+
+    Where several processes train together its parameters get gradients of 0 through it: DDP and FSDP2 need gradients for the
+    same parameters in every process.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()
+    if not together or torch.distributed.get_world_size() == 1:
+        return 0.0
+    return 0.0 * sum(p.sum() for p in module.parameters() if p.requires_grad)

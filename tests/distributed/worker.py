@@ -248,6 +248,26 @@ def fsdp1(folder: Path, setting: str, method: str, kind: str) -> None:
     refused(lambda: handle.save(folder / "fsdp1.safetensors"), vpeft.MethodError, "FSDP1")
 
 
+def drawn_apart(folder: Path, setting: str, method: str, kind: str) -> None:
+    """Parts that each process leaves out by a draw of its own: all train, and hold the same afterwards."""
+    OPTIONS["adapterdrop"] = {"robust": True}
+    run = Run(setting, method, kind)
+    run.handle.train()
+    torch.manual_seed(dist.get_rank())
+    draws = torch.zeros(2, 6, dtype=torch.int64)
+    for i in range(6):
+        run.steps(1)
+        if method == "adapterdrop":
+            draws[dist.get_rank(), i] = run.handle.root.get_submodule("adapterdrop").now
+    dist.all_reduce(draws)
+    assert method != "adapterdrop" or not draws[0].equal(draws[1])
+    run.handle.eval()
+    mine = run.logits()
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    near(mine, first, "between processes", 0)
+
+
 def growth(folder: Path, setting: str, method: str, kind: str) -> None:
     """IncreLoRA gives the same rows in the same order in shards as under DDP, where scores are also means over processes."""
     OPTIONS["increlora"] = {"warmup": 1, "interval": 1, "top": 2}
