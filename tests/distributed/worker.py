@@ -268,6 +268,66 @@ def drawn_apart(folder: Path, setting: str, method: str, kind: str) -> None:
     near(mine, first, "between processes", 0)
 
 
+class Decoder(nn.Module):
+    """A model of one's own around the backbone, whose features it takes, with a head outside of the backbone."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.num_features, 5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone.forward_features(x).mean(1))
+
+
+class OuterRun(Run):
+    """The same, with a head outside of the backbone: the root unit is the module around both."""
+
+    def wrap(self) -> None:
+        self.model = Decoder(make(self.kind, dtype=torch.float64))
+        self.handle = vpeft.attach(self.model.backbone, self.method, heads={"decoder": self.model.head})
+        self.handle.eval()
+        self.outer = self.model
+        if self.setting == "blocks":
+            shard_blocks(self.model.backbone)
+        if self.setting == "small":
+            fully_shard(self.model.backbone.vpeft)
+        if self.setting != "one":
+            fully_shard(self.model)
+
+
+def around(folder: Path, setting: str, method: str, kind: str) -> None:
+    """The root unit may be a module around the backbone."""
+    torch.manual_seed(3)
+    one = OuterRun("one", method, kind).steps(3)
+    alone = one.logits()
+    one.handle.save(folder / f"one{dist.get_rank()}.safetensors")
+    run = OuterRun(setting, method, kind).steps(3)
+    near(run.logits(), alone, "logits")
+    state = run.handle.state_dict() | run.handle.head_state_dict()  # a forward has just left the root's parameters whole
+    path = run.handle.save(folder / "two.safetensors")
+    same_file(path, folder / f"one{dist.get_rank()}.safetensors")
+    run.logits()
+    with run.handle.disable():
+        assert (run.logits() - alone).abs().max() > 1e-6
+    near(run.logits(), alone, "switched back")
+    run.steps(1)
+    run.logits()
+    run.handle.load_state_dict(state)
+    near(run.logits(), alone, "taken back")
+
+
+def every_epoch(folder: Path, setting: str, method: str, kind: str) -> None:
+    """A method that looks at data in every epoch does so in shards."""
+    maps = []
+    for way in ("one", setting):
+        run = Run(way, method, kind).steps(2)
+        run.handle.calibrate([(run.x, Y)], progress=False)
+        maps.append((run.handle.state_dict()[f"{method}.map"], run.steps(1).logits()))
+    assert maps[0][0].equal(maps[1][0])
+    near(maps[0][1], maps[1][1], "logits")
+
+
 def growth(folder: Path, setting: str, method: str, kind: str) -> None:
     """IncreLoRA gives the same rows in the same order in shards as under DDP, where scores are also means over processes."""
     OPTIONS["increlora"] = {"warmup": 1, "interval": 1, "top": 2}

@@ -135,6 +135,10 @@ class Hub:
         facts = getattr(self.local, "facts", None) if flow is None else flow.facts
         return facts.get(name) if facts else None
 
+    def _gather(self) -> None:
+        if not torch.compiler.is_compiling():
+            gather_uncalled(getattr(self.model, CONTAINER))
+
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -175,8 +179,7 @@ class Hub:
     # ---- hooks ----
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling():
-            gather_uncalled(getattr(model, CONTAINER))
+        self._gather()
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
@@ -239,6 +242,7 @@ class Hub:
                 return self._function(name, flow)(*args, **kwargs)
             finally:
                 flow.busy = busy
+        self._gather()
         before = getattr(self.local, "flow", None)
         flow = self._new() if carried is None else carried.again()
         self.local.flow = flow
