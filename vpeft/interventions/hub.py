@@ -136,8 +136,9 @@ class Hub:
         return facts.get(name) if facts else None
 
     def _gather(self) -> None:
-        if not torch.compiler.is_compiling():
-            gather_uncalled(getattr(self.model, CONTAINER))
+        container = getattr(self.model, CONTAINER, None)
+        if container is not None and not torch.compiler.is_compiling():
+            gather_uncalled(container)
 
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
