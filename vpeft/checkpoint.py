@@ -18,6 +18,7 @@ from .backbone.reading import input_size
 from .errors import CheckpointError
 from .files import Shape, as_path, read_shapes, read_tensors, write_bytes
 from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
+from .shards import check_same, class_of, first_writes, whole, wholes
 
 KEY = "vpeft"
 SMALL = 64 * 2**20  # bytes of a file whose checksum costs nothing that anybody would notice
@@ -74,6 +75,8 @@ def save(
 ) -> Path:
     """Write a method's tensors and metadata; the file appears whole or not at all.
 
+    Tensors in shards are gathered, on every process; the first one writes.
+
     Args:
         path: of the file.
         name: of the handle.
@@ -85,7 +88,7 @@ def save(
         originals: see ``fingerprint``.
     """
     _check_has_values(model)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in {**own, **head}.items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in wholes({**own, **head}).items()}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     preprocessing = {k: cfg[k] for k in PREPROCESSING if k in cfg} | {"input_size": input_size(model)}
     metadata = {
@@ -104,8 +107,10 @@ def save(
     }
     check_metadata(metadata, tensors, path)
     text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    live = model.state_dict()
+    check_same(live, _checksum(text, {n: tensors[n] for n in own}), path)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
-    write_bytes(path, blob)
+    first_writes(live, lambda: write_bytes(path, blob), path)
     return path
 
 
@@ -184,7 +189,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
         name = f"{name}.{cfg['tag']}"
     return {
         "name": name,
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "img_size": list(input_size(model)[1:]),
         "in_chans": input_size(model)[0],
     }
@@ -193,7 +198,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str, Tensor | None] | None = None) -> str:
     """SHA-256 over the model's frozen tensors: all but the head's, the methods' and those named in ``trained``.
 
-    Tensors on an accelerator are copied over one by one.
+    Tensors on an accelerator are copied over one by one; those in shards are gathered one by one, on every process.
 
     Args:
         model: the timm model.
@@ -211,6 +216,7 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
     digest = hashlib.sha256()
     _check_has_values(model)
     for name, tensor in sorted(chosen, key=lambda item: item[0]):
+        tensor = whole(tensor)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -342,3 +342,12 @@ def test_bias_outside_the_linear():
     hooked = model(images(model))
     handle.merge()
     assert (model(images(model)) - hooked).abs().max() < 1e-10
+
+
+def test_scores_of_earlier_files_are_taken():
+    """Until FSDP2, which takes no parameter without a dimension, a score was one."""
+    handle = attached(make("vit"), "increlora")
+    state = handle.state_dict()
+    earlier = {n: t.reshape(()) if n.endswith(".score") else t for n, t in state.items()}
+    handle.load_state_dict(earlier)
+    assert all(t.shape == (1,) for n, t in handle.state_dict().items() if n.endswith(".score"))

@@ -14,8 +14,11 @@ from ..interventions.base import Intervention, set_tensor
 from ..interventions.hub import Hub
 from ..interventions.weights import ExistingTensors
 from ..numerics import why_not_copied
+from ..shards import is_shard, put, reshard, whole
 from .classifier import Classifier
 from .objective import Objective
+
+_RESIZED = "its size depends on data, and cannot change in a model that is in shards: before fully_shard call"
 
 
 class Tree(nn.Module):
@@ -92,6 +95,7 @@ class Tree(nn.Module):
     def switch(self, on: bool) -> None:
         """Let its parts act, or not; the classifier is another matter."""
         if on != self.enabled:
+            reshard(self.model)  # what is written into whole parameters that a forward left there would be lost
             self.enabled = on
             for intervention in self.interventions:
                 intervention.on_toggle()
@@ -149,6 +153,7 @@ class Tree(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The method's tensors by their names in this tree, and tensors of the model that it trains by the model's names."""
+        reshard(self.model)
         state = dict(self.state_dict())  # parameters and persistent buffers
         for existing in self.existing:
             state |= existing.values()
@@ -165,6 +170,7 @@ class Tree(nn.Module):
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The method's parameters by the names of ``state``; one of no entries (an empty mask) is left out."""
+        reshard(self.model)
         yield from ((n, p) for n, p in self.named_parameters() if p.numel())
         for existing in self.existing:
             yield from existing.tensors()
@@ -175,6 +181,7 @@ class Tree(nn.Module):
         container = getattr(self.model, CONTAINER, None)
         if container is not None:
             container.adopt_classifier()
+        reshard(self.model, *self.heads.values())
         return [*self.classifier.heads, *(ModuleRef(name, module) for name, module in self.heads.items())]
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -201,9 +208,10 @@ class Tree(nn.Module):
         self.check(state, strict)
         own, resizable = self.state(), self._resizable()
         known = own | self.head_tensors()
+        state = {n: _shaped(v, known[n]) for n, v in state.items() if n in known}
         self._check_values(state, known)
         # Converted before the first is copied: what fails here fails before anything was changed.
-        ready = {n: v.detach().to(known[n].device, known[n].dtype) for n, v in state.items() if n in known}
+        ready = {n: whole(v.detach()).to(known[n].device, known[n].dtype) for n, v in state.items()}
         existing = {n: e for e in self.existing for n in e.slots}
         self.calibrated = self.calibrated or not own.keys() - ready.keys()
         for name, value in ready.items():
@@ -213,7 +221,7 @@ class Tree(nn.Module):
                 module, leaf = resizable[name]
                 set_tensor(module, leaf, value)
             else:
-                known[name].copy_(value)
+                put(known[name], value)
         if self.method.needs_calibration and not self.method.looks_calibrated(self):
             self.calibrated = False  # these are of a handle that had not been calibrated either
 
@@ -230,8 +238,12 @@ class Tree(nn.Module):
         if strict:
             self._check_names(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - heads.keys()))
         resizable, known = self._resizable(), own | heads
-        for name, value in state.items():
-            problem = why_not_copied(value, known[name], name in resizable, planned) if name in known else None
+        in_shards = any(is_shard(t) for t in known.values())
+        for name, value in ((n, v) for n, v in state.items() if n in known):
+            value = _shaped(value, known[name])
+            problem = why_not_copied(value, known[name], name in resizable, planned)
+            if not problem and in_shards and value.shape != known[name].shape:
+                problem = f"{_RESIZED} load_state_dict"
             if problem:
                 raise CheckpointError(f"{name}: {problem}")
 
@@ -257,3 +269,9 @@ class Tree(nn.Module):
                 problem = module.why_not({leaf: state.get(n, known[n]) for leaf, n in names.items()})
                 if problem:
                     raise CheckpointError(f"{path}: {problem}")
+
+
+def _shaped(value: Any, known: Tensor) -> Any:
+    """One number as a number or as a vector, as it is known here: FSDP2 takes vectors only."""
+    one = isinstance(value, Tensor) and value.layout == torch.strided and {value.ndim, known.ndim} == {0, 1}
+    return value.reshape(known.shape) if one and value.numel() == known.numel() == 1 else value

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..shards import as_forward
 from .attention import attend, attention_inputs, attention_output, check_attention, pad_pairs
 from .modules import BlockSite
 
@@ -37,6 +38,10 @@ def rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor, bia
     The rows have no position: no rotation, and no relative-position bias towards any token. With a ``bias``
     (B, heads, T, N), which is added to their scores, each row attends to itself too.
     """
+    return as_forward(block.module, block.path, _rows_through_block, block, rows, k, v, bias)
+
+
+def _rows_through_block(block: BlockSite, rows: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     m, attn = block.module, block.module.attn
     h = m.norm1(rows) if block.pre_norm else rows
     q, own_k, own_v = attention_inputs(attn, h)

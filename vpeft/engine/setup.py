@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -15,19 +16,30 @@ from torch.utils.data import DataLoader
 
 from ..data.loader import make_loader
 from ..data.splits import Datasets
-from ..errors import VpeftError
+from ..errors import ConfigError, VpeftError
 
 
 def make_accelerator(config: DictConfig) -> Accelerator:
-    """accelerate's Accelerator for this configuration: GPU where there is one, else CPU."""
+    """accelerate's Accelerator for this configuration: GPU where there is one, else CPU.
+
+    Raises:
+        ConfigError: accelerate is set to shards or pipelines, which the engine's loop and state files do not know.
+    """
     # accelerate keeps one precision per process; a second run in the same process may want another.
     AcceleratorState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no" if config.train.precision == "fp32" else config.train.precision,
         cpu=not torch.cuda.is_available(),
         log_with="wandb" if config.wandb.mode != "disabled" else None,
         project_dir=str(Path(config.output) / config.name),
     )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate is set to {kind.value}; this engine trains in one process or with DDP: start it with "
+            f"tools/dist_train.sh. FSDP2 in a loop of your own: docs/distributed.md"
+        )
+    return accelerator
 
 
 def start_tracking(config: DictConfig, accelerator: Accelerator) -> None:

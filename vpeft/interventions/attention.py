@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..backbone.attention import attend, attention_bias, attention_inputs, attention_output, check_attention
 from ..backbone.modules import BlockSite, ModuleRef
+from ..shards import possible
 from .base import Intervention, replacing
 from .junction import Inner
 
@@ -146,7 +147,8 @@ class ComputedKeysValues(PrefixKeysValues):
 
     def _recall(self) -> tuple[Tensor, Tensor]:
         sources = None
-        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()):
+        # A parameter that is gathered anew does not tell of a change.
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or possible()):
             sources = self.sources()
         if sources is None or not all(_tells_changes(t) for t in sources):
             self._stored = None

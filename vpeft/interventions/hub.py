@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpointing
 from ..errors import MethodError
+from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, exchanged, unhook, with_tensors
 
@@ -145,6 +146,11 @@ class Hub:
         facts = getattr(self.local, "facts", None) if flow is None else flow.facts
         return facts.get(name) if facts else None
 
+    def _gather(self) -> None:
+        container = getattr(self.model, CONTAINER, None)
+        if container is not None and not torch.compiler.is_compiling():
+            gather_uncalled(container)
+
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
         if not torch.compiler.is_compiling():
@@ -209,6 +215,7 @@ class Hub:
     # ---- hooks ----
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._gather()
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
@@ -287,6 +294,7 @@ class Hub:
                 return self._function(name, flow)(*args, **kwargs)
             finally:
                 flow.busy = busy
+        self._gather()
         before = getattr(self.local, "flow", None)
         flow = self._new() if carried is None else carried.again()
         self.local.flow = flow

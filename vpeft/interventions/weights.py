@@ -10,6 +10,7 @@ from ..backbone.modules import ModuleRef, made_anew
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..numerics import at_least_float32
+from ..shards import put, whole
 from .base import Folded, Intervention, replacing
 
 
@@ -97,7 +98,7 @@ class ExistingTensors(Intervention):
     def set_value(self, name: str, value: Tensor) -> None:
         """Replace one trained value."""
         place, leaf = self.slots[name]
-        (getattr(place.module, leaf) if self.in_use else self.inactive[name]).copy_(value)
+        put(getattr(place.module, leaf) if self.in_use else self.inactive[name], value)
 
     @property
     def inert(self) -> bool:
@@ -117,7 +118,7 @@ class ExistingTensors(Intervention):
     def on_toggle(self) -> None:
         for name, parameter in self.tensors():
             kept = _in_main_memory(parameter)
-            parameter.copy_(self.inactive[name])
+            put(parameter, self.inactive[name])
             self.inactive[name] = kept
         self.in_use = not self.in_use
 
@@ -126,5 +127,5 @@ class ExistingTensors(Intervention):
 
 
 def _in_main_memory(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+    tensor = whole(tensor.detach())
     return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)

@@ -16,6 +16,7 @@ from ..interventions.branch import AddToBranch
 from ..interventions.output import MapOutput
 from ..numerics import unregistered
 from ..options import factor, option, probability
+from ..shards import zero_through
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
@@ -43,7 +44,7 @@ class Bottleneck:
 
     def g(self, v: Tensor) -> Tensor | float:
         if self.skipped is not None and self.skipped.draw(self.index, self.first):
-            return 0.0
+            return zero_through(self)
         a = self.drop_path(self.up(self.drop(self.act(self.down(self.norm(v))))))
         return a * getattr(self, "scaling", self.fixed)
 

@@ -34,7 +34,7 @@ class Growing(nn.Module):
         self.a = nn.Parameter(torch.empty(room, site.in_features).normal_(0, 0.02))
         self.b = nn.Parameter(torch.empty(site.out_features, room).normal_(0, 0.02))
         self.e = nn.Parameter(torch.full((room,), _EARLY))
-        self.score = nn.Parameter(torch.zeros(()))
+        self.score = nn.Parameter(torch.zeros(1))
         self.register_buffer("rank", torch.zeros((), dtype=torch.int64))
         self.register_buffer("sensitivity", torch.zeros(()))
         self.register_buffer("uncertainty", torch.zeros(()))
@@ -57,12 +57,12 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scores = [grad.new_zeros(())] * ctx.count
+        scores = [grad.new_zeros(1)] * ctx.count
         if ctx.rows:
             x, a, b = ctx.saved_tensors
             weight_grad = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
             parts = [(weight_grad[i:j] * (b[i:j] @ a)).abs() for i, j in ctx.rows]
-            scores = [(p.sum() / math.sqrt(p.numel())).to(a.dtype) for p in parts]
+            scores = [(p.sum() / math.sqrt(p.numel())).to(a.dtype)[None] for p in parts]
         return grad, None, None, None, None, *scores
 
 
@@ -238,7 +238,10 @@ class IncreLoRA(Method):
     def _observe(self, parts: list[nn.Module]) -> bool:
         """Take the scores of the last backward into the running means, where there are any and they are finite."""
         scores = [p.score.grad for p in parts]
-        if any(s is None for s in scores) or not torch.stack(scores).isfinite().all():
+        if any(s is None for s in scores):
+            return False
+        scores = [s[0] for s in scores]
+        if not torch.stack(scores).isfinite().all():
             return False
         means = [p.sensitivity for p in parts]
         torch._foreach_lerp_(means, scores, 1 - self.beta1)

@@ -17,6 +17,7 @@ from ..errors import MethodError, UnsupportedModelError, did_you_mean, shown
 from ..interventions.context import Watch, clips
 from ..interventions.hub import Hub
 from ..methods.base import Method, create
+from ..shards import reshard
 from .allowance import Allowance
 from .container import Container, container_of, remove
 from .handle import Handle
@@ -90,6 +91,7 @@ def check_arguments(model: nn.Module, name: Any, heads: Any) -> None:
         MethodError: a name that is no text, or heads that are no mapping.
     """
     _check_wrapper(model)
+    _check_not_sharded(model)
     if name is not None and not isinstance(name, str):
         raise MethodError(f"name: expected a text, got {shown(name)}")
     check_heads(model, {} if heads is None else heads)
@@ -223,6 +225,14 @@ class _named:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, UnsupportedModelError):
             raise UnsupportedModelError(f"{self.text}: {error}") from error
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    if isinstance(model, nn.Module) and reshard(model):
+        raise UnsupportedModelError(
+            "the model is in shards (fully_shard), which new parameters would not be: attach or load first, then shard; "
+            "values for a method that is attached already: handle.load_state_dict"
+        )
 
 
 def _check_wrapper(model: nn.Module) -> None:

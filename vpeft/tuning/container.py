@@ -13,6 +13,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER, ModuleRef
 from ..errors import MethodError
 from ..interventions.hub import Hub
+from ..shards import reshard
 from .following import check_other_weights, follow_size, follow_weights
 
 # timm's functions that change the model; the container's, of the same names, stand before them.
@@ -127,9 +128,12 @@ class Container(nn.Module):
         """timm's ``reset_classifier``: a fresh classifier for the enabled handle, or, without one, for the model.
 
         Raises:
-            MethodError: the method cannot follow; or another pooling is asked for, which all methods share with the model.
+            MethodError: the method cannot follow; another pooling is asked for, which all methods share with the model; or
+            the model is in shards.
         """
         model, before = self.hub.model, Classifier.of(self.hub.model)
+        if reshard(model):
+            raise MethodError("the model is in shards, a fresh classifier would not be: reset_classifier before fully_shard")
         pool, has = kwargs.get("global_pool", args[1] if len(args) > 1 else None), getattr(model, "global_pool", None)
         if pool is not None and pool != has:
             raise MethodError(
@@ -227,6 +231,7 @@ def originals_of(trees: Iterable[Tree]) -> dict[str, Tensor | None]:
 def remove(model: nn.Module, name: str) -> None:
     """Take one method off a model, whatever state it is in; with the last one, everything that came with the first."""
     container = container_of(model)
+    reshard(model)
     container.hub.remove(name)
     container.hub.acting = tuple(n for n in container.hub.acting if n != name)
     del container._modules[name]

@@ -12,6 +12,7 @@ from ..backbone.modules import CONTAINER, head_places
 from ..backbone.reading import dry_forward, input_size
 from ..errors import MethodError, VpeftError, some
 from ..interventions.weights import ReplaceTensor
+from ..shards import reshard
 
 FIRST_LOAD = "load the backbone's weights before attach: detach(), load them, attach again"
 
@@ -98,6 +99,8 @@ def follow_size(model: nn.Module, trees: Mapping[str, Tree], change: Any) -> Non
     for name, tree in trees.items():
         if tree.unmerged is not None:
             raise MethodError(f"'{name}' is merged into the weights; unmerge() before changing the input size")
+    if reshard(model):
+        raise MethodError("the model is in shards, tensors of another size would not be: set_input_size before fully_shard")
     trial = copy.deepcopy(model)
     change(trial)
     shapes = {n: t.shape for n, t in model.state_dict().items()}

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -16,7 +15,8 @@ from ..errors import MethodError, some
 from ..files import naming, writable_file
 from ..methods.base import Method
 from ..numerics import kept_modes
-from . import merging
+from ..shards import gathered, reshard, wholes
+from . import merging, stepping
 from .container import Container, container_of, originals_of, remove
 from .needs import CacheNeeds, boundary, cache_needs, check_calibrated
 from .summary import summary
@@ -83,9 +83,9 @@ class Handle:
     def state_dict(self) -> dict[str, Tensor]:
         """The method's tensors, named as in its file, and tensors of the model that it trains, under the model's names.
 
-        The head is not among them; ``save`` adds it.
+        The head is not among them; ``save`` adds it. Of a model in shards (FSDP2) they are whole: call it in every process.
         """
-        return self.root.state()
+        return wholes(self.root.state())
 
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copy tensors in, by the names of ``state_dict``; the head's are taken too where they are given.
@@ -110,7 +110,7 @@ class Handle:
 
     def head_state_dict(self) -> dict[str, Tensor]:
         """The heads' tensors: a classifier's under the model's names, others' under the names given to ``attach``."""
-        return self.root.head_tensors()
+        return wholes(self.root.head_tensors())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The method's parameters under the names of ``state_dict``; the head's are not among them.
@@ -130,6 +130,7 @@ class Handle:
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that an optimiser should see: the method's and the head's that require gradients."""
         check_calibrated(self.root)
+        stepping.check_units(self.root)
         for _, parameter in [*self.named_parameters(), *self.head_parameters()]:
             if parameter.requires_grad:
                 yield parameter
@@ -147,21 +148,8 @@ class Handle:
             head_lr: learning rate of the heads; ``lr`` where None.
         """
         check_calibrated(self.root)
-        exempt = set(getattr(self.model, "no_weight_decay", set)())
-        heads = (pair for name, head in self.root.heads.items() for pair in head.named_modules(prefix=name))
-        for path, module in [*self.root.named_modules(), *heads]:
-            exempt |= {f"{path}.{name}".lstrip(".") for name in getattr(module, "no_decay", ())}
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for part, named in (("method", self.named_parameters()), ("head", self.head_parameters())):
-            for name, p in named:
-                if p.requires_grad:
-                    decayed = p.ndim > 1 and name not in exempt
-                    groups.setdefault((part, decayed), []).append(p)
-        rates = {"method": lr, "head": lr if head_lr is None else head_lr}
-        return [
-            {"params": params, "lr": rates[part], "weight_decay": weight_decay if decayed else 0.0, "name": part}
-            for (part, decayed), params in groups.items()
-        ]
+        stepping.check_units(self.root)
+        return stepping.param_groups(self.root, lr, weight_decay, head_lr)
 
     def requires_grad_(self, value: bool = True) -> "Handle":
         """Let the method's parameters train or not; while it is disabled, once it is enabled again."""
@@ -311,11 +299,13 @@ class Handle:
             progress: show a bar.
 
         Raises:
-            MethodError: merged or disabled; or the loader is empty or gives something else than images with labels. The
-                handle is then as before.
+            MethodError: merged or disabled; in shards, where the method does not look at data in every epoch; or the loader
+                is empty or gives something else than images with labels. The handle is then as before.
         """
         if not callable(getattr(self.method, "calibrate", None)):
             return self
+        if reshard(self.model) and not self.method.calibrates_each_epoch:
+            raise MethodError(f"'{self.name}': calibrate before fully_shard (or accelerator.prepare)")
         if self.merged or not self.enabled:
             raise MethodError(f"'{self.name}' must be enabled and not merged to be calibrated")
         device, was, done = next(self.model.parameters()).device, self.root.calibrated, False
@@ -339,18 +329,16 @@ class Handle:
 
     def penalty(self) -> Tensor:
         """What the method adds to the task's loss (a number; 0 for most), from its present parameters."""
-        value = self.method.penalty(self.root)
-        return torch.zeros((), device=next(self.model.parameters()).device) if value is None else value
+        return stepping.penalty(self.root)
 
     def consistency_loss(self, first: Tensor, second: Tensor) -> Tensor:
         """What the method adds to a step's loss for two runs' logits (B, C) on one batch; 0 for most methods."""
         value = self.method.step_loss(first, lambda: second)
         return first.new_zeros(()) if value is None else value
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """To be called after each ``optimizer.step()``, before gradients are cleared; few methods do anything here."""
-        self.method.after_step(self.root)
+        stepping.after_step(self.root)
 
     def summary(self) -> str:
         """Sites, parameters, properties and paper, as text for people."""
@@ -376,6 +364,8 @@ class Handle:
     ) -> Path:
         """Write what was trained, and the head, as safetensors with everything needed to rebuild it.
 
+        Of a model in shards (FSDP2) call it in every process; the first one writes.
+
         Args:
             path: of the file.
             class_names: in the order of the head's outputs; a name may stand there twice.
@@ -390,11 +380,13 @@ class Handle:
         """
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
+        stepping.check_units(self.root)
         file, head = writable_file(path), self.head_state_dict()
         with naming(file):
             described = checkpoint.describe(class_names, metrics, data, config)
             described["num_classes"] = self.root.classifier.num_classes
             self.root.check_class_names(described["class_names"])
-            method, own = (self.method, self.state_dict()) if training else self.method.exported(self.root)
+            with gathered(self.root, self.model):
+                method, own = (self.method, self.root.state()) if training else self.method.exported(self.root)
             originals = originals_of(self._others())
             return checkpoint.save(file, self.name, method, self.model, own, head, described, originals)

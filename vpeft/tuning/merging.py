@@ -6,6 +6,7 @@ from torch import nn
 from ..attached.tree import Tree
 from ..errors import MethodError, some
 from ..interventions.base import Folded
+from ..shards import gathered, put, reshard
 
 
 @torch.no_grad()
@@ -24,7 +25,8 @@ def merge(tree: Tree, others: list[Tree]) -> None:
         raise MethodError(f"'{tree.name}' is merged already")
     if not tree.enabled:
         raise MethodError(f"'{tree.name}' is disabled; enable() it before merging")
-    folds = _folds(tree)
+    with gathered(tree.model, tree.model):
+        folds = _folds(tree)
     _check_alone(tree, folds, others)
     tree.unmerged = []
     try:
@@ -45,7 +47,7 @@ def _write(fold: Folded, unmerged: list) -> None:
             like = fold.place.module.weight
             setattr(fold.place.module, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
         else:
-            current.copy_(value)
+            put(current, value)
 
 
 def _folds(tree: Tree) -> list[Folded]:
@@ -89,10 +91,11 @@ def unmerge(tree: Tree) -> None:
     """
     if tree.unmerged is None:
         raise MethodError(f"'{tree.name}' is not merged")
+    reshard(tree.model)
     for place, name, value in reversed(tree.unmerged):
         if value is None:
             setattr(place.module, name, None)
         else:
-            getattr(place.module, name).copy_(value)
+            put(getattr(place.module, name), value)
     tree.unmerged = None
     tree.tell()

@@ -8,6 +8,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER
 from ..interventions.base import Intervention
 from ..interventions.weights import ExistingTensors
+from ..shards import class_of, reshard
 from .needs import calibration_advice
 
 
@@ -16,7 +17,7 @@ def model_name(model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture"), cfg.get("tag")
     if not name:
-        return type(model).__name__
+        return class_of(model).__name__
     return f"{name}.{tag}" if tag else name
 
 
@@ -43,6 +44,7 @@ def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
     head = sum(p.numel() for _, p in tree.head_parameters()) if method.trains_head else 0
     inside = sum(p.numel() for n, p in tree.model.named_parameters() if not n.startswith(prefix))
     total = inside + sum(p.numel() for p in tree.parameters())
+    notes = [] if reshard(tree.model) else method.notes(tree)  # values in shards are not to be read on one process alone
     options = ", ".join(f"{k}={v!r}" for k, v in method.options().items())
     waits = method.needs_calibration and not tree.calibrated
     lines = [
@@ -50,7 +52,7 @@ def summary(tree: Tree, boundary: str, mergeable: bool, state: str) -> str:
         f"  paper      {method.paper}",
         f"  trainable  {own:,} + {head:,} in the head, of {total:,} ({100 * (own + head) / max(total, 1):.2f} %)",
         *([f"  calibrated not yet: {calibration_advice(method)}"] if waits else []),
-        *(f"  {title:10} {text}" for title, text in method.notes(tree)),
+        *(f"  {title:10} {text}" for title, text in notes),
         f"  mergeable  {'yes' if mergeable else 'no'}",
         f"  gradient   reaches back to {boundary}",
         "  sites",
