@@ -18,6 +18,9 @@ from .junction import Junction, unhook, with_tensors
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
 
+# Whether torch.export follows what runs now; torch 2.6 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_scripting)
+
 
 class Hub:
     """Makes a ``Flow`` when a forward of the model starts, and drops it when that ends or fails.
@@ -121,6 +124,8 @@ class Hub:
             return None
         if flow.task is not None and flow.task != torch._C._current_graph_task_id():
             return None  # its backward pass failed, or this is another one
+        if flow.exported and not is_exporting():
+            return None  # it failed, and torch calls no hooks then
         return flow
 
     def acting_now(self) -> tuple[str, ...]:
@@ -139,7 +144,9 @@ class Hub:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             checkpointed = any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
-        return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+        flow = Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+        flow.exported = is_exporting()
+        return flow
 
     @contextmanager
     def running(self, acting: tuple[str, ...] | None = None, **facts: Any) -> Iterator[Flow]:
