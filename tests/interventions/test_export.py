@@ -6,8 +6,10 @@ The sweep over every method: ``python -m pytest -m slow -s tests/interventions/t
 import copy
 import inspect
 import io
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 import vpeft
 from tests.support.models import CASES, attached, images, make, randomise
 from vpeft.interventions.hub import hub_of
+from vpeft.tasks.video.model import FramewiseModel
 
 BATCHES = (1, 3, 5)
 BATCH = torch.export.Dim("batch", min=1, max=64)
@@ -119,6 +122,11 @@ def test_a_trace_is_checked_as_torch_does_by_default():
     with torch.no_grad():
         model(images(model))  # keys and values are kept from here on
         agrees(traced(model, images(model, 4)), model)
+
+
+def test_an_onnx_file_takes_any_batch():
+    model, _ = ready("vpt_deep", "vit", blocks=[0, 1])
+    agrees(through_onnx(model, images(model, 4)), model)
 
 
 def test_the_handles_that_act_are_exported():
@@ -230,3 +238,51 @@ def test_options_that_change_the_way(method, options, way):
         agrees(WAYS[way](model, x), model, batches)
     else:
         agrees(WAYS[way](model, x, frames * torch.export.Dim("clips", min=1, max=16)), model, batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lst", "vqt", "dtl", "ladder_adapter"])
+def test_features_alone(method):
+    """What the classifier's side still needs is no part of them."""
+
+    class Features(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model, self.patch_embed = model, model.patch_embed
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model.forward_features(x)
+
+    features = Features(ready(method, "vit")[0])
+    x = images(features, 4)
+    agrees(exported(features, x), features)
+    agrees(traced(features, x, check_trace=False), features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [exported, traced])
+@pytest.mark.parametrize("pool", ["after", "before"])
+@pytest.mark.parametrize("method", ["aim", "st_adapter"])
+def test_video_models(method, pool, way):
+    model, _ = ready(method, "vit", frames=2)
+    whole = FramewiseModel(model, pool).eval()
+
+    def clips(batch: int) -> Tensor:
+        return images(model, 2 * batch).unflatten(0, (batch, 2)).transpose(1, 2)
+
+    other = way(whole, clips(4))
+    for batch in BATCHES:
+        with torch.no_grad():
+            expected = whole(clips(batch))
+        assert (other(clips(batch)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    scope: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)
+    assert scope["logits"].shape == (5, 10)
+    assert {p.name for p in tmp_path.iterdir()} >= {"model.pt2", "model.onnx", "model.ts"}
