@@ -7,8 +7,10 @@ import copy
 import inspect
 import io
 import re
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,36 @@ def test_a_failed_export_leaves_no_forward_behind():
         check()
     removed.remove()
     agrees(traced(model, images(model, 4), check_trace=False), model)
+
+
+def test_another_model_runs_while_one_is_exported():
+    """On another thread: it starts before the export ends, and ends after it."""
+    (model, _), (other, _) = ready("dtl", "vit"), ready("dtl", "vit")
+    x, started, exporting_ended = images(other), threading.Event(), threading.Event()
+    with torch.no_grad():
+        expected = other(x)
+
+    def wait(*_) -> None:
+        started.set()
+        exporting_ended.wait(60)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return other(x)
+
+    def start(*_) -> None:
+        running.append(pool.submit(run))
+        started.wait(60)
+
+    running: list[Future] = []
+    other.blocks[1].register_forward_pre_hook(wait)
+    removed = model.blocks[1].register_forward_pre_hook(start)
+    with ThreadPoolExecutor(1) as pool:
+        exported(model, images(model, 4))
+        exporting_ended.set()
+        found = running[0].result()
+    removed.remove()
+    assert torch.allclose(found, expected, atol=1e-6)  # timm takes another way while anything is compiled
 
 
 def test_clips_of_any_number():

@@ -144,9 +144,14 @@ class Hub:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             checkpointed = any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
-        flow = Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
-        flow.exported = is_exporting()
-        return flow
+        return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+
+    def _begin(self, starter: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A module's call starts a forward, which ``_end`` ends."""
+        flow = self._new(starter)
+        # Other threads, whose tensors are real, may run while one exports.
+        flow.exported = is_exporting() and type(args[0] if args else next(iter(kwargs.values()))) is not Tensor
+        self.local.flow = flow
 
     @contextmanager
     def running(self, acting: tuple[str, ...] | None = None, **facts: Any) -> Iterator[Flow]:
@@ -184,7 +189,7 @@ class Hub:
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
-            self.local.flow = self._new(model)
+            self._begin(model, args, kwargs)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         flow = self.now()
@@ -198,11 +203,11 @@ class Hub:
                 self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
             return
         if torch.compiler.is_compiling():
-            self.local.flow = self._new(block)
+            self._begin(block, args, kwargs)
             return
         task = torch._C._current_graph_task_id()
         if task == -1:  # a block called by itself
-            self.local.flow = self._new(block)
+            self._begin(block, args, kwargs)
         else:
             self._enter_again(args[0] if args else kwargs["x"], task)
 
