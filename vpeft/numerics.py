@@ -45,6 +45,13 @@ def why_not_copied(value: Any, own: Tensor, any_size: bool = False, planned: boo
     return None
 
 
+def own_backward() -> bool:
+    """Whether an autograd function of the library's own is of use: gradients are recorded, and by nothing that saves what
+    it records (a traced model cannot hold such a function).
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
 def unregistered(owner: nn.Module, **modules: nn.Module | None) -> None:
     """Give a module references to others that stay no part of it: they are saved, moved and trained where they belong."""
     for name, module in modules.items():

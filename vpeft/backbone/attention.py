@@ -94,7 +94,8 @@ def _table_bias(attn: nn.Module) -> Tensor | None:
 
 def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T scale + bias) v: (B, heads, N, d). A bias of (W, heads, N, M) is repeated over B / W images."""
-    if bias is not None and bias.ndim == 4 and 1 < bias.shape[0] < q.shape[0]:
+    # Also where there is one image: what was traced with it meets others.
+    if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
         bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0

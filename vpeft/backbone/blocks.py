@@ -99,7 +99,7 @@ def through_block(block: nn.Module, x: Tensor, extra: Tensor) -> tuple[Tensor, T
     inner = F.pad(inner, (0, 0, 0, pad_w, 0, pad_h))
     mask = block.get_attn_mask(inner) if getattr(block, "dynamic_mask", False) else block.attn_mask
     windows = window_partition(inner, block.window_size).flatten(1, 2)  # image by image
-    number = len(windows) // batch
+    number = windows.shape[0] // batch
     joined = normed[:, :count].repeat_interleave(number, 0)
     if mask is not None:
         mask = pad_pairs(mask, 0, count)

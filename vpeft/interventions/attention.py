@@ -147,8 +147,10 @@ class ComputedKeysValues(PrefixKeysValues):
 
     def _recall(self) -> tuple[Tensor, Tensor]:
         sources = None
-        # A parameter that is gathered anew does not tell of a change.
-        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or possible()):
+        # Nor while another program is made of the forward: in that one they are made of its own tensors. Nor in shards: a
+        # parameter that is gathered anew does not tell of a change.
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not (recorded or self.training or possible()):
             sources = self.sources()
         if sources is None or not all(_tells_changes(t) for t in sources):
             self._stored = None

@@ -73,6 +73,10 @@ class Intervention(nn.Module):
         with replacing(place):
             self.hub.at(place.module).add_around(self.owner, change)
 
+    def __dir__(self) -> list[str]:
+        # Without properties: some can be read in a forward alone, and torch.jit.trace reads all that is listed before one.
+        return [name for name in super().__dir__() if not isinstance(getattr(type(self), name, None), property)]
+
     @property
     def flow(self) -> Flow:
         """The forward under way.

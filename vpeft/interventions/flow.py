@@ -16,6 +16,7 @@ class Flow:
         starter: the module whose call it is.
         outer: the flow that goes on when this one has ended.
         checkpointed: blocks will run again in backward.
+        exported: torch.export follows it.
         task: the backward pass whose blocks run again in it, or None.
     """
 
@@ -35,6 +36,7 @@ class Flow:
         self.called: set[str] = set()  # of the starter's own functions, those that were called
         self.busy = False  # one of them runs
         self.task: int | None = None
+        self.exported = False
         self.closed = False
 
     def put(self, owner: object, name: str, value: Any, *, carried: bool = False) -> None:

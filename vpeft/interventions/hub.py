@@ -19,6 +19,9 @@ from .junction import Junction, exchanged, unhook, with_tensors
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
 
+# Whether torch.export follows what runs now; torch 2.6 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_scripting)
+
 
 class Hub:
     """Makes a ``Flow`` when a forward of the model starts, and drops it when that ends or fails.
@@ -133,6 +136,8 @@ class Hub:
             return None
         if flow.task is not None and flow.task != torch._C._current_graph_task_id():
             return None  # its backward pass failed, or this is another one
+        if flow.exported and not is_exporting():
+            return None  # it failed, and torch calls no hooks then
         return flow
 
     def acting_now(self) -> tuple[str, ...]:
@@ -158,6 +163,13 @@ class Hub:
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
         return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+
+    def _begin(self, starter: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A module's call starts a forward, which ``_end`` ends."""
+        flow = self._new(starter)
+        # Other threads, whose tensors are real, may run while one exports.
+        flow.exported = is_exporting() and type(args[0] if args else next(iter(kwargs.values()))) is not Tensor
+        self.local.flow = flow
 
     @contextmanager
     def running(self, acting: tuple[str, ...] | None = None, **facts: Any) -> Iterator[Flow]:
@@ -219,7 +231,7 @@ class Hub:
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
-            self.local.flow = self._new(model)
+            self._begin(model, args, kwargs)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         flow = self.now()
@@ -234,11 +246,11 @@ class Hub:
                 self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
             return
         if torch.compiler.is_compiling():
-            self.local.flow = self._new(block)
+            self._begin(block, args, kwargs)
             return
         task = torch._C._current_graph_task_id()
         if task == -1:  # a block called by itself
-            self.local.flow = self._new(block)
+            self._begin(block, args, kwargs)
         else:
             self._enter_again(args[0] if args else kwargs["x"], task)
 

@@ -127,7 +127,7 @@ class TemporalEmbedding(MapOutput):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = self.clip.length
-        return x + self.temporal_embed[:frames].repeat(len(x) // frames, 1)[:, None]
+        return x + self.temporal_embed[:frames].repeat(x.shape[0] // frames, 1)[:, None]
 
 
 def _drop_path(branch: ModuleRef) -> DropPath:

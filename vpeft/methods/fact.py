@@ -42,7 +42,7 @@ class FrozenLinearPlus(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, core: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(len(rows), core.shape[1])
+        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(rows.shape[0], core.shape[1])
         inner = low @ core.t()
         if mask is not None:
             inner *= mask
@@ -76,7 +76,7 @@ class FrozenLinearPlus(torch.autograd.Function):
         to_u = to_low.t() @ x.reshape(-1, u.shape[1])
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = grad.reshape(len(inner), -1) @ weight
+            to_x = grad.reshape(inner.shape[0], -1) @ weight
             to_x.view(-1, u.shape[1]).addmm_(to_low, u)
             to_x = to_x.view(x.shape)
         return to_x, None, None, to_u, to_core, to_v, None, None
@@ -100,6 +100,8 @@ class FusedAddToLinear(AddToLinear):
     def fusable(self, x: Tensor) -> bool:
         """Whether ``fused`` gives all that is asked for here."""
         module, device = self.site.module, x.device.type
+        if torch.jit.is_tracing():  # a traced model that holds a function of this library's own cannot be saved
+            return False
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return False
         frozen = not any(p.requires_grad for p in module.parameters(recurse=False))

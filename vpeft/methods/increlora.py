@@ -11,6 +11,7 @@ from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..numerics import own_backward
 from ..options import nonnegative, option, probability
 from .base import Blocks, Method, Paper, PerBlock, count, linears_by_path, per_block, register, slots, which_blocks
 from .lora import LoraLinear, check_rank, check_targets
@@ -104,7 +105,7 @@ class GrowingLinear(LoraLinear):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
-        if torch.is_grad_enabled():
+        if own_backward():
             rows, parts = zip(*self.parts(), strict=True)
             rows = rows if self.scoring else ()
             y = _Score.apply(y, x.detach(), a.detach(), b.detach(), rows, *[p.score for p in parts])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..numerics import at_least_float32
+from ..numerics import at_least_float32, own_backward
 from .base import Paper, count, per_channel, register
 from .pixel import PixelMethod, PixelPrompt, as_images
 
@@ -114,7 +114,7 @@ class FreeFrame(Surround):
         self.normalise = method.normalise
 
     def pixels(self, batch: int) -> Tensor:
-        if self.normalise:
+        if self.normalise and own_backward():
             return _UnitGradient.apply(self.prompt, self.outside, batch)
         return self.prompt * self.outside
 

@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.junction import Inner
 from ..interventions.output import MapOutput
-from ..numerics import wide
+from ..numerics import own_backward, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -162,7 +162,7 @@ class ScaleAndShift(MapOutput):
 
     def _keeps_y(self, y: Tensor) -> bool:
         """Whether torch's own product has to do."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not own_backward() or torch.compiler.is_compiling():
             return True  # nothing is kept; the compiler decides by itself
         # An attention with a bias outside its linear adds it to the result in place.
         return self.outside is not None or not self.vectors()[0].requires_grad or self.near_zero.has(self)

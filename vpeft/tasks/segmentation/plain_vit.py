@@ -54,7 +54,7 @@ def image_tokens(model: nn.Module, images: Tensor, positions: Tensor | None = No
     x = embed(images)  # the module itself, for the hooks on it
     x = x.flatten(1, 2) if x.ndim == 4 else x
     grid = grid_of(embed, images.shape[-2:])
-    first = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
+    first = [t.expand(x.shape[0], -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
     placed = 0 if model.no_embed_class else model.num_prefix_tokens
     positions = resized_positions(model.pos_embed if positions is None else positions, embed.grid_size, grid, placed)
     x = torch.cat([*first, x + positions], 1) if model.no_embed_class else torch.cat([*first, x], 1) + positions

@@ -139,7 +139,7 @@ class SideViT(nn.Module):
         patches = self.patch_embed(images)
         grid = tuple(patches.shape[-2:])
         count = self.queries.shape[1]
-        x = torch.cat([self.queries.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.queries.expand(images.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], 1)
         places = torch.cat([self.query_pos, resized_positions(self.pos_embed, self.grid, grid)], 1)
         x, collected = x + places, []
         for layer in range(len(self.blocks) + 1):

@@ -73,7 +73,7 @@ class FramewiseModel(nn.Module):
     def _drop(self, features: Tensor, frames: int) -> Tensor:
         if not (self.training and self.dropout):
             return features
-        mask = F.dropout(features.new_ones(len(features) // frames, features.shape[-1]), self.dropout)
+        mask = F.dropout(features.new_ones(features.shape[0] // frames, features.shape[-1]), self.dropout)
         return features * mask.repeat_interleave(frames, 0)
 
     def _before(self, clip: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class FramewiseModel(nn.Module):
         last = backbone.forward_intermediates(rows, indices=1, norm=False, intermediates_only=True, **options)[0]
         maps, tokens = last if prefix else (last, None)
         x = tokens[:, 0] if backbone.global_pool == "token" else maps.mean((2, 3))
-        x = backbone.norm(x.unflatten(0, (len(clip), -1)).mean(1))
+        x = backbone.norm(x.unflatten(0, (clip.shape[0], -1)).mean(1))
         if not isinstance(backbone, VisionTransformer):
             return backbone.forward_head(x[:, None, None], pre_logits=True)
         skipped = prefix if backbone.global_pool == "avg" else 0  # what its pooling leaves out
