@@ -19,6 +19,8 @@ from .following import check_other_weights, follow_size, follow_weights
 # timm's functions that change the model; the container's, of the same names, stand before them.
 STANDS_BEFORE = ("reset_classifier", "set_input_size", "prune_intermediate_layers", "load_pretrained")
 
+_MARK = torch.ones(1, dtype=torch.uint8)
+
 
 class Container(nn.Module):
     """The trees of a model's attached methods, as its children.
@@ -199,7 +201,7 @@ class Container(nn.Module):
     # A state dict tells by this entry that methods were attached, also where they train the model's own tensors alone.
     def get_extra_state(self) -> Tensor:
         """Which entry that is does not matter."""
-        return torch.ones(1, dtype=torch.uint8)
+        return _MARK
 
     def set_extra_state(self, state: Any) -> None:
         """There is nothing to take from it."""
