@@ -71,3 +71,27 @@ def test_adamix_goes_on_with_the_loss_that_it_had():
     loss = handle.consistency_loss(*runs)
     assert torch.allclose(loss, expected, rtol=1e-10)
     assert torch.allclose(torch.autograd.grad(loss, runs)[0], torch.autograd.grad(expected, runs)[0], atol=1e-10)
+
+
+def test_a_method_of_ones_own_gets_an_option(tmp_path):
+    """A file from before is refused, unless the method says what it meant."""
+    from dataclasses import make_dataclass
+
+    from vpeft.methods.base import METHODS, Paper, register
+    from vpeft.methods.lora import LoRA
+
+    before = type("Own", (LoRA,), {"__doc__": "One's own.", "__annotations__": {}})
+    register("own_lora", Paper("none", "nowhere", "", "additive"), where="linears")(before)
+    try:
+        handle = vpeft.attach(backbone(SAVED / "mam.safetensors"), "own_lora", rank=2)
+        file = handle.save(tmp_path / "a.safetensors")
+        del METHODS["own_lora"]
+        fields = [("extra", int, 3)]
+        after = make_dataclass("Own", fields, bases=(LoRA,), namespace={"__doc__": "One's own."})
+        register("own_lora", Paper("none", "nowhere", "", "additive"), where="linears")(after)
+        with pytest.raises(vpeft.CheckpointError, match="its metadata lack extra of own_lora"):
+            vpeft.load(backbone(SAVED / "mam.safetensors"), file)
+        after.unsaid = {"extra": 1}
+        assert vpeft.load(backbone(SAVED / "mam.safetensors"), file).method.extra == 1
+    finally:
+        del METHODS["own_lora"]

@@ -85,6 +85,7 @@ class Method:
         name: under which it is registered.
         paper: where it was published.
         where: what it acts on, in a few words for the tables of methods.
+        unsaid: of a method of one's own, what its files mean that were saved before it got an option, by the option's name.
         starts_without_data: where no data are at hand for ``calibrate``, it trains from another start, with a warning.
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
     """
@@ -93,6 +94,7 @@ class Method:
     paper: ClassVar[Paper]
     where: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    unsaid: ClassVar[dict[str, Any]] = {}
     starts_without_data: ClassVar[bool] = False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .base import ALIASES, METHODS
+
 # By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
 MEANT: dict[int, dict[str, dict[str, Any]]] = {
     1: {
@@ -24,7 +26,8 @@ def options_of(method: str, options: Mapping[str, Any], written: int) -> dict[st
         options: as the file holds them.
         written: the file's format.
     """
-    meant: dict[str, Any] = {}
+    cls = METHODS.get(ALIASES.get(method, method))
+    meant: dict[str, Any] = {} if cls is None else dict(cls.unsaid)
     for format_, methods in sorted(MEANT.items(), reverse=True):
         if format_ >= written:
             meant |= methods.get(method, {})

@@ -89,7 +89,7 @@ def _method_of(file: checkpoint.File) -> Method:
         method = create(stored["name"], **options_of(stored["name"], stored["options"], written))
     except Exception as error:  # of whatever kind: the values come from a file
         raise CheckpointError(f"its method cannot be rebuilt here: {error}") from error
-    missing = sorted(method.options().keys() - stored["options"].keys())
+    missing = sorted(method.options().keys() - stored["options"].keys() - method.unsaid.keys())
     if missing and written == checkpoint.FORMAT:  # what older files mean is in methods/earlier.py
         raise CheckpointError(f"its metadata lack {some(missing)} of {method.name}")
     return method
