@@ -203,9 +203,6 @@ def test_clips_of_any_number():
     batches = tuple(n * frames for n in BATCHES)
     agrees(traced(model, x, check_trace=False), model, batches)
     agrees(exported(model, x, frames * clips), model, batches[1:])  # torch does not count a single clip in
-    whole = nn.Sequential(nn.Flatten(0, 1), model)  # (B, T, C, H, W)
-    other = exported(whole, x.unflatten(0, (-1, frames)))
-    agrees(lambda x: other(x.unflatten(0, (-1, frames))), model, batches)
     with pytest.raises(Exception, match=f"{frames}"):
         exported(model, x)(images(model, 3))
 
@@ -290,6 +287,15 @@ def test_features_alone(method):
     x = images(features, 4)
     agrees(exported(features, x), features)
     agrees(traced(features, x, check_trace=False), features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["aim", "st_adapter"])
+def test_clips_in_a_dimension_of_their_own(method):
+    model, _ = ready(method, "vit", frames=2)
+    x = images(model, 8).unflatten(0, (4, 2))
+    other = exported(nn.Sequential(nn.Flatten(0, 1), model), x)
+    agrees(lambda rows: other(rows.unflatten(0, (-1, 2))), model, (2, 6, 10))
 
 
 @pytest.mark.slow
