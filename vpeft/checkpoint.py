@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
-from .files import Shape, as_path, read_shapes, read_tensors, write_bytes
+from .files import Shape, as_path, read_shapes, read_tensors, writable_file, write_bytes
 from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
 from .shards import check_same, class_of, first_writes, whole, wholes
 
@@ -110,7 +110,7 @@ def save(
     live = model.state_dict()
     check_same(live, _checksum(text, {n: tensors[n] for n in own}), path)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
-    first_writes(live, lambda: write_bytes(path, blob), path)
+    first_writes(live, lambda: write_bytes(writable_file(path), blob), path)
     return path
 
 

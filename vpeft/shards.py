@@ -166,7 +166,7 @@ def check_same(tensors: Mapping[str, Tensor], digest: str, path: Any) -> None:
         path: of the file, for the message.
 
     Raises:
-        MethodError: on every process.
+        CheckpointError: on every process.
     """
     shard = next((t for t in tensors.values() if is_shard(t)), None)
     if shard is None:
@@ -174,7 +174,7 @@ def check_same(tensors: Mapping[str, Tensor], digest: str, path: Any) -> None:
     number = torch.tensor(int(digest[:12], 16), dtype=torch.int64, device=shard.device_mesh.device_type)
     least, most = (_spread(number, shard.device_mesh, "Partial", op).full_tensor() for op in ("min", "max"))
     if int(least) != int(most):
-        raise MethodError(
+        raise CheckpointError(
             f"{path}: the processes have different values of what is not in shards (buffers): seed all of them alike before "
             f"attach, and calibrate on the same batches"
         )

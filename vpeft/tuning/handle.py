@@ -12,7 +12,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, some
-from ..files import naming, writable_file
+from ..files import as_path, naming, writable_file
 from ..methods.base import Method
 from ..numerics import kept_modes
 from ..shards import gathered, reshard, wholes
@@ -381,7 +381,8 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before saving")
         stepping.check_units(self.root)
-        file, head = writable_file(path), self.head_state_dict()
+        # In shards the first process alone looks at the place: one that fails by itself would leave the others waiting.
+        file, head = as_path(path) if reshard(self.model) else writable_file(path), self.head_state_dict()
         with naming(file):
             described = checkpoint.describe(class_names, metrics, data, config)
             described["num_classes"] = self.root.classifier.num_classes
