@@ -45,6 +45,7 @@ class Container(nn.Module):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
         self.enabled_order, self.patched = [], []
+        self._mark = torch.ones(1, dtype=torch.uint8, device="cpu")
         self._seen: list[str] | None = None  # the call of ``load_state_dict`` that was seen last
         self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
 
@@ -211,8 +212,8 @@ class Container(nn.Module):
 
     # A state dict tells by this entry that methods were attached, also where they train the model's own tensors alone.
     def get_extra_state(self) -> Tensor:
-        """Which entry that is does not matter; a tensor of its own, as two models may be written into one file."""
-        return torch.ones(1, dtype=torch.uint8)
+        """Which entry that is does not matter; of each model a tensor of its own, as one file may hold several models."""
+        return self._mark
 
     def set_extra_state(self, state: Any) -> None:
         """There is nothing to take from it."""
