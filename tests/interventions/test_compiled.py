@@ -48,6 +48,28 @@ def test_switching_is_seen():
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in ((seen[2], bare), (seen[3], seen[2]), (seen[4], seen[3])))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_method_that_comes_later_is_seen(fullgraph):
+    """The graph was made where nothing acted and nothing was hooked: torch does not look whether hooks came since."""
+    model = make("vit", depth=2)
+    x = images(model)
+    vpeft.attach(model, "bitfit").disable()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    with torch.no_grad():
+        seen = [model(x)]
+        assert torch.allclose(compiled(x), seen[0], atol=1e-5, rtol=1e-5)
+        for method in ("adaptformer", "lora"):
+            handle = vpeft.attach(model, method, name="later")
+            handle.requires_grad_(False)
+            randomise(handle)
+            seen.append(model(x))
+            assert torch.allclose(compiled(x), seen[-1], atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(seen[-1], seen[-2], atol=1e-3)
+            handle.detach()
+            assert torch.allclose(compiled(x), seen[0], atol=1e-5, rtol=1e-5)
+
+
 def test_clip_lengths_are_seen():
     model = make("vit")
     randomise(vpeft.attach(model, "st_adapter", bottleneck=4))

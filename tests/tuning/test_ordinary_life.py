@@ -9,11 +9,12 @@ import warnings
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vpeft
-from tests.support.models import REFUSED, attached, images, make, randomise
+from tests.support.models import REFUSED, attached, images, make, randomise, vit
 
 METHODS = vpeft.list_methods()
 MAIN = {"adaptformer", "bitfit", "convpass", "dora", "evp", "fact_tt", "full", "gps", "lora", "lst", "vpt_deep", "vqt"}
@@ -174,6 +175,55 @@ def test_other_weights_are_refused_where_nothing_can_follow():
     assert torch.equal(model.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
     lora.detach()
     assert not model._load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full", "gps", "dora", "lora"])
+def test_weights_of_a_part_loaded_after_attaching(method):
+    """``model.blocks[0].load_state_dict`` is a load like the model's own."""
+    model, new = make("vit"), make("vit", seed=5)
+    handle = attached(model, method)
+    randomise(handle, 0.1)
+    before, block = everything(model), new.blocks[0].state_dict()
+    if method in MADE_FROM_WEIGHTS or handle.method.needs_calibration:
+        for part, state in ((model.blocks[0], block), (model.blocks, {f"0.{n}": t for n, t in block.items()})):
+            with pytest.raises(vpeft.MethodError, match=r"made from the weights that the model has now.*blocks\.0\."):
+                part.load_state_dict(state, strict=False)
+        assert unchanged(model, before)
+    else:
+        model = copy.deepcopy(model)
+        handle = vpeft.get_handle(model)
+        model.blocks[0].load_state_dict(block)
+        model.norm.load_state_dict(new.norm.state_dict())
+        bare, x = make("vit"), images(model)
+        bare.blocks[0].load_state_dict(block)
+        bare.norm.load_state_dict(new.norm.state_dict())
+        with handle.disable():
+            assert torch.equal(run(model, x), run(bare, x))
+        assert torch.equal(run(handle.detach(), x), run(bare, x))
+    if handle._root is not None:
+        handle.detach()
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+def test_a_state_for_a_model_without_values():
+    """The values before training are nowhere: what trains the model's own tensors could never be switched off."""
+    source = make("vit")
+    randomise(attached(source, "full"), 0.1)
+    with torch.device("meta"):
+        model = vit()
+    vpeft.attach(model, "full")
+    with pytest.raises(vpeft.MethodError, match="knows the values before training of the present weights alone"):
+        model.load_state_dict(source.state_dict(), assign=True)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_two_adapted_models_in_one_file(tmp_path):
+    """As accelerate writes a student beside its teacher: no two entries may share memory."""
+    both = nn.ModuleDict({"student": make("vit"), "teacher": make("vit", seed=2)})
+    for model in both.values():
+        vpeft.attach(model, "lora")
+    save_file(both.state_dict(), tmp_path / "both.safetensors")
+    both.load_state_dict(load_file(tmp_path / "both.safetensors"))
 
 
 # ---- another input size ----

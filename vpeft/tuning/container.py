@@ -19,8 +19,6 @@ from .following import check_other_weights, follow_size, follow_weights
 # timm's functions that change the model; the container's, of the same names, stand before them.
 STANDS_BEFORE = ("reset_classifier", "set_input_size", "prune_intermediate_layers", "load_pretrained")
 
-_MARK = torch.ones(1, dtype=torch.uint8)
-
 
 class Container(nn.Module):
     """The trees of a model's attached methods, as its children.
@@ -47,6 +45,8 @@ class Container(nn.Module):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
         self.enabled_order, self.patched = [], []
+        self._mark = torch.ones(1, dtype=torch.uint8, device="cpu")
+        self._seen: list[str] | None = None  # the call of ``load_state_dict`` that was seen last
         self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
 
     def install(self) -> None:
@@ -55,7 +55,8 @@ class Container(nn.Module):
         for name in STANDS_BEFORE:
             if callable(getattr(model, name, None)):
                 setattr(model, name, getattr(self, name))
-        model.register_load_state_dict_pre_hook(self._before_load)
+        for module in self._loadable():
+            module.register_load_state_dict_pre_hook(self._before_load)
 
     def uninstall(self) -> None:
         """Give the model its functions back."""
@@ -63,9 +64,16 @@ class Container(nn.Module):
         for name in STANDS_BEFORE:
             vars(model).pop(name, None)
         vars(model).update(self.users_own)
-        hooks = model._load_state_dict_pre_hooks
-        for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
-            del hooks[key]
+        for module in self._loadable():
+            hooks = module._load_state_dict_pre_hooks
+            for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
+                del hooks[key]
+
+    def _loadable(self) -> list[nn.Module]:
+        """The model and its parts, whose own ``load_state_dict`` is seen too; the classifier's belong to handles."""
+        heads = tuple(f"{path}." for path in self.own_classifier.modules)
+        parts = [module for module, (_, _, path) in self.hub.places.items() if not f"{path}.".startswith(heads)]
+        return [self.hub.model, *parts]
 
     @classmethod
     def has_attribute(cls, name: str) -> bool:
@@ -193,15 +201,19 @@ class Container(nn.Module):
             return self.users_own[name]
         return partial(getattr(type(model), name), model)
 
-    def _before_load(self, model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Called by torch before ``load_state_dict`` copies anything."""
-        named = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    def _before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called by torch before ``load_state_dict`` copies anything into the model, or into a part of it."""
+        if self._seen is rest[-1]:  # torch's list of errors, one for each call: this is a module inside of one seen already
+            return
+        self._seen = rest[-1]
+        path = "" if module is self.hub.model else f"{self.hub.places[module][2]}."
+        named = {path + n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         follow_weights(self.trees, named, any(n.startswith(f"{CONTAINER}.") for n in named))
 
     # A state dict tells by this entry that methods were attached, also where they train the model's own tensors alone.
     def get_extra_state(self) -> Tensor:
-        """Which entry that is does not matter."""
-        return _MARK
+        """Which entry that is does not matter; of each model a tensor of its own, as one file may hold several models."""
+        return self._mark
 
     def set_extra_state(self, state: Any) -> None:
         """There is nothing to take from it."""

@@ -42,7 +42,8 @@ def follow_weights(trees: Mapping[str, Tree], state: Mapping[str, Any], own: boo
     trained = {n for tree in trees.values() for e in tree.existing for n in e.slots}
     if changed <= trained and live.keys() - trained:
         own = True  # another backbone would have other frozen weights too
-    new = changed - trained if own else changed
+    unknown = {n for tree in trees.values() for e in tree.existing for n, t in e.inactive.items() if t.is_meta}
+    new = changed - (trained - unknown) if own else changed
     if not new:
         return
     for name, tree in trees.items():
