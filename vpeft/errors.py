@@ -56,5 +56,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 def some(names: list[str]) -> str:
     """The first three of some names, cut where they are long, and how many more there are."""
-    shown = [n if len(n) <= 200 else f"{n[:200]}…" for n in names[:3]]
+    plain = [n if n.isprintable() else ascii(n)[1:-1] for n in names[:3]]
+    shown = [n if len(n) <= 200 else f"{n[:200]}…" for n in plain]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

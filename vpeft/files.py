@@ -19,7 +19,7 @@ from .errors import CheckpointError, VpeftError
 
 DEEPEST = 50  # lists and mappings in each other; a configuration has about five
 LONGEST_SHOWN = 1000  # characters of a message that repeats what it was given
-_SURROGATE = re.compile("[\ud800-\udfff]")  # which no file and no terminal can be given
+SURROGATE = re.compile("[\ud800-\udfff]")  # which no file and no terminal can be given
 # safetensors' names of the types that torch has.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -132,7 +132,11 @@ def as_path(path: Any) -> Path:
     Raises:
         CheckpointError: it is no path.
     """
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        text = None
+    if not isinstance(text, str) or "\0" in text:
         raise CheckpointError(f"expected a file's path, got {path!r}"[:LONGEST_SHOWN])
     return Path(path)
 
@@ -163,7 +167,7 @@ def writable_file(path: Any) -> Path:
     """
     given, path = path, as_path(path)
     try:
-        folder = path.is_dir()
+        folder, device = path.is_dir(), path.exists() and not path.is_file()
         if str(given) and not folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.is_symlink()
@@ -171,6 +175,8 @@ def writable_file(path: Any) -> Path:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     if not str(given) or folder:
         raise CheckpointError(f"'{given}' is {'a folder' if str(given) else 'no path'}; give the path of a file")
+    if device:  # a file would take its place
+        raise CheckpointError(f"{path} is no file that could be replaced")
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{path} cannot be written: no right to write in its folder")
     return path
@@ -203,7 +209,7 @@ def parse_json(text: str, path: Path) -> Any:
         depth += 1
         if depth > DEEPEST:
             raise CheckpointError(f"{path}: its metadata are nested more than {DEEPEST} deep")
-        if any(isinstance(x, str) and _SURROGATE.search(x) for x in level):
+        if any(isinstance(x, str) and SURROGATE.search(x) for x in level):
             raise CheckpointError(f"{path}: its metadata hold half a character")
     return found
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .errors import CheckpointError, some
-from .files import DEEPEST, parse_json
+from .errors import CheckpointError, shown, some
+from .files import DEEPEST, SURROGATE, parse_json
 from .options import SIZE, check_values, option
 
 FORMAT = 2  # 1: until November 2026; what changed in the meaning of options is in methods/earlier.py
 READABLE = (1, FORMAT)
+_LONGEST_INT = 1000  # bits of a whole number; Python neither writes nor reads very long ones
 
 
 @dataclass
@@ -41,7 +42,7 @@ class SavedData:
 
     input_size: list[int] | None = option(None, ge=1, le=SIZE, length=(3, 4), optional=True)
     mean: list[float] | None = option(None, length=(1, SIZE), optional=True)
-    std: list[float] | None = option(None, gt=0, length=(1, SIZE), optional=True)
+    std: list[float] | None = option(None, ge=1e-6, length=(1, SIZE), optional=True)
     interpolation: str | None = option(None, optional=True)
     crop_pct: float | None = option(None, gt=0, optional=True)
     crop_mode: str | None = option(None, optional=True)
@@ -120,8 +121,12 @@ def _plain(value: Any, where: str, deep: int) -> Any:
     if not deep:
         raise CheckpointError(f"{where} is nested more than {DEEPEST} deep")
     if isinstance(value, np.generic | np.ndarray | Tensor):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | str | int):
+        value = _listed(value, where)
+    if isinstance(value, str):
+        return whole_text(value, where)
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
+        raise CheckpointError(f"{where}: {shown(value)} is too long")
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -131,10 +136,29 @@ def _plain(value: Any, where: str, deep: int) -> Any:
         for key in value:
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise CheckpointError(f"{where}: the key {key!r} is no text")
+            whole_text(str(key), where)
         return {str(k): _plain(v, f"{where}.{k}", deep - 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, f"{where}[{i}]", deep - 1) for i, v in enumerate(value)]
     raise CheckpointError(f"{where}: a {type(value).__name__} cannot be written; give numbers, texts, lists and mappings")
+
+
+def _listed(value: Any, where: str) -> Any:
+    try:
+        return value.tolist()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # on the meta device, sparse, not initialised
+        raise CheckpointError(f"{where}: a {type(value).__name__} without plain values cannot be written") from error
+
+
+def whole_text(text: str, where: str) -> str:
+    """The text, which is none of half characters: Python makes those of file names that are not UTF-8.
+
+    Raises:
+        CheckpointError: a file that holds it would not load.
+    """
+    if SURROGATE.search(text):
+        raise CheckpointError(f"{where}: {text[:100]!a} holds half a character, as of a file name that is not UTF-8")
+    return text
 
 
 def plain_metrics(metrics: Any) -> dict[str, Any]:
@@ -150,12 +174,13 @@ def plain_metrics(metrics: Any) -> dict[str, Any]:
     for name in metrics:
         if not isinstance(name, str):
             raise CheckpointError(f"metrics: the name {name!r} is no text")
+        whole_text(name, "metrics: the name")
     return {name: plain(_finite(value), f"metrics.{name}") for name, value in metrics.items()}
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, np.generic | Tensor) and value.ndim == 0:
-        value = value.item()
+        value = _listed(value, "metrics")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -176,4 +201,5 @@ def plain_names(names: Any) -> list[str] | None:
     for i, name in enumerate(found):
         if not isinstance(name, str):
             raise CheckpointError(f"class_names[{i}]: {name!r} is no text"[:300])
+        whole_text(name, f"class_names[{i}]")
     return [str(name) for name in found]

@@ -34,8 +34,9 @@ def why_not_copied(value: Any, own: Tensor, any_size: bool = False, planned: boo
     """
     if not isinstance(value, Tensor) or isinstance(value, UninitializedTensorMixin):
         return f"expected a tensor, got {type(value).__name__}"
-    if value.layout != torch.strided or value.is_quantized:
-        return f"expected a plain tensor, got a {'quantised' if value.is_quantized else str(value.layout)} one"
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        what = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        return f"expected a plain tensor, got a {what} one"
     if value.is_meta and not (own.is_meta or planned):
         return "it is on the meta device and has no values"
     if value.ndim != own.ndim if any_size else value.shape != own.shape:

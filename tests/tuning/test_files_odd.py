@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import struct
 import time
@@ -180,6 +181,18 @@ def test_metadata_that_are_no_mapping(saved):
     refused(sign(saved, '{"format": 77}', tensors), "format 77; this version of vpeft reads 1 to 2")
 
 
+def test_an_error_is_one_line(saved, tmp_path):
+    """Whatever a file's names hold."""
+    for change in (
+        lambda m, t: m["head"].append("\n\nTraceback\x1b[31m"),
+        lambda m, t: t.update({"a\nb": torch.zeros(1)}),
+        lambda m, t: m["method"].update(name="a\nb"),
+    ):
+        assert refused(edited(saved, change)).isprintable()
+    side = attached(tiny(), "side_tuning").save(tmp_path / "side.safetensors")
+    assert refused(edited(side, lambda m, t: m["method"]["options"].update(side="a\nb"))).isprintable()
+
+
 def test_metrics_of_a_run_that_diverged_still_load(saved):
     """Earlier versions wrote NaN into files."""
     file = edited(saved, lambda metadata, tensors: metadata["metrics"].update(loss=float("nan")))
@@ -311,10 +324,22 @@ def test_whole_numbers_keep_their_type(tmp_path):
         refused(edited(file, lambda m, t, dtype=dtype: t.update({name: t[name].to(dtype)})), f"{name}: type {dtype}")
 
 
+@pytest.mark.parametrize("method", ["evp", "ilm_vp", "dam_vp"])
+def test_short_types_are_converted_before_they_are_looked_at(tmp_path, method):
+    """torch does not say whether float8 is finite."""
+    file = attached(tiny(), method, name="a").save(tmp_path / "a.safetensors")
+    types = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16)
+    for dtype in types:
+        short = edited(file, lambda m, t, d=dtype: t.update({n: v.to(d) for n, v in t.items() if v.is_floating_point()}))
+        loaded = vpeft.load(tiny(), short).state_dict()
+        assert all(torch.equal(loaded[n], v.to(loaded[n].dtype)) for n, v in parts(short)[1].items() if n in loaded)
+
+
 VALUES = [
     np.zeros((2, 8), np.float32), None, 3, "x", [[0.0] * 8] * 2, torch.zeros(2, 8, device="meta"), torch.zeros(2, 8).to_sparse(),
     torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bool), torch.zeros(2, 8, dtype=torch.complex64),
     torch.zeros(2, 9), torch.zeros(()), nn.UninitializedParameter(), torch.quantize_per_tensor(torch.zeros(2, 8), 1, 0, torch.qint8),
+    torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), torch.nested.nested_tensor([torch.zeros(8), torch.zeros(8)]),
 ]  # fmt: skip
 
 
@@ -383,6 +408,14 @@ def test_metrics_are_plain_numbers(tmp_path, value, stands):
         ({"class_names": {"a": 0}}, "class_names: expected a list of names"),
         ({"class_names": [0, 1, 2, 3, 4]}, r"class_names\[0\]: 0 is no text"),
         ({"class_names": ["a", "b", None, "d", "e"]}, r"class_names\[2\]: None"),
+        ({"class_names": ["a", "b", "\udcff", "d", "e"]}, r"class_names\[2\]: '\\udcff' holds half a character"),
+        ({"metrics": {"\ud800": 1.0}}, "half a character"),
+        ({"metrics": {"a": torch.zeros((), device="meta")}}, "metrics: a Tensor without plain values"),
+        ({"metrics": {"a": 10**5000}}, r"metrics\.a: a number of 16610 bits is too long"),
+        ({"config": {"a": {"\ud800": 1}}}, r"config\.a: .* half a character"),
+        ({"config": {"a": ["\ud800"]}}, r"config\.a\[0\]: .* half a character"),
+        ({"data": {"a": torch.zeros(1).to_sparse()}}, r"data\.a: a Tensor without plain values"),
+        ({"data": {"a": nn.UninitializedParameter()}}, r"data\.a: a UninitializedParameter without"),
         ({"class_names": ["a", "b"]}, "class_names: 2 names for 5 outputs"),
         ({"class_names": list("abcdef")}, "class_names: 6 names for 5 outputs"),
     ],
@@ -422,11 +455,17 @@ def test_class_names_of_another_number_in_a_file(saved, names):
     )
 
 
+class NoPath:
+    def __fspath__(self):
+        return 3
+
+
 PATHS = [
     (None, "expected a file's path"),
     (3, "expected a file's path"),
     (b"a", "expected a file's path"),
     ("a\0b", "expected"),
+    (NoPath(), "expected a file's path"),
 ]
 
 
@@ -457,6 +496,14 @@ def test_paths_where_no_file_is(tmp_path, monkeypatch):
     with pytest.raises(vpeft.CheckpointError, match="is no path"):
         handle.save("")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path):
+    """``save("/dev/null")`` by an administrator would."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(vpeft.CheckpointError, match="pipe is no file that could be replaced"):
+        vpeft.attach(tiny(), "lora", rank=1).save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_the_longest_name_that_a_file_can_have(tmp_path):
@@ -648,6 +695,11 @@ def test_a_file_predicts(fashion):
         lambda m, t: m.update(class_names=["a"] * 1000),
         lambda m, t: m.update(class_names=None, num_classes=10**9),
         lambda m, t: m["model"].update(name="../x"),
+        lambda m, t: m["data"].update(input_size=[3, 65536, 65536]),
+        lambda m, t: m["data"].update(crop_pct=1e6),
+        lambda m, t: m["data"].update(mean=[0.5] * 5),
+        lambda m, t: m["data"].update(std=[1e-300] * 3),
+        lambda m, t: m["data"].update(crop_pct=1e-300),
         lambda m, t: m["model"].update(name=None),
         lambda m, t: m.update(config={"model": {"kwargs": {"depth": "x"}}}),
         lambda m, t: m.update(config={"model": {"kwargs": {"odd": 1}}}),

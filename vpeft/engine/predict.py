@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..files import naming, write_text
+from ..tasks.prediction import check_preparation
 from ..tasks.protocol import PredictOptions
 from ..tasks.registry import get_task
 from .config import from_container
@@ -52,6 +53,7 @@ def predict(
         VpeftError: a checkpoint or a file that cannot be read.
     """
     file = checkpoint.read_header(ckpt)
+    check_preparation(file)
     options = PredictOptions(topk, batch_size, weights, out)
     found = get_task(config_of(file)).predict(file, [str(p) for p in paths], options)
     if json_file:

@@ -43,7 +43,7 @@ class ClusterFrames(PixelPrompt):
         clusters, width = prototypes.shape
         if not clusters or width != self.prototypes.shape[1]:
             return f"prototypes: {clusters} of {width} numbers, where the features have {self.prototypes.shape[1]}"
-        if not prototypes.is_meta and not prototypes.isfinite().all():
+        if not prototypes.is_meta and not prototypes.to(self.prototypes.dtype).isfinite().all():
             return "prototypes: not all of them are finite"
         for side in SIDES:
             wanted = (clusters, *getattr(self, side).shape[1:])

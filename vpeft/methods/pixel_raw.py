@@ -49,7 +49,7 @@ class Surround(PixelPrompt):
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         for name in ("mean", "std"):
-            found = tensors[name]
+            found = tensors[name].to(self.mean.dtype)  # of types such as float8, torch compares nothing
             if found.shape != self.mean.shape:
                 return f"{name}: {len(found)} numbers for {len(self.mean)} channels"
             if not found.is_meta and not (found.isfinite() & ((found > 0) | (name == "mean"))).all():

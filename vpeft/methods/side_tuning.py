@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import IMAGE, LAST
 from ..backbone.sites import Sites
-from ..errors import MethodError, did_you_mean
+from ..errors import MethodError, did_you_mean, shown
 from ..interventions.base import Intervention
 from ..interventions.side import SideOutput, Tap
 from ..options import option
@@ -42,7 +42,7 @@ def side_model(name: str, size: tuple[int, int, int], out_features: int) -> nn.M
     if name == "conv":
         return ConvNet(channels, out_features)
     if not timm.is_model(name):
-        raise MethodError(f"side: timm has no model '{name}'{did_you_mean(name, ['conv', *timm.list_models()])}")
+        raise MethodError(f"side: timm has no model {shown(name)}{did_you_mean(name, ['conv', *timm.list_models()])}")
     options = {"num_classes": out_features, "in_chans": channels}
     try:
         return timm.create_model(name, img_size=tuple(image), **options)

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import checkpoint
 from ..errors import CheckpointError
 
+LARGEST_IMAGE = 8192  # pixels a side of what images are resized to: 200 MB of bytes
+
 
 class Predictions:
     """Collects one dict for each file, and prints a line for it as it comes.
@@ -51,6 +53,25 @@ def preparation(file: checkpoint.File, *keys: str) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{file.path}: its metadata do not say how images are prepared (data.{missing[0]})")
     return found
+
+
+def check_preparation(file: checkpoint.File) -> None:
+    """Refuse sizes at which preparing a single image would take all memory, or leave nothing of it; and odd statistics.
+
+    Raises:
+        CheckpointError: what the file says images are resized to is no size of an image, or it normalises other images
+            than those of three colours.
+    """
+    found = file.metadata["data"]
+    for key in ("mean", "std"):
+        if len(found.get(key) or [0]) not in (1, 3):
+            raise CheckpointError(f"{file.path}: data.{key} has {len(found[key])} numbers; images have 3 colours")
+    size, share = found.get("input_size"), found.get("crop_pct") or 1.0
+    if size and not 1 <= min(size[-2:]) / share <= max(size[-2:]) / share <= LARGEST_IMAGE:
+        raise CheckpointError(
+            f"{file.path}: images of {size[-2]}x{size[-1]} that are {share:g} of the resized ones (data.input_size, "
+            f"data.crop_pct); the resized ones must have 1 to {LARGEST_IMAGE} pixels a side"
+        )
 
 
 def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[Tensor], topk: int) -> list[dict[str, Any]]:
