@@ -182,7 +182,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
-    """Run one command; a user's mistake ends in one line on stderr and exit status 2.
+    """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
 
     Args:
         argv: arguments, those of the process where None.
@@ -204,6 +204,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     except VpeftError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with an unfinished run", file=sys.stderr)
+        raise SystemExit(130) from None  # as a shell reports the signal
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """kill -9 at a random step: the continued run's weights equal an uninterrupted one's bit for bit."""
 
+import _thread
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 import vpeft
 from tests.support.places import ROOT
 from vpeft import checkpoint
+from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.train import train
 
@@ -55,6 +58,26 @@ def test_kill_and_resume(file, tmp_path):
     assert "resuming" in (runs / "killed/console.log").read_text()
     rows = (runs / "killed/log.jsonl").read_text().splitlines()
     assert len(rows) == 6
+
+
+def test_control_c_ends_in_one_line_and_the_run_goes_on(file, tmp_path, capfd):
+    """The signal comes while batches are trained: no traceback, and the epochs that are done are kept."""
+    log = tmp_path / "runs/stopped/log.jsonl"
+
+    def stop():
+        deadline = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        _thread.interrupt_main()
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--cfg", str(file), "name=stopped", "train.epochs=5000"])
+    assert ended.value.code == 130
+    said = capfd.readouterr().err
+    assert "interrupted; the same command goes on" in said
+    assert "Traceback" not in said
+    assert (log.parent / "state.safetensors").exists()
 
 
 def interrupted(config, monkeypatch):

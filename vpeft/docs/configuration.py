@@ -12,7 +12,7 @@ from ..options import Declared, allowed, declared, readable, section_of
 HEAD = """# Configuration
 
 Written by `vpeft docs` from the dataclasses; do not edit. One YAML file is one experiment: `vpeft train --cfg FILE`, with
-`key.sub=value` after it for single keys. A file may start from others (`base: ../_base_/vtab.yaml`). Unknown keys, wrong
+`key.sub=value` after it for single keys. A file may start from others (`base: ../_base_/digits.yaml`). Unknown keys, wrong
 types and impossible values are refused with the key's path and the nearest valid name. Every number is finite and, where
 nothing else is said, between -1,000,000 and 1,000,000.
 """
