@@ -226,3 +226,21 @@ def test_the_pooling_is_of_the_model_and_stays(kind):
     assert model.num_classes == 5
     model.reset_classifier(3, global_pool=pool)
     assert run(model, images(model)).shape[1] == 3
+
+
+def test_attaching_and_detaching_under_a_switch():
+    """Whoever is attached there has its turn; nothing is switched back over it."""
+    model = make("vit")
+    first = vpeft.attach(model, "lora", name="first")
+    with first.disable():
+        second = vpeft.attach(model, "bitfit", name="second")
+    assert (first.enabled, second.enabled) == (False, True)
+    assert model.head is second.root.classifier.modules["head"]
+    second.disable()
+    with first.enable():
+        second.detach()
+        assert first.enabled
+    assert not first.enabled
+    with first.enable():
+        first.detach()
+    assert not hasattr(model, "vpeft")

@@ -27,14 +27,18 @@ class _Switch:
 
     def __init__(self, handle: "Handle"):
         self.handle, self.was = handle, handle.enabled
-        self.order = list(handle._container.enabled_order)
+        self.order, self.there = list(handle._container.enabled_order), set(handle._container.trees)
 
     def __enter__(self) -> "Handle":
         return self.handle
 
     def __exit__(self, *error) -> None:
-        self.handle._switch(self.was)
         container = self.handle._container
+        if (
+            self.handle._root is None or set(container.trees) - self.there
+        ):  # detached, or another was attached: it is its turn
+            return
+        self.handle._switch(self.was)
         enabled = container.enabled_order  # someone else may have been switched meanwhile
         container.enabled_order = [n for n in enabled if n not in self.order] + [n for n in self.order if n in enabled]
         container.put_classifier()
