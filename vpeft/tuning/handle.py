@@ -34,10 +34,8 @@ class _Switch:
 
     def __exit__(self, *error) -> None:
         container = self.handle._container
-        if (
-            self.handle._root is None or set(container.trees) - self.there
-        ):  # detached, or another was attached: it is its turn
-            return
+        if self.handle._root is None or set(container.trees) - self.there:
+            return  # it was detached, or another one was attached, whose turn it is
         self.handle._switch(self.was)
         enabled = container.enabled_order  # someone else may have been switched meanwhile
         container.enabled_order = [n for n in enabled if n not in self.order] + [n for n in self.order if n in enabled]
