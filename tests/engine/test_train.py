@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +45,16 @@ def test_run_folder_and_refusal_to_overwrite(tiny, capsys):
     with pytest.raises(vpeft.ConfigError, match="finished run"):
         train(config)
     assert train(tiny("overwrite=true"))["test_top1"] == metrics["test_top1"]
+
+
+def test_a_run_of_one_epoch_has_points_in_its_curves(tiny):
+    config = tiny("train.epochs=1")
+    train(config)
+    picture = np.asarray(Image.open(Path(config.output, "run/curves.png")).convert("RGB")).astype(int)
+    third = picture.shape[1] // 3
+    for panel, colour in ((1, (255, 127, 14)), (2, (31, 119, 180))):  # accuracy, learning rate; they have no legend
+        near = abs(picture[:, panel * third : (panel + 1) * third] - colour).sum(-1) < 20
+        assert near.sum() > 20, panel
 
 
 def test_best_epoch_is_chosen_on_validation(tiny, monkeypatch):

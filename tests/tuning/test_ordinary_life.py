@@ -366,7 +366,7 @@ def test_a_module_that_is_exchanged_by_hand(method, path):
     where = f"blocks.1.{path}".rstrip(".")
     parent, _, leaf = where.rpartition(".")
     setattr(model.get_submodule(parent), leaf, copy.deepcopy(make("vit").get_submodule(where)))
-    with pytest.raises(vpeft.MethodError, match=rf"{where}.* was a .*: {method} would be lost"):
+    with pytest.raises(vpeft.MethodError, match=rf"{where}.* was a .*now it is another one: {method} would be lost"):
         run(model, x)
     handle.disable()
     run(model, x)

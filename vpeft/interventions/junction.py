@@ -225,7 +225,8 @@ class Junction:
 def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:
     """The refusal of a model in which a module was exchanged after something had been attached to it."""
     kinds = [f"{type(m).__module__.partition('.nn')[0]} {type(m).__name__}" for m in (was, now) if m is not None]
-    change = f"a {kinds[0]} when it was hooked, and now " + (f"it is a {kinds[1]}" if len(kinds) > 1 else "it is gone")
+    other = "gone" if len(kinds) < 2 else "another one" if kinds[0] == kinds[1] else f"a {kinds[1]}"
+    change = f"a {kinds[0]} when it was hooked, and now it is {other}"
     return (
         f"{path or 'a hooked module'} was {change}: {', '.join(owners)} would be lost. Change the model before attach; to "
         "quantise it, merge() and detach(keep_merged=True) first, or quantise other modules"
