@@ -251,7 +251,7 @@ def test_other_architectures_are_refused_with_the_reason(name, reason):
 def test_wrong_input_is_refused():
     with pytest.raises(vpeft.UnsupportedModelError, match="expected a timm model, got str"):
         vpeft.attach("vit_base_patch16_224", "lora")
-    with pytest.raises(vpeft.UnsupportedModelError, match="wrapped in OptimizedModule"):
+    with pytest.raises(vpeft.UnsupportedModelError, match="this OptimizedModule is a wrapper"):
         vpeft.attach(torch.compile(make("vit"), backend="eager"), "lora")
     with pytest.raises(vpeft.UnsupportedModelError, match="no transformer blocks"):
         vpeft.attach(nn.Linear(3, 3), "lora")

@@ -70,7 +70,9 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     if run.main:
         run.logger.info("%s", handle.summary())
     start_tracking(config, accelerator)
-    metadata = {"class_names": data.classes, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
+    # Of a task of one's own the outputs may be something else than classes.
+    names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
+    metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
     metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
     accelerator.end_training()
     if run.main:
