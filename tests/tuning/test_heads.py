@@ -14,7 +14,9 @@ import vpeft
 from tests.support.models import CASES, SMALL, attached, calibrated, images, make, randomise, train_steps
 from vpeft import checkpoint
 
-sweep = pytest.mark.parametrize(("method", "kind"), CASES)
+sweep = pytest.mark.parametrize(
+    ("method", "kind"), [pytest.param(m, k, marks=() if k == "vit" else (pytest.mark.slow,)) for m, k in CASES]
+)
 
 
 def run(model, x):
