@@ -201,7 +201,7 @@ def test_methods_that_are_none(method):
 
 
 def test_options_that_are_none():
-    for key in ("rnak", "", "x" * 10**6):
+    for key in ("rnak", "", "x" * 10**6, "method", "self"):
         with pytest.raises(MethodError, match=r"^lora has no hyper-parameter") as found:
             create("lora", **{key: 3})
         assert len(str(found.value)) < 1000

@@ -271,7 +271,7 @@ def register(name: str, paper: Paper, where: str, aliases: tuple[str, ...] = ())
     return decorate
 
 
-def create(method: "str | Method | type[Method]", *, preset: str | None = None, **options: Any) -> Method:
+def create(method: "str | Method | type[Method]", /, *, preset: str | None = None, **options: Any) -> Method:
     """A method from its name and hyper-parameters, which go before those of a preset.
 
     Raises:
