@@ -9,10 +9,22 @@ import torch
 from torch import nn
 
 import vpeft
-from tests.support.models import CASES, MODELS, REFUSED, UNREACHED, attached, images, make, randomise, scatter, train_steps
+from tests.support.models import (
+    CASES,
+    MODELS,
+    REFUSED,
+    SWEEP,
+    UNREACHED,
+    attached,
+    images,
+    make,
+    randomise,
+    scatter,
+    train_steps,
+)
 from vpeft.methods import METHODS, create
 
-sweep = pytest.mark.parametrize(("method", "kind"), CASES)
+sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
 on_vit = pytest.mark.parametrize("method", [m for m, k in CASES if k == "vit"])
 
 
@@ -189,7 +201,15 @@ def test_pickling(method, kind):
     assert torch.equal(run(again, x), run(model, x))
 
 
-@on_vit
+COMPILED = {
+    "adaptformer", "aim", "bitfit", "convpass", "dora", "dtl", "e2vpt", "evp", "fact_tt", "gps", "lora", "lst", "mam", "mona",
+    "prefix", "ssf", "unipelt", "vpt_deep", "vqt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in COMPILED else pytest.mark.slow) for m, k in CASES if k == "vit"]
+)
 def test_compiles_in_one_graph(method):
     model = make("vit")
     handle = attached(model, method)

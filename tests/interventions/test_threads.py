@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import vpeft
-from tests.support.models import CASES, attached, images, make, randomise
+from tests.support.models import SWEEP, attached, images, make, randomise
 
-sweep = pytest.mark.parametrize(("method", "kind"), CASES)
+sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Small random models of every shape that the library must handle, and helpers to compare them."""
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -49,6 +50,8 @@ REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
 UNREACHED = {("st_adapter", kind): "blocks.2.st_adapter_mlp." for kind in ("vit", "vit_reg")}
 UNREACHED["aim", "swin"] = "temporal.bias_table"
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
+# The same as parameters of a test, with the third kind in the slow part of the suite.
+SWEEP = [pytest.param(m, k, marks=pytest.mark.slow if k == "vit_reg" else ()) for m, k in CASES]
 
 
 # A model of random weights takes all images for one class: by ``mode`` all classes would have the same logits.
