@@ -462,6 +462,35 @@ def test_wrappers_are_named_and_the_model_inside_works(wrap, path, tmp_path):
     assert vpeft.get_handle(inside).name == handle.name
 
 
+@pytest.mark.parametrize("kind", [None, "hook"])
+def test_stages_without_a_model_are_refused_and_the_getter_works(kind, tmp_path):
+    def make_features(kind):
+        small = {
+            "img_size": 48,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "out_indices": (0, 1),
+        }
+        chosen = {} if kind is None else {"feature_cls": kind}
+        return timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **chosen, **small).eval()
+
+    stages = make_features(kind)
+    for call in (
+        lambda m: vpeft.attach(m, "lora"),
+        lambda m: vpeft.load(m, tmp_path / "nowhere.safetensors"),
+        vpeft.get_handle,
+    ):
+        with pytest.raises(vpeft.UnsupportedModelError, match=r"taken apart by features_only=True.*feature_cls='getter'"):
+            call(stages)
+    getter = make_features("getter")
+    x = torch.randn(2, 3, 48, 48)
+    before = [t.clone() for t in run(getter, x)]
+    randomise(vpeft.attach(getter.model, "lora"))
+    assert not any(torch.equal(a, b) for a, b in zip(before, run(getter, x), strict=True))
+
+
 # ---- nothing to train ----
 
 

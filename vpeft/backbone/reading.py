@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from timm.models import FeatureDictNet, FeatureHookNet
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VpeftError
@@ -36,6 +37,11 @@ def model_inside(model: nn.Module) -> str | None:
     if hasattr(type(model), "forward_features"):
         return None
     return next((path for path, m in model.named_modules() if path and hasattr(type(m), "forward_features")), None)
+
+
+def is_taken_apart(model: nn.Module) -> bool:
+    """Whether timm made a list of stages of the model (``features_only=True`` of a Swin), in which nothing of it is left."""
+    return isinstance(model, FeatureDictNet | FeatureHookNet)
 
 
 def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from ..attached.classifier import Classifier, WantedClassifier, classifier_like
 from ..attached.tree import Tree
 from ..backbone.attention import needs_separate_bias_call
 from ..backbone.modules import CONTAINER
-from ..backbone.reading import model_inside, prove_alive
+from ..backbone.reading import is_taken_apart, model_inside, prove_alive
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError, did_you_mean, shown
 from ..interventions.context import Watch, clips
@@ -238,6 +238,11 @@ def _check_not_sharded(model: nn.Module) -> None:
 def _check_wrapper(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a timm model, got {type(model).__name__}")
+    if is_taken_apart(model):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is no timm model but its stages, taken apart by features_only=True: create it "
+            "with feature_cls='getter' too, and give its .model to attach, load and get_handle"
+        )
     path = model_inside(model)
     if path:
         raise UnsupportedModelError(
