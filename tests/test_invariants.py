@@ -13,6 +13,7 @@ from tests.support.models import (
     CASES,
     MODELS,
     REFUSED,
+    SHORT_SWEEP,
     SWEEP,
     UNREACHED,
     attached,
@@ -21,7 +22,7 @@ from tests.support.models import (
     randomise,
     scatter,
     train_steps,
-)
+)  # fmt: skip
 from vpeft.methods import METHODS, create
 
 sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
@@ -267,7 +268,7 @@ def differentiated(handle: vpeft.Handle, x: torch.Tensor) -> tuple[torch.Tensor,
     return output.detach(), {n: g.float() for n, g in gradients.items()}
 
 
-@sweep
+@pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 @pytest.mark.parametrize("moved", [False, True], ids=["at its start", "moved"])
 def test_half_precision_backbone(method, kind, moved):
     """Outputs and gradients are those of the same values in float32, up to bfloat16's three digits."""

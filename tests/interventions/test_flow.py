@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import vpeft
-from tests.support.models import SWEEP, attached, images, make, randomise
+from tests.support.models import SHORT_SWEEP, attached, images, make, randomise
 from vpeft.interventions.hub import running
 
-sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
+sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 
 
 # What acts in the last block goes on from what an earlier one left.

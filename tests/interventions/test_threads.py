@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import vpeft
-from tests.support.models import SWEEP, attached, images, make, randomise
+from tests.support.models import SHORT_SWEEP, attached, images, make, randomise
 
-sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
+sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 
 
 @pytest.fixture(autouse=True)

@@ -50,8 +50,9 @@ REFUSED: set[tuple[str, str]] = {("lst", "swin"), ("vqt", "swin")}
 UNREACHED = {("st_adapter", kind): "blocks.2.st_adapter_mlp." for kind in ("vit", "vit_reg")}
 UNREACHED["aim", "swin"] = "temporal.bias_table"
 CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSED]
-# The same as parameters of a test, with the third kind in the slow part of the suite.
+# The same as parameters of a test, with the third kind, or all but the first, in the slow part of the suite.
 SWEEP = [pytest.param(m, k, marks=pytest.mark.slow if k == "vit_reg" else ()) for m, k in CASES]
+SHORT_SWEEP = [pytest.param(m, k, marks=() if k == "vit" else pytest.mark.slow) for m, k in CASES]
 
 
 # A model of random weights takes all images for one class: by ``mode`` all classes would have the same logits.

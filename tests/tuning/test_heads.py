@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 import vpeft
-from tests.support.models import CASES, SMALL, attached, calibrated, images, make, randomise, train_steps
+from tests.support.models import SHORT_SWEEP, SMALL, attached, calibrated, images, make, randomise, train_steps
 from vpeft import checkpoint
 
-sweep = pytest.mark.parametrize(
-    ("method", "kind"), [pytest.param(m, k, marks=() if k == "vit" else (pytest.mark.slow,)) for m, k in CASES]
-)
+sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 
 
 def run(model, x):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vpeft
-from tests.support.models import CASES, MODELS, SWEEP, attached, images, make, randomise
+from tests.support.models import CASES, MODELS, SHORT_SWEEP, attached, images, make, randomise
 from vpeft.tasks.segmentation.features import FeatureMaps
 from vpeft.tuning.attaching import get_handle
 
@@ -45,7 +45,7 @@ def use(case, maps):
     return None
 
 
-@pytest.mark.parametrize(("method", "kind"), SWEEP)
+@pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 def test_every_method_reaches_the_maps_or_says_why_not(method, kind):
     backbone, maps = maps_of(kind)
     x = images(backbone)
