@@ -108,7 +108,7 @@ def save(
     check_metadata(metadata, tensors, path)
     text = json.dumps(metadata, sort_keys=True, allow_nan=False)
     live = model.state_dict()
-    check_same(live, _checksum(text, {n: tensors[n] for n in own}), path)
+    check_same(live, lambda: _checksum(text, {n: tensors[n] for n in own}), path)
     blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
     first_writes(live, lambda: write_bytes(writable_file(path), blob), path)
     return path

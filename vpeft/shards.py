@@ -157,12 +157,12 @@ def gather_uncalled(module: nn.Module) -> None:
             unit.unshard()
 
 
-def check_same(tensors: Mapping[str, Tensor], digest: str, path: Any) -> None:
+def check_same(tensors: Mapping[str, Tensor], digest: Callable[[], str], path: Any) -> None:
     """Refuse what is not the same on all processes that share a model.
 
     Args:
         tensors: of the model, some of them in shards.
-        digest: of what must be the same, in hexadecimal.
+        digest: gives that of what must be the same, in hexadecimal; asked for only where there are shards.
         path: of the file, for the message.
 
     Raises:
@@ -171,7 +171,7 @@ def check_same(tensors: Mapping[str, Tensor], digest: str, path: Any) -> None:
     shard = next((t for t in tensors.values() if is_shard(t)), None)
     if shard is None:
         return
-    number = torch.tensor(int(digest[:12], 16), dtype=torch.int64, device=shard.device_mesh.device_type)
+    number = torch.tensor(int(digest()[:12], 16), dtype=torch.int64, device=shard.device_mesh.device_type)
     least, most = (_spread(number, shard.device_mesh, "Partial", op).full_tensor() for op in ("min", "max"))
     if int(least) != int(most):
         raise CheckpointError(

@@ -262,23 +262,32 @@ def test_where_prompts_are_tokens():
         vpeft.attach(make("vit"), "vpt_deep", dropout=0.1, path="fast")
 
 
-def test_what_inference_keeps_follows_every_change():
-    model = make("vit")
-    handle = vpeft.attach(model, "vpt_deep", tokens=3)
-    handle.eval()
-    x = images(model)
-    makes = []
-    part = handle.root.get_submodule("blocks.1.vpt")
-    part.make = lambda: (makes.append(1), type(part).make(part))[1]
+class Kept:
+    """A ViT in eval mode whose prompts' keys and values are kept, and how often those of block 1 were made."""
 
-    def run(expect):
-        before = len(makes)
+    def __init__(self):
+        self.model = make("vit")
+        self.handle = vpeft.attach(self.model, "vpt_deep", tokens=3).eval()
+        self.x, self.made = images(self.model), 0
+        self.part = self.handle.root.get_submodule("blocks.1.vpt")
+        self.part.make = self.make
+        self.part._stored = None
+
+    def make(self):
+        self.made += 1
+        return type(self.part).make(self.part)
+
+    def run(self, expect):
+        before = self.made
         with torch.no_grad():
-            y = model(x)
-        assert len(makes) - before == expect
+            y = self.model(self.x)
+        assert self.made - before == expect
         return y
 
-    part._stored = None
+
+def test_what_inference_keeps_follows_every_change():
+    kept = Kept()
+    model, part, handle, run = kept.model, kept.part, kept.handle, kept.run
     first = run(1)
     assert torch.equal(run(0), first)
     for change in (
@@ -298,23 +307,31 @@ def test_what_inference_keeps_follows_every_change():
     with torch.autocast("cpu", torch.bfloat16):
         run(1)
     assert torch.equal(run(1), first)
+
+
+def test_what_inference_keeps_is_forgotten_in_training():
+    kept = Kept()
+    handle, run = kept.handle, kept.run
+    first = run(1)
     optimizer = torch.optim.SGD(handle.param_groups(lr=0.1), fused=True)
-    model(x).sum().backward()  # records gradients: nothing is kept
-    assert part._stored is None
+    kept.model(kept.x).sum().backward()  # records gradients: nothing is kept
+    assert kept.part._stored is None
     assert torch.equal(run(1), first)
     optimizer.step()  # leaves the tensors' versions as they are
     assert not torch.equal(run(1), first)
     handle.train()
     run(1)
     run(1)
-    handle.eval()
-    lora = vpeft.attach(model, "lora", name="lora")  # its hooks stand on the way
-    handle.enable()
+
+
+def test_nothing_is_kept_behind_the_hooks_of_others():
+    kept = Kept()
+    lora = vpeft.attach(kept.model, "lora", name="lora")  # its hooks stand on the way
+    kept.handle.enable()
     randomise(lora)
-    second = run(1)
-    assert torch.equal(run(1), second)
+    second = kept.run(1)
+    assert torch.equal(kept.run(1), second)
     lora.detach()
-    del part.make
 
 
 def test_copies_forget_what_was_kept():

@@ -13,8 +13,8 @@ from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
 from ..files import naming
-from ..methods.base import Method, create
-from ..methods.earlier import options_of
+from ..methods.base import Method
+from ..methods.earlier import method_of
 from ..tasks.models import check_model_name, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
@@ -86,9 +86,7 @@ def _as_begun(run: RunFolder, method: Method) -> Method:
     last = run.file("last.safetensors")
     if not (run.resuming and last.exists()):
         return method
-    metadata = checkpoint.read(last).metadata
-    stored = metadata["method"]
-    return create(stored["name"], **options_of(stored["name"], stored["options"], metadata["format"]))
+    return method_of(checkpoint.read(last).metadata)
 
 
 def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:

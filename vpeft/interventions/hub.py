@@ -36,7 +36,7 @@ class Hub:
         blocks: its transformer blocks.
         acting: names of the handles that act in a forward that starts now.
         junctions: by module.
-        places: each module's parent and its name there, but for the classifier's, which is exchanged.
+        places: each module's parent, its name there and its path when the hub was made; of a classifier no inner parts.
         watched: by the handles that act, what has to be in its place for them.
         edition: another text after each change of what is done at the modules, for compiled graphs.
         top: the junction of the model itself, for its own tensors (class token, position embedding).

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .base import ALIASES, METHODS
+from .base import ALIASES, METHODS, Method, create
 
 # By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
 MEANT: dict[int, dict[str, dict[str, Any]]] = {
@@ -32,3 +32,13 @@ def options_of(method: str, options: Mapping[str, Any], written: int) -> dict[st
         if format_ >= written:
             meant |= methods.get(method, {})
     return meant | dict(options)
+
+
+def method_of(metadata: Mapping[str, Any]) -> Method:
+    """The method that a file's metadata name, with the hyper-parameters that they mean today.
+
+    Raises:
+        MethodError: it cannot be made here.
+    """
+    stored = metadata["method"]
+    return create(stored["name"], **options_of(stored["name"], stored["options"], metadata["format"]))

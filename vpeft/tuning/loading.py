@@ -18,8 +18,8 @@ from ..backbone.sites import Sites
 from ..errors import CheckpointError, some
 from ..files import naming
 from ..interventions.hub import Hub
-from ..methods.base import Method, create
-from ..methods.earlier import options_of
+from ..methods.base import Method
+from ..methods.earlier import method_of
 from .attaching import attach_method, built_tree, check_arguments
 from .container import container_of, originals_of
 from .handle import Handle
@@ -86,7 +86,7 @@ def _method_of(file: checkpoint.File) -> Method:
     try:
         if strange:
             raise CheckpointError(f"{stored['name']} has no hyper-parameter {some(sorted(strange))}")
-        method = create(stored["name"], **options_of(stored["name"], stored["options"], written))
+        method = method_of(file.metadata)
     except Exception as error:  # of whatever kind: the values come from a file
         raise CheckpointError(f"its method cannot be rebuilt here: {error}") from error
     missing = sorted(method.options().keys() - stored["options"].keys() - method.unsaid.keys())
