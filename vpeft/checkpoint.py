@@ -84,7 +84,7 @@ def save(
         model: the timm model; a fingerprint of its frozen weights is saved.
         own: the method's tensors.
         head: the heads' tensors.
-        described: what is said of it, see ``describe``, and its ``num_classes``.
+        described: what is said of it, see ``describe``, its ``num_classes``, and whether it was ``calibrated``.
         originals: see ``fingerprint``.
     """
     _check_has_values(model)
@@ -104,6 +104,7 @@ def save(
         "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
         "config": described["config"],
         "head": sorted(head),
+        "calibrated": described["calibrated"],
     }
     check_metadata(metadata, tensors, path)
     text = json.dumps(metadata, sort_keys=True, allow_nan=False)

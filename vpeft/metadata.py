@@ -52,6 +52,7 @@ class SavedData:
 class Metadata:
     """All of a checkpoint's metadata.
 
+    ``calibrated`` says whether the method has looked at data, which values do not always show; earlier files lack it.
     ``metrics`` and ``config`` hold what their writer put there; nothing here is built from them unseen: ``vpeft predict``
     checks the configuration as it checks a file of its own.
     """
@@ -68,6 +69,7 @@ class Metadata:
     versions: dict[str, str | None] = option({})
     config: dict[str, Any] | None = option(None)
     head: list[str] = option([], length=(0, 2**31))
+    calibrated: bool = option(False, optional=True)
 
 
 def read_metadata(text: str, tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:

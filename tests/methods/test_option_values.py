@@ -68,12 +68,23 @@ def made_or_refused(method: str, **options) -> Method | str:
         return str(error)
 
 
+def timed(method: str, **options) -> tuple[Method | str, float]:
+    """The same, and the seconds that it takes by itself: once more where Python collected all the garbage of the process
+    in the middle of it."""
+    for _ in range(3):
+        start = time.thread_time()
+        got = made_or_refused(method, **options)
+        seconds = time.thread_time() - start
+        if seconds < 0.1:
+            break
+    return got, seconds
+
+
 @pytest.mark.parametrize(("method", "this"), EVERY, ids=[f"{m}.{d.name}" for m, d in EVERY])
 def test_strange_values_end_at_once_in_the_librarys_error(method, this):
     for value in STRANGE:
-        start = time.process_time()
-        got = made_or_refused(method, **{this.name: value})
-        assert time.process_time() - start < 0.1, type(value)
+        got, seconds = timed(method, **{this.name: value})
+        assert seconds < 0.1, type(value)
         if isinstance(got, str):
             assert this.name in got
             assert len(got) < 1000

@@ -217,3 +217,20 @@ def test_the_bar_leaves_no_line_where_nothing_can_be_redrawn(monkeypatch):
     model = make("vit")
     vpeft.attach(model, "sct", channels=4).calibrate([(images(model, 2), torch.tensor([0, 1]))])
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("method", ["evp", "ilm_vp"])
+def test_a_file_says_that_it_was_calibrated_where_its_values_do_not(method, tmp_path):
+    """The label map that the data gave is the order of the classes, as before."""
+    model = make("vit")
+    handle = vpeft.attach(model, method)
+    state = {n: torch.arange(len(t)) if n.endswith("map") else t for n, t in handle.state_dict().items()}
+    handle.load_state_dict(state)
+    handle.root.calibrated = True
+    loaded = vpeft.load(make("vit"), handle.save(tmp_path / "a.safetensors"))
+    assert list(loaded.trainable_parameters())
+    assert "not yet" not in loaded.summary()
+    handle.root.calibrated = False
+    again = vpeft.load(make("vit"), handle.save(tmp_path / "b.safetensors"))
+    with pytest.raises(vpeft.MethodError, match="looks at data first"):
+        list(again.trainable_parameters())

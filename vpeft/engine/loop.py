@@ -283,7 +283,7 @@ class Trainer:
         file = self.run.file("state.safetensors")
         state = RunState.read(file)
         with naming(file):
-            self.handle.load_state_dict(state.trained)
+            self._take(state.trained)
         if self.average:
             self.average.load(state.average)
         groups = self.optimizer.state_dict()["param_groups"]
@@ -296,4 +296,10 @@ class Trainer:
         file = self.run.file("best.safetensors")
         _, tensors = read_tensors(file)
         with naming(file):
-            self.handle.load_state_dict(tensors)
+            self._take(tensors)
+
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Values of this run, which has looked at its data, whatever they look like."""
+        calibrated = self.handle.root.calibrated
+        self.handle.load_state_dict(tensors)
+        self.handle.root.calibrated = calibrated

@@ -14,7 +14,7 @@ from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpoi
 from ..errors import MethodError
 from ..shards import gather_uncalled
 from .flow import Flow
-from .junction import Junction, exchanged, unhook, with_tensors
+from .junction import Junction, as_ordered, exchanged, unhook, with_tensors
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -80,6 +80,7 @@ class Hub:
         for block in self.blocks:
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True, prepend=True)
             block.register_forward_hook(self._end, always_call=True)
+            as_ordered(block._forward_pre_hooks)
         for name in STARTS:
             if name in vars(self.model):  # the user's own
                 self.own[name] = vars(self.model)[name]
@@ -120,6 +121,7 @@ class Hub:
         """Where a forward may end with a module, it ends behind all other hooks that are there."""
         for key in [k for k, hook in module._forward_hooks.items() if getattr(hook, "__self__", None) is self]:
             module._forward_hooks.move_to_end(key)
+        as_ordered(module._forward_hooks)
 
     def forget(self, module: nn.Module) -> None:
         """A module has left the model: nothing is done there any more."""

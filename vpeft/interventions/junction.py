@@ -1,5 +1,6 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -87,6 +88,7 @@ class Junction:
         self.before.insert(0 if first else len(self.before), (owner, change))
         if len(self.before) == 1:
             self.module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=first)
+            as_ordered(self.module._forward_pre_hooks)
 
     def add_after(self, owner: str, change: Callable, *, first: bool = False) -> None:
         """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
@@ -268,3 +270,10 @@ def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = T
             del hooks[key]
             for flag in flags:
                 getattr(module, flag).pop(key, None)
+
+
+def as_ordered(hooks: OrderedDict) -> None:
+    """Let the plain dictionary in a table of hooks have the table's order: older compilers of torch go by that one."""
+    entries = list(hooks.items())
+    hooks.clear()
+    hooks.update(entries)

@@ -100,7 +100,8 @@ class FusedAddToLinear(AddToLinear):
     def fusable(self, x: Tensor) -> bool:
         """Whether ``fused`` gives all that is asked for here."""
         module, device = self.site.module, x.device.type
-        if torch.jit.is_tracing():  # a traced model that holds a function of this library's own cannot be saved
+        # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return False

@@ -387,7 +387,7 @@ class Handle:
         file, head = as_path(path) if reshard(self.model) else writable_file(path), self.head_state_dict()
         with naming(file):
             described = checkpoint.describe(class_names, metrics, data, config)
-            described["num_classes"] = self.root.classifier.num_classes
+            described |= {"num_classes": self.root.classifier.num_classes, "calibrated": self.root.calibrated}
             self.root.check_class_names(described["class_names"])
             with gathered(self.root, self.model):
                 method, own = (self.method, self.root.state()) if training else self.method.exported(self.root)
