@@ -53,7 +53,7 @@ class Run:
         self.mine = slice(None) if setting == "one" else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         self.outer, self.accelerator = self.model, None
         if setting == "accelerate":
-            self.accelerator = with_fsdp2()
+            self.accelerator = with_fsdp2(type(blocks_of(self.model)[0]).__name__)
             optimizer = self.sgd()
             self.outer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         else:
@@ -93,20 +93,24 @@ class Run:
             return self.outer(self.x)
 
 
-def with_fsdp2() -> Accelerator:
+def with_fsdp2(block: str = "Block") -> Accelerator:
     """accelerate takes up FSDP2 on accelerators only; its code for it runs on a CPU too."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     for state in (accelerator.state, PartialState()):
         state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[block]
     )
     return accelerator
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return list(model.blocks) if hasattr(model, "blocks") else [b for layer in model.layers for b in layer.blocks]
+
+
 def shard_blocks(model: nn.Module) -> None:
-    for block in model.blocks if hasattr(model, "blocks") else [b for layer in model.layers for b in layer.blocks]:
+    for block in blocks_of(model):
         fully_shard(block)
 
 
