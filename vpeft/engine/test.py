@@ -51,7 +51,8 @@ def test(
     with accelerator.autocast():
         values = task.evaluate(built.model, loader, accelerator.device)
     left_out = skipped([(split, loader)])
-    values |= {"skipped": count for count, _ in left_out.values()}
+    if left_out:
+        values["skipped"] = left_out[split][0]
     if accelerator.is_main_process:
         for count, reasons in left_out.values():
             print(*(f"left out: {reason}" for reason in reasons), f"{split}: {count} left out", sep="\n", file=sys.stderr)

@@ -14,7 +14,7 @@ from ...backbone.reading import input_size
 from ...data.splits import Datasets, check_class_count
 from ...errors import ConfigError
 from ...methods.base import Method
-from ..models import build_model, check_outputs, data_stats
+from ..models import build_model, check_augmentation, check_outputs, data_stats, refuse_unused
 from ..prediction import check_classifier, preparation, ranked
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -52,6 +52,8 @@ class ActionRecognition(ClipStep):
         if video.mode == "joint" and (video.dropout or video.pool != "after"):
             raise ConfigError("video.pool, video.dropout: they are for mode=framewise; the joint model has model.drop")
         check_video_source(self.config.data, video)
+        check_augmentation(self.config)
+        refuse_unused(self.config, ("data.crop_mode",), "video.short_side and video.crops say what is seen; leave it out")
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits as data sets of clips, and the model's preprocessing."""
