@@ -34,7 +34,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:
     turn = _turn(image)
     image.load()
     if turn is not None:
-        if _turn(image) is not None:  # PIL has turned TIFF files by itself
+        if getattr(image, "format", None) != "TIFF":  # these PIL has turned by itself
             image = image.transpose(turn)
         image.info = {k: v for k, v in image.info.items() if k not in _SAYS_TURN}  # else it would be turned again
     return image, turn
