@@ -91,13 +91,21 @@ def test_an_image_stands_as_its_orientation_says_and_is_turned_once(tmp_path, nu
     from PIL import ImageOps
 
     stored = Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, np.ones((8, 8), np.uint8)))
-    stored.save(tmp_path / f"a.{ending}", exif=orient(number))
+    stored.save(tmp_path / f"a.{ending}", exif=orient(number), compression="tiff_lzw")
     with Image.open(tmp_path / f"a.{ending}") as image:
         shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     found = open_image(tmp_path / f"a.{ending}")
     assert found.size == ((16, 24) if number > 4 else (24, 16))
     assert (np.asarray(found) == shown).all()
     assert (np.asarray(to_rgb(found)) == shown).all(), "not a second time"
+
+
+def test_a_tiff_file_that_pil_turns_wrongly_is_refused(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.tif", exif=orient(6))
+    with pytest.raises(DataError, match=r"a\.tif: PIL cannot turn an uncompressed TIFF"):
+        open_image(tmp_path / "a.tif")
+    Image.fromarray(GREY).save(tmp_path / "a.tif", exif=orient(3))
+    assert (read_image(tmp_path / "a.tif")[..., 0] == GREY[::-1, ::-1]).all()
 
 
 def test_a_mask_follows_its_image(tmp_path):
@@ -143,13 +151,13 @@ def damaged(kind: str, whole: bytes) -> bytes:
         "empty": b"",
         "text": b"no image",
         "cut": whole[: len(whole) // 2],
-        "bits": whole[:41] + b"\xff" * 20 + whole[61:],
+        "bits": whole[:43] + b"\xff" * 20 + whole[63:],
     }[kind]
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "bits", "huge", "no pixels"])
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, kind):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(damaged(kind, (tmp_path / "a.png").read_bytes()))
     for read in (open_image, read_mask):
         with pytest.raises(DataError, match=r"a\.png") as error:
