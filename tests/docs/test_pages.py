@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import vpeft
 from tests.support.models import MODELS, images, make, train_steps
@@ -150,7 +151,7 @@ def test_description_measures_the_method_on_vit_b():
 
 BY_HAND = (
     "README.md", "CONTRIBUTING.md", "model_zoo.md",
-    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export")),
+    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data")),
 )  # fmt: skip
 
 
@@ -167,6 +168,16 @@ def test_links_and_named_files_exist(name):
 @pytest.mark.parametrize(("name", "words"), [("README.md", 900), ("CONTRIBUTING.md", 700), ("docs/architecture.md", 900)])
 def test_first_pages_stay_short(name, words):
     assert len((ROOT / name).read_text().split()) <= words
+
+
+@pytest.mark.parametrize("name", ["images", "masks"])
+def test_the_page_of_own_data_shows_the_examples(name):
+    text, example = page("your-data.md"), OmegaConf.load(ROOT / f"configs/examples/{name}.yaml")
+    shown = re.search(r"```yaml\n(.*?)```(?:(?!```yaml).)*configs/examples/" + name, text, re.S).group(1)
+    assert example.pop("name").startswith("examples/")
+    shown = OmegaConf.create(shown)
+    shown.pop("name")
+    assert shown == example
 
 
 def test_architecture_lists_the_floors():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....data.find import find_files, with_ending
+from ....data.listing import read_names
 from ....data.splits import (
     Datasets,
     check_label,
@@ -186,7 +187,7 @@ def _listed(data: Any, video: Any, split: str) -> _Listed:
 def _named_beside(file: Path) -> tuple[str, ...] | None:
     """Class names of a ``classes.txt`` beside a list, one a line."""
     names = file.with_name("classes.txt")
-    return tuple(line.strip() for line in names.read_text().splitlines() if line.strip()) if names.is_file() else None
+    return tuple(read_names(names)) if names.is_file() else None
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
