@@ -1,5 +1,6 @@
 """Finding the files that a command is given, inside folders too."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -8,8 +9,21 @@ from .images import IMAGE_ENDINGS
 
 
 def with_ending(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
+    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike.
+
+    Links to folders are followed. Files and folders whose names begin with a dot are left out: copies and notes of
+    programs, such as ``._a.jpg``.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        # A link that leads upwards would never end; what lies behind it is found anyway.
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        if real not in seen:
+            found += [Path(place) / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in endings]
+        seen.add(real)
+    return sorted(found)
 
 
 def find_files(paths: Iterable[str | Path], inside: Callable[[Path], Sequence[Path]], what: str) -> list[Path]:

@@ -1,6 +1,6 @@
 """What a task is: the one object that the engine works with, whatever is learned."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,8 @@ class Task(Step, Protocol):
     Attributes:
         no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
             the loop then calls the timm model itself, on one image for each integer label.
+        class_order: names of the classes in the order of the labels, set before ``open_data`` by who knows a checkpoint's;
+            None takes the training split's own.
 
     Args:
         config: the experiment.
@@ -80,6 +82,7 @@ class Task(Step, Protocol):
 
     no_cache: ClassVar[str | None]
     config: "DictConfig"
+    class_order: Sequence[str] | None
 
     def __init__(self, config: "DictConfig"): ...
 

@@ -476,7 +476,12 @@ def test_a_video_that_breaks_later_is_dropped_and_counted(folder, workers):
     assert [labels.tolist() for _, labels in batches] == [[0], [0, 1]], "nothing in its place"
     assert lenient.train.skipped() == 1
     (folder / "train0.mp4").unlink()
-    with pytest.raises(DataError, match="none of the 2 videos of a batch"):
+    batches = list(make_loader(lenient.train, 2, train=False, workers=workers))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1]], "a batch of which nothing is left is passed over"
+    assert lenient.train.skipped() == 2, "a video counts once"
+    for i in (2, 3):
+        (folder / f"train{i}.mp4").unlink()
+    with pytest.raises(DataError, match=r"not one of 4 samples can be read, the first: .*train0\.mp4: no such"):
         list(make_loader(lenient.train, 2, train=False, workers=workers))
 
 
@@ -491,6 +496,19 @@ def test_mistakes_in_the_data_section(folder):
     ):
         with pytest.raises(DataError, match=message):
             opened(folder, data=data, video=video)
+
+
+def test_labels_of_lists_belong_to_names(folder):
+    (folder / "classes.txt").write_bytes("\ufeffrun\r\njump\r\n".encode())
+    found = opened(folder)
+    assert found.classes == ("run", "jump")
+    assert found.test.labels == [0, 1]
+    for changed in (opened(folder, data={"classes": ["jump", "run"]}), opened(folder, order=["jump", "sit", "run"])):
+        assert [changed.classes[label] for label in changed.test.labels] == ["run", "jump"]
+    with pytest.raises(DataError, match=r"data\.classes: 'list' also has jump"):
+        opened(folder, data={"classes": ["run"]})
+    with pytest.raises(DataError, match=r"the list 'train' has the class jump, which is not one"):
+        opened(folder, order=["run", "sit"])
 
 
 def test_files_without_a_list(folder):

@@ -4,11 +4,12 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ....data.find import find_files, with_ending
+from ....data.listing import read_names
 from ....data.splits import (
     Datasets,
     check_label,
@@ -16,6 +17,7 @@ from ....data.splits import (
     check_validation,
     class_names,
     cut_validation,
+    label_table,
     make_transforms,
     named_splits,
 )
@@ -70,13 +72,16 @@ def list_file(data: Any, video: Any, split: str) -> Path:
     raise DataError(f"data: there is no list {folder / split}, nor .txt or .csv{did_you_mean(split, have)}")
 
 
-def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0) -> Datasets:
+def build_clips(
+    data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0, order: Sequence[str] | None = None
+) -> Datasets:
     """The task's data sets of clips.
 
     Args:
         data, augment, video: sections of the configuration.
         stats: timm's data config of the model.
         seed: decides which training videos are cut off for validation when ``data.val_size`` > 0.
+        order: the classes' names in the order of the labels, where a checkpoint says them.
 
     Raises:
         DataError: lists or videos that cannot be used, or labels that are no classes.
@@ -86,16 +91,21 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
         make_motion(data.root, video.motion, data.fashion_mnist)
     lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
-    highest = [max(listed.videos, key=lambda v: v.label) for listed in lists.values()]
     own = next((listed.classes for listed in lists.values() if listed.classes), None)
-    classes = class_names(data, own, max(v.label for v in highest) + 1)
-    for worst in highest:
-        check_label(worst.label, classes, worst.path)
+    classes = order or class_names(data, own, max(v.label for listed in lists.values() for v in listed.videos) + 1)
+    for listed in lists.values():
+        _relabel(listed, listed.classes or data.classes, tuple(classes))
     if augment.enabled and video.flip:
         _check_flip(classes)
     train_transform, test_transform = clip_transforms(augment, video, stats)
     found = {
-        split: _open(listed, video, train_transform if split == "train" else test_transform, training=split == "train")
+        split: _open(
+            listed,
+            video,
+            train_transform if split == "train" else test_transform,
+            training=split == "train",
+            skip=skips(data, video),
+        )
         for split, listed in lists.items()
     }
     if data.val_size and "train" in found:
@@ -103,7 +113,7 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
         kept, held = cut_validation(len(train), data.val_size, seed, "videos")
         # The part is judged like a test video.
         found["train"], found["val"] = train.subset(kept), train.subset(held, transform=test_transform, training=False)
-    return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
+    return Datasets(found.get("train"), found.get("val"), found.get("test"), tuple(classes))
 
 
 def clip_transforms(augment: Any, video: Any, stats: dict) -> tuple[Callable, Callable]:
@@ -135,16 +145,30 @@ class _Listed:
     index: Path
 
 
-def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool) -> Clips:
+def _relabel(listed: _Listed, own: Sequence[str] | None, classes: tuple[str, ...]) -> None:
+    """Give the videos of a list the labels of their classes' names; without names its numbers are the labels."""
+    worst = max(listed.videos, key=lambda v: v.label)
+    check_label(worst.label, own or classes, worst.path)
+    table = label_table(own, classes, f"the list '{listed.split}'") if own else None
+    if table is not None:
+        listed.videos = [replace(v, label=table[v.label]) for v in listed.videos]
+
+
+def skips(data: Any, video: Any) -> bool:
+    """Whether broken videos are left out: ``data.skip_broken``, for videos once ``video.skip_broken``."""
+    return data.skip_broken or video.skip_broken
+
+
+def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool, skip: bool) -> Clips:
     timelines, reasons = open_index(listed.videos, listed.index, cache=video.cache, template=video.template)
-    videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
+    videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=skip, fewest=video.min_frames)
     if left_out:
         logger.warning("%s: %d videos left out, the first: %s", listed.split, len(left_out), left_out[0])
-    return Clips(videos, timelines, transform, _options(video), training=training, left_out=left_out)
+    return Clips(videos, timelines, transform, _options(video, skip), training=training, left_out=left_out)
 
 
-def _options(video: Any) -> ClipOptions:
-    return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, video.skip_broken)
+def _options(video: Any, skip: bool = False) -> ClipOptions:
+    return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, skip)
 
 
 def _listed(data: Any, video: Any, split: str) -> _Listed:
@@ -163,7 +187,7 @@ def _listed(data: Any, video: Any, split: str) -> _Listed:
 def _named_beside(file: Path) -> tuple[str, ...] | None:
     """Class names of a ``classes.txt`` beside a list, one a line."""
     names = file.with_name("classes.txt")
-    return tuple(line.strip() for line in names.read_text().splitlines() if line.strip()) if names.is_file() else None
+    return tuple(read_names(names)) if names.is_file() else None
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
