@@ -2,9 +2,12 @@
 
 import argparse
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from .engine.stopping import stoppable
 from .errors import ConfigError, VpeftError
 from .options import check_values, declared
 
@@ -182,7 +185,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
-    """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
+    """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130, SIGTERM 143.
 
     Args:
         argv: arguments, those of the process where None.
@@ -199,14 +202,17 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
             if name in argv[:1]:  # what the others' options are read from need not be imported
                 child.set_defaults(run=build(child))
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except VpeftError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with an unfinished run", file=sys.stderr)
-        raise SystemExit(130) from None  # as a shell reports the signal
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    with stoppable() as stopping:
+        try:
+            args.run(args)
+        except KeyboardInterrupt as stop:
+            if first:
+                print(f"interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+            raise SystemExit(128 + (stopping.signal or signal.SIGINT)) from None  # as a shell reports the signal
+        except VpeftError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

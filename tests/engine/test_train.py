@@ -30,7 +30,7 @@ def test_run_folder_and_refusal_to_overwrite(tiny, capsys):
 
     path = Path(folder)
     expected = {"config.yaml", "log.jsonl", "console.log", "best.safetensors", "last.safetensors", "metrics.json",
-                "curves.png", "environment.json"}  # fmt: skip
+                "curves.png", "environment.json", "state.safetensors"}  # fmt: skip
     assert {f.name for f in path.iterdir()} == expected
     rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in rows] == [0, 1]

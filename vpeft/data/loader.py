@@ -6,10 +6,11 @@ processes see one process's global batches, and a resumed run the uninterrupted 
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from ..errors import DataError
 from ..numerics import seeded
@@ -29,6 +30,48 @@ class SeededDataset(Dataset):
         seed = zlib.crc32(f"{self.seed}/{epoch}/{index}".encode())
         with seeded(seed):
             return self.dataset[index]
+
+
+def sample_names(dataset: Any, indices: Iterable[int]) -> list[str]:
+    """What people call samples of a data set: their files where it knows them, else their numbers.
+
+    A data set of one's own says it with ``sample_name(index)``; timm's and torchvision's are known.
+    """
+    return [_name(dataset, int(index)) for index in indices]
+
+
+def _name(dataset: Any, index: int) -> str:
+    if hasattr(dataset, "sample_name"):
+        return str(dataset.sample_name(index))
+    if isinstance(dataset, Subset):
+        return _name(dataset.dataset, int(dataset.indices[index]))
+    if isinstance(dataset, SeededDataset):
+        return _name(dataset.dataset, index)
+    try:
+        if hasattr(dataset, "filename"):  # timm's
+            return str(dataset.filename(index, absolute=True))
+        for key in ("files", "samples", "imgs"):
+            if hasattr(dataset, key):
+                found = getattr(dataset, key)[index]
+                return str(found[0] if isinstance(found, tuple) else found)
+    except Exception:  # a name is a help, not a need
+        pass
+    return f"sample {index}"
+
+
+class Loader(DataLoader):
+    """torch's loader, of which every pass draws one number from torch's generator, whatever its workers do.
+
+    torch's own draws it in every pass without workers, and in the first one alone with workers that stay: a run that was
+    resumed would go on with other numbers than one that was not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        return super().__iter__()
 
 
 class ShardedBatches(Sampler):
@@ -93,13 +136,15 @@ def make_loader(
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
     A data set that has a ``collate`` makes its batches with it.
     """
+    # Workers of a stream draw their augmentation from a seed of the pass, so they start anew with it.
+    stays = workers > 0 and not isinstance(dataset, IterableDataset)
     common = {
-        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0,
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": stays,
         "collate_fn": getattr(dataset, "collate", None),
     }  # fmt: skip
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
+        return Loader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
     batches = ShardedBatches(
         len(dataset), batch_size, shuffle=train, drop_last=train and drop_last, seed=seed, rank=rank, world=world
     )
-    return DataLoader(SeededDataset(dataset, seed), batch_sampler=batches, **common)
+    return Loader(SeededDataset(dataset, seed), batch_sampler=batches, **common)

@@ -8,10 +8,9 @@ forwards give what was stored, or an empty tensor of the right shape where nobod
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,12 @@ from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.reading import input_size
 from ..checkpoint import fingerprint
 from ..errors import UnsupportedModelError, VpeftError
+from ..files import replacing_folder
 from ..tuning.handle import Handle
 
 INPUT = FIRST  # the key of the first block's input
 GB = 1024**3
+ABOUT = "about.json"  # in a cache's folder: the labels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -114,19 +115,23 @@ class FeatureCache:
             raise CacheError("a streamed data set has no fixed samples whose features could be cached")
         total = len(loader.dataset)
         batches = self._in_order(loader)
-        folder = None
-        for start, images, labels in self._track(batches, total, progress):
-            found = self._compute(images)
-            if not start:
-                folder = self._allocate(found, total, loader)
-                self.labels = torch.empty(total, dtype=torch.long)
-                if folder is not None and self._opened(folder, found, total, loader):
-                    return self
-            for key, value in found.items():
-                self.features[key][start : start + len(value)] = value.to(self.dtype).cpu()
-            self.labels[start : start + len(labels)] = labels
-        if folder is not None:
-            self._commit(folder)
+        partial = None
+        with ExitStack() as stack:
+            for start, images, labels in self._track(batches, total, progress):
+                found = self._compute(images)
+                if not start:
+                    folder = self._allocate(found, total, loader)
+                    self.labels = torch.empty(total, dtype=torch.long)
+                    if folder is not None and self._opened(folder, found, total):
+                        return self
+                    if folder is not None:  # made under a name that is never trusted
+                        partial = stack.enter_context(replacing_folder(folder))
+                        self.features = self._map(partial, found, total)
+                for key, value in found.items():
+                    self.features[key][start : start + len(value)] = value.to(self.dtype).cpu()
+                self.labels[start : start + len(labels)] = labels
+            if partial is not None:
+                (partial / ABOUT).write_text(json.dumps({"labels": self.labels.tolist()}))
         return self
 
     @staticmethod
@@ -215,32 +220,19 @@ class FeatureCache:
             maps[key] = torch.from_file(file, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
         return maps
 
-    def _opened(self, folder: Path, found: dict[Any, Tensor], total: int, loader: DataLoader) -> bool:
-        """Open a finished cache; else make the files of a new one, under a name that is never trusted."""
-        index = folder / "about.json"
-        if index.is_file():
-            self.features = self._map(folder, found, total)
-            self.labels = torch.tensor(json.loads(index.read_text())["labels"], dtype=torch.long)
-            return True
-        partial = self._partial(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.features = self._map(partial, found, total)
-        return False
+    def _opened(self, folder: Path, found: dict[Any, Tensor], total: int) -> bool:
+        """Open a finished cache, where there is one."""
+        index = folder / ABOUT
+        if not index.is_file():
+            return False
+        self.features = self._map(folder, found, total)
+        self.labels = torch.tensor(json.loads(index.read_text())["labels"], dtype=torch.long)
+        return True
 
     @property
     def size(self) -> int:
         """Bytes stored."""
         return sum(v.numel() * v.dtype.itemsize for v in self.features.values())
-
-    @staticmethod
-    def _partial(folder: Path) -> Path:
-        return folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-
-    def _commit(self, folder: Path) -> None:
-        partial = self._partial(folder)
-        (partial / "about.json").write_text(json.dumps({"labels": self.labels.tolist()}))
-        os.replace(partial, folder)
 
     def fingerprint(self, loader: DataLoader) -> str:
         """What the features depend on: frozen weights, what is stored, precision, and every transformed sample."""

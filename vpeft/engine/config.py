@@ -141,6 +141,8 @@ class TrainConfig:
     compile: bool = option(False, help="with `torch.compile`")
     fused_attention: bool = option(True, help="torch's scaled dot-product attention")
     grad_checkpointing: bool = option(False, help="compute activations again instead of keeping them")
+    patience: int | None = option(None, ge=1, unit="epochs", help="without a better one, after which the run ends")
+    extend: int = option(0, ge=0, unit="epochs", help="more, also of a finished run; see docs/training.md")
     select: str = option("best", choices=("best", "last"), help="the epoch that is kept")
     deterministic: bool = option(True, help="the same numbers in every run")
 
@@ -177,8 +179,12 @@ class Config:
     output: str = option("runs", free="the folder of all runs")
     task: str = option("classification", choices=TASKS)
     seed: int = option(0, ge=0, le=SEED, help="of weights, order of samples, and augmentation")
-    resume: str = option("auto", choices=("auto", "never"), help="an unfinished run of the same name goes on, or is refused")
-    overwrite: bool = option(False, help="replace a run of the same name")
+    resume: str = option(
+        "auto", choices=("auto", "never", "changed"),
+        help="an unfinished run of the same name goes on, is refused, or goes on with a changed rate, schedule or clipping",
+    )  # fmt: skip
+    overwrite: bool = option(False, help="replace a run of the same name, once the new one has its first state")
+    init: str | None = option(None, free="a checkpoint", help="from which values start")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)

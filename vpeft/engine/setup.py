@@ -95,10 +95,14 @@ def make_optimizer(config: DictConfig, groups: list[dict[str, Any]]) -> Optimize
 
 
 def make_schedule(config: DictConfig, optimizer: Optimizer, steps_per_epoch: int) -> tuple[Scheduler, int]:
-    """timm's schedule, stepped at every update, and the number of epochs with the cooldown's."""
+    """timm's schedule, stepped at every update, and the number of epochs with the cooldown's and the extension's.
+
+    An extension does not change the schedule: what comes after its end has the lowest rate, or goes on as before where it
+    has no end (constant, step, multistep).
+    """
     # What timm calls the decay rate is poly's power there.
     power = {"decay_rate": config.schedule.power} if config.schedule.name == "poly" else {}
-    return create_scheduler_v2(
+    schedule, epochs = create_scheduler_v2(
         optimizer,
         **power,
         sched=config.schedule.name,
@@ -110,3 +114,4 @@ def make_schedule(config: DictConfig, optimizer: Optimizer, steps_per_epoch: int
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
+    return schedule, epochs + config.train.extend
