@@ -315,7 +315,8 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{key}: expected two numbers low <= high, got {list(pair)}")
     if config.schedule.warmup_epochs >= config.train.epochs and config.schedule.warmup_epochs:
         raise ConfigError(
-            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below train.epochs {config.train.epochs}"
+            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below train.epochs {config.train.epochs}; "
+            f"for a shorter run set schedule.warmup_epochs={config.train.epochs // 10} too"
         )
     if config.train.accumulate > config.train.batch_size:
         raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")

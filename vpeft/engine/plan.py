@@ -169,7 +169,7 @@ def _check_room(config: DictConfig, path: Path, held: bool) -> None:
     begun = set(taken) <= {"console.log"} and config.overwrite is False
     if (taken and not begun) or (config.overwrite and there):
         raise ConfigError(
-            f"{path} holds other things than a run ({some(taken or there)}), which stay; choose another name=…"
+            f"{path} holds no run but other things ({some(taken or there)}), which stay; choose another name=…"
         )
 
 

@@ -12,7 +12,7 @@ from ..files import write_tensors
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
-from .checks import check_data
+from .checks import building, check_data
 from .loop import Trainer
 from .setup import make_accelerator, start_tracking
 from .train import check, looked, opened
@@ -38,7 +38,9 @@ def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     data, stats = task.open_data()
     check_data(config, data)
     set_seed(config.seed)
-    built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
+    with building(config):
+        backbone = task.build_backbone(len(data.classes))
+    built = task.assemble(backbone, len(data.classes))
     handle = attach(built.backbone, config.method.name, heads=built.heads)
     with opened(config, accelerator, plan) as run, ending_in_words(run):
         start_tracking(config, accelerator)

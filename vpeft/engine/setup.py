@@ -50,9 +50,15 @@ def start_tracking(config: DictConfig, accelerator: Accelerator) -> None:
         "mode": config.wandb.mode, "entity": config.wandb.entity, "tags": list(config.wandb.tags),
         "name": config.name, "dir": str(Path(config.output) / config.name),
     }  # fmt: skip
-    accelerator.init_trackers(
-        config.wandb.project, config=OmegaConf.to_container(config, resolve=True), init_kwargs={"wandb": wandb}
-    )
+    try:
+        accelerator.init_trackers(
+            config.wandb.project, config=OmegaConf.to_container(config, resolve=True), init_kwargs={"wandb": wandb}
+        )
+    except Exception as error:  # wandb's have no common class
+        raise ConfigError(
+            f"wandb.mode: {config.wandb.mode} cannot start: {str(error).splitlines()[0] if str(error) else error!r}; choose "
+            "wandb.mode=offline or disabled"
+        ) from error
 
 
 def make_loaders(config: DictConfig, data: Datasets, accelerator: Accelerator) -> dict[str, DataLoader]:

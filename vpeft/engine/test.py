@@ -12,6 +12,7 @@ from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.loading import load
+from .checks import building, check_files
 from .setup import make_accelerator
 
 
@@ -31,6 +32,7 @@ def test(
         VpeftError: a split that the configuration does not have, or classes that differ from the checkpoint's.
     """
     check_model_name(config)
+    check_files(config)
     task = task or get_task(config)
     task.check()
     file = checkpoint.read_header(ckpt)
@@ -42,7 +44,9 @@ def test(
     names = file.metadata["class_names"]
     if names is not None and list(data.classes) != names:
         raise ConfigError(f"data: {len(data.classes)} classes {data.classes[:3]}… but {ckpt} was trained on {names[:3]}…")
-    built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
+    with building(config):
+        backbone = task.build_backbone(len(data.classes))
+    built = task.assemble(backbone, len(data.classes))
     handle = load(built.backbone, ckpt, heads=built.heads)
     if merge:
         handle.merge()

@@ -19,7 +19,7 @@ from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
-from .checks import check_data
+from .checks import building, check_data, check_parts
 from .loop import Trainer
 from .plan import STATE, Plan, look, place
 from .report import show
@@ -43,6 +43,7 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
     check_model_name(config)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
+    check_parts(config)
     method = make_method(config)
     (task or get_task(config)).check(method)
     return method
@@ -102,7 +103,8 @@ def opened(config: DictConfig, accelerator: Accelerator, plan: Plan) -> RunFolde
 
 def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:
     """The task's model with the method on its backbone."""
-    backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
+    with building(config):
+        backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
     built = task.assemble(backbone, len(data.classes))
     handle = attach(backbone, method, heads=built.heads)
     task.check_attached(built)
