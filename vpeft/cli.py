@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from .engine.stopping import stoppable
 from .errors import ConfigError, VpeftError
@@ -14,13 +15,18 @@ from .options import check_values, declared
 
 def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--extend", type=int, metavar="N", help="train a finished run N epochs further")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
         from .engine.config import load_config
+        from .engine.plan import extended
         from .engine.train import train
 
-        train(load_config(args.cfg, args.overrides))
+        config = load_config(args.cfg, args.overrides)
+        if args.extend is not None:
+            extended(config, args.extend)
+        train(config)
 
     return run
 
@@ -196,6 +202,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         parser.set_defaults(run=COMMANDS[command][0](parser))
     else:
         argv = sys.argv[1:] if argv is None else argv
+        parser.add_argument("--version", action="version", version=f"vpeft {version('vpeft')}")
         parsers = parser.add_subparsers(required=True, metavar="COMMAND")
         for name, (build, text) in COMMANDS.items():
             child = parsers.add_parser(name, help=text, description=text)

@@ -130,6 +130,8 @@ def extended(config: DictConfig, epochs: int) -> None:
         ConfigError: no finished run; names the folder.
     """
     path = place(config)
+    if epochs < 1:
+        raise ConfigError(f"--extend: {epochs} is impossible; it must be at least 1 (epochs)")
     if not holds_run(path):
         raise ConfigError(f"--extend: {path} holds no run; train it first")
     before = stored_config(path).train.extend

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from .. import checkpoint
 from ..data.loader import make_loader
 from ..errors import ConfigError
+from ..tasks.frozen import backbone_of
 from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
@@ -45,7 +46,7 @@ def test(
     if names is not None and list(data.classes) != names:
         raise ConfigError(f"data: {len(data.classes)} classes {data.classes[:3]}… but {ckpt} was trained on {names[:3]}…")
     with building(config):
-        backbone = task.build_backbone(len(data.classes))
+        backbone = backbone_of(task, file, len(data.classes))
     built = task.assemble(backbone, len(data.classes))
     handle = load(built.backbone, ckpt, heads=built.heads)
     if merge:

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
 from ..files import naming
 from ..methods.base import Method
+from ..tasks.frozen import KEPT, came_from_no_file, put_kept
 from ..tasks.models import check_model_name, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
@@ -25,6 +28,7 @@ from .plan import STATE, Plan, look, place
 from .report import show
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
+from .start import keep_frozen, start_from
 from .state import RunState
 from .trouble import ending_in_words
 
@@ -68,8 +72,10 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     # Said either way: an earlier run of the same process may have wanted the other.
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)
-    built, handle = _attached(config, task, data, plan.method or method)
+    built, handle, frozen = _attached(config, task, data, plan.method or method, plan.path if plan.goes_on else None)
     with opened(config, accelerator, plan) as run, ending_in_words(run):
+        keep_frozen(run, frozen)
+        start_from(run, handle, list(data.classes))
         again = _calibrated(config, built, handle, data, run)
         if run.main:
             run.logger.info("%s", handle.summary())
@@ -101,16 +107,30 @@ def opened(config: DictConfig, accelerator: Accelerator, plan: Plan) -> RunFolde
     return run
 
 
-def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:
-    """The task's model with the method on its backbone."""
+def _attached(
+    config: DictConfig, task: Task, data: Datasets, method: Method, folder: Path | None
+) -> tuple[TaskModel, Handle, dict[str, Tensor]]:
+    """The task's model with the method on its backbone; and its frozen weights where they are in no file but the run's.
+
+    Args:
+        config: the experiment.
+        task: of it.
+        data: its data.
+        method: to be attached.
+        folder: of a run that goes on.
+    """
     with building(config):
         backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
+    if folder is not None and came_from_no_file(config) and (folder / KEPT).is_file():
+        put_kept(backbone, folder / KEPT)  # another version of torch may draw other ones
+    before = backbone.state_dict() if came_from_no_file(config) else {}
     built = task.assemble(backbone, len(data.classes))
     handle = attach(backbone, method, heads=built.heads)
     task.check_attached(built)
     if config.train.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
-    return built, handle
+    needed = before.keys() - handle.state_dict().keys() - handle.head_state_dict().keys()
+    return built, handle, before if needed else {}
 
 
 def _calibrated(
@@ -125,7 +145,7 @@ def _calibrated(
         with naming(file):
             handle.load_state_dict(RunState.read(file).trained)
         handle.root.calibrated = True  # values may look as if it had not been: a label map that is the order of the classes
-    elif handle.method.needs_calibration:
+    elif handle.method.needs_calibration and not (config.init and handle.root.calibrated):
         if run.main:
             run.logger.info("%s looks at the training images before training", handle.name)
         calibrate(progress=run.main)
