@@ -18,15 +18,13 @@ from .setup import make_optimizer, make_schedule
 
 
 def check_parts(config: DictConfig) -> None:
-    """Refuse an optimiser, a schedule, an augmentation, tracking or files that cannot be had.
+    """Refuse an optimiser, a schedule, an augmentation or tracking that cannot be had.
 
     Raises:
         ConfigError: names the key.
     """
     _check_training(config)
     _check_augmentation(config)
-    check_files(config)
-    _check_file("init", config.init)
     if config.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb.mode: {config.wandb.mode} needs wandb; pip install wandb, or set wandb.mode=disabled")
 
@@ -38,6 +36,7 @@ def check_files(config: DictConfig) -> None:
         ConfigError: names the key.
     """
     _check_file("model.checkpoint", config.model.checkpoint)
+    _check_file("init", config.init)
     if config.model.checkpoint and not config.model.pretrained:
         raise ConfigError("model.checkpoint: with model.pretrained=false no weights are read; set it to true")
 

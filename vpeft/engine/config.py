@@ -243,10 +243,8 @@ def _laid(config: DictConfig, layer: DictConfig, names: DictConfig | None) -> Di
         names: where to look for names that exchange something.
     """
     for key, options in OPTIONS_OF.items():
-        new, old = (
-            None if c is None else OmegaConf.select(c, key, throw_on_resolution_failure=False) for c in (names, config)
-        )
-        dropped = OmegaConf.select(config, options)
+        new = None if names is None else OmegaConf.select(names, key, throw_on_resolution_failure=False)
+        old, dropped = OmegaConf.select(config, key), OmegaConf.select(config, options)
         if isinstance(new, str) and new != old and dropped:
             print(
                 f"{key}={new}: the {options.rpartition('.')[2]} of {old} are dropped ({', '.join(dropped)})", file=sys.stderr

@@ -12,7 +12,7 @@ from ..files import write_tensors
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
-from .checks import building, check_data
+from .checks import building, check_data, check_files
 from .loop import Trainer
 from .setup import make_accelerator, start_tracking
 from .train import check, looked, opened
@@ -33,6 +33,7 @@ def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
         raise ConfigError("model.pretrained: pretraining starts from random weights; set it to false")
     task = task or get_task(config)
     check(config, task)
+    check_files(config)
     accelerator = make_accelerator(config)
     plan = looked(config, accelerator)
     data, stats = task.open_data()

@@ -31,6 +31,8 @@ class Stopping:
                 os._exit(128 + number)  # asked for twice: the first one hangs
             return
         self.signal, self._when = number, time.monotonic()
+        if hasattr(signal, "SIGCHLD"):  # else torch says of each worker that got the signal too that it ended
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise KeyboardInterrupt
 
 
@@ -58,3 +60,4 @@ def stoppable() -> Iterator[Stopping]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _now = Stopping()

@@ -20,6 +20,7 @@ from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
 from ..tuning.loading import load
+from .checks import check_files
 from .config import load_config
 from .plan import look, place
 from .run import settle
@@ -69,6 +70,7 @@ def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
     config.name = f"{config.name}-seed{seed}"
     try:
         check(config)
+        check_files(config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     return config

@@ -22,7 +22,7 @@ from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
-from .checks import building, check_data, check_parts
+from .checks import building, check_data, check_files, check_parts
 from .loop import Trainer
 from .plan import STATE, Plan, look, place
 from .report import show
@@ -65,6 +65,7 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     """
     task = task or get_task(config)
     method = check(config, task)
+    check_files(config)
     accelerator = make_accelerator(config)
     plan = looked(config, accelerator)
     data, stats = task.open_data()
