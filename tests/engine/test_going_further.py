@@ -77,9 +77,12 @@ def test_an_extension_that_is_interrupted_goes_on(tiny, monkeypatch):
     extended(config, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", stop(2))
-        with pytest.raises(KeyboardInterrupt, match="the finished run in .* is whole"):
+        with pytest.raises(KeyboardInterrupt, match=r"the finished run in .* is whole"):
             train(config)
         assert (folder_of(config) / "metrics.json").exists()
+        config = tiny(*options)
+        extended(config, 2)
+        assert config.train.extend == 2, "nothing was added yet"
         patch.setattr(Trainer, "_epoch", stop(3))
         with pytest.raises(KeyboardInterrupt, match="after epoch 3"):
             train(config)
@@ -94,7 +97,7 @@ def test_an_extension_that_is_interrupted_goes_on(tiny, monkeypatch):
 
 def test_what_cannot_be_extended(tiny, tiny_file, capsys):
     config = tiny()
-    with pytest.raises(vpeft.ConfigError, match="--extend: .* holds no run"):
+    with pytest.raises(vpeft.ConfigError, match=r"--extend: .* holds no run"):
         extended(config, 2)
     train(tiny("schedule.min_lr=0"))
     for options, why in (

@@ -54,7 +54,7 @@ class RunFolder:
     """
 
     def __init__(self, config: DictConfig, *, plan: Plan | None = None):
-        self.config, self.main, self.begun = config, plan is None, False
+        self.config, self.main, self.begun, self.unwritten = config, plan is None, False, False
         self.path = self.folder = place(config)
         self.made, self.lock, self.plan = not self.path.exists(), RunLock(self.path), plan
         self.logger = logging.getLogger(f"vpeft.run.{self.path}")
@@ -78,13 +78,20 @@ class RunFolder:
         if self.plan.kind == "replace":
             self.folder = self.path / NEXT
             self.folder.mkdir()
-        write_text(self.file("config.yaml"), OmegaConf.to_yaml(self.config, resolve=True))
+        if self.plan.goes_on:
+            self.unwritten = True  # what is there describes the state that is there
+        else:
+            self._write_config()
         write_text(self.file("environment.json"), json.dumps(_environment(), indent=1))
         self._log_to(*_handlers(self.file("console.log")))
         if stale is not None:
             self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
         for note in self.plan.notes:
             self.logger.info("%s", note)
+
+    def _write_config(self) -> None:
+        write_text(self.file("config.yaml"), OmegaConf.to_yaml(self.config, resolve=True))
+        self.unwritten = False
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -167,9 +174,12 @@ class RunFolder:
                 os.link(file, before)
             except OSError:  # a file system without links
                 shutil.copyfile(file, before)
-        if self.folder == self.path:
+        if self.plan.kind == "extend" and self.unwritten:
             self.file("metrics.json").unlink(missing_ok=True)
+            self._write_config()
         state.write(file)
+        if self.unwritten:
+            self._write_config()
         self.kept = state.epoch
         if self.folder != self.path:
             write_text(self.file(READY), json.dumps(sorted(p.name for p in self.folder.iterdir())))
@@ -178,6 +188,8 @@ class RunFolder:
 
     def finish(self, metrics: dict) -> None:
         """Write metrics.json, which marks the run as finished. Its state stays: the run may be extended."""
+        if self.unwritten:
+            self._write_config()
         write_text(self.file("metrics.json"), json.dumps(metrics, indent=1))
         self.file(PREVIOUS).unlink(missing_ok=True)
 
