@@ -7,6 +7,7 @@ processes see one process's global batches, and a resumed run the uninterrupted 
 
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,10 +51,13 @@ def _name(dataset: Any, index: int) -> str:
     try:
         if hasattr(dataset, "filename"):  # timm's
             return str(dataset.filename(index, absolute=True))
-        for key in ("files", "samples", "imgs"):
-            if hasattr(dataset, key):
-                found = getattr(dataset, key)[index]
-                return str(found[0] if isinstance(found, tuple) else found)
+        if hasattr(dataset, "source"):
+            return _name(dataset.source, index)
+        for key in ("files", "samples", "images", "videos"):
+            found = getattr(dataset, key)[index] if hasattr(dataset, key) else None
+            found = found[0] if isinstance(found, tuple) else getattr(found, "path", found)
+            if isinstance(found, str | Path):
+                return str(found)
     except Exception:  # a name is a help, not a need
         pass
     return f"sample {index}"

@@ -161,6 +161,7 @@ class Trainer:
         if self.run.main:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
             self._save(is_best, values)
+        self.run.kept = self.epoch
         self.pace.add(time.perf_counter() - started)
         self._report(row, waited / trained)
 
