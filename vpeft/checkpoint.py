@@ -58,7 +58,7 @@ class File:
             CheckpointError: changed by even one bit.
         """
         header, tensors = read_tensors(self.path)
-        if header.get("sha256") != _checksum(header.get(KEY, ""), tensors):
+        if header.get("sha256") != checksum(header.get(KEY, ""), tensors):
             raise CheckpointError(f"{self.path} is damaged: its contents do not match the checksum inside")
         return tensors
 
@@ -109,8 +109,8 @@ def save(
     check_metadata(metadata, tensors, path)
     text = json.dumps(metadata, sort_keys=True, allow_nan=False)
     live = model.state_dict()
-    check_same(live, lambda: _checksum(text, {n: tensors[n] for n in own}), path)
-    blob = serialise(tensors, {KEY: text, "sha256": _checksum(text, tensors)})
+    check_same(live, lambda: checksum(text, {n: tensors[n] for n in own}), path)
+    blob = serialise(tensors, {KEY: text, "sha256": checksum(text, tensors)})
     first_writes(live, lambda: write_bytes(writable_file(path), blob), path)
     return path
 
@@ -233,7 +233,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())
 
 
-def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a text and tensors with their names, shapes and types, whatever their order."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())

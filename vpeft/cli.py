@@ -2,22 +2,31 @@
 
 import argparse
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
+from .engine.stopping import stoppable
 from .errors import ConfigError, VpeftError
 from .options import check_values, declared
 
 
 def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--extend", type=int, metavar="N", help="train a finished run N epochs further")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
         from .engine.config import load_config
+        from .engine.plan import extended
         from .engine.train import train
 
-        train(load_config(args.cfg, args.overrides))
+        config = load_config(args.cfg, args.overrides)
+        if args.extend is not None:
+            extended(config, args.extend)
+        train(config)
 
     return run
 
@@ -182,7 +191,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
-    """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
+    """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130, SIGTERM 143.
 
     Args:
         argv: arguments, those of the process where None.
@@ -193,20 +202,24 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         parser.set_defaults(run=COMMANDS[command][0](parser))
     else:
         argv = sys.argv[1:] if argv is None else argv
+        parser.add_argument("--version", action="version", version=f"vpeft {version('vpeft')}")
         parsers = parser.add_subparsers(required=True, metavar="COMMAND")
         for name, (build, text) in COMMANDS.items():
             child = parsers.add_parser(name, help=text, description=text)
             if name in argv[:1]:  # what the others' options are read from need not be imported
                 child.set_defaults(run=build(child))
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except VpeftError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with an unfinished run", file=sys.stderr)
-        raise SystemExit(130) from None  # as a shell reports the signal
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    with stoppable() as stopping:
+        try:
+            args.run(args)
+        except KeyboardInterrupt as stop:
+            if first:
+                print(f"interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+            raise SystemExit(128 + (stopping.signal or signal.SIGINT)) from None  # as a shell reports the signal
+        except VpeftError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class CheckpointError(VpeftError):
     """A checkpoint that is damaged, foreign, or made for another backbone."""
 
 
+class WriteError(VpeftError, OSError):
+    """A file that cannot be written: a full or read-only disk, or a place where none can be."""
+
+
 class ConfigError(VpeftError):
     """A configuration with an unknown key, a wrong type or an impossible value."""
 

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CheckpointError, VpeftError
+from .errors import CheckpointError, VpeftError, WriteError
 
 DEEPEST = 50  # lists and mappings in each other; a configuration has about five
 LONGEST_SHOWN = 1000  # characters of a message that repeats what it was given
@@ -37,17 +39,48 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     After a crash the old file is there or the new one, never half of one. Each process writes to a temporary file of its
     own, so that processes that write at once leave one whole file. The folder of ``path`` is made where it is missing.
+
+    Raises:
+        WriteError: a full or read-only disk, or a place where no file can be; names the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     encoded = os.fsencode(path.name)
     short = path.name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
     temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A new temporary folder beside ``path``; it takes the place of ``path`` when the block ends without an error.
+
+    ``path`` then is a folder that is whole. Nothing but an empty folder gives way to it: where another process has been
+    first, its folder stays. Whatever happens, the temporary folder is gone afterwards, and nothing else is.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        with suppress(OSError):  # not empty, or not there
+            path.rmdir()
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

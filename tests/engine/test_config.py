@@ -116,3 +116,39 @@ def test_shipped_configurations_are_valid(tmp_path):
                 check(config)
             continue
         check(config)
+
+
+def test_a_changed_name_drops_the_options_of_the_old_one(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("method: {name: lora, options: {rank: 3, dropout: 0.1}}\noptim: {name: adamw, kwargs: {eps: 1.0e-6}}\n")
+    assert dict(load_config(file).method.options) == {"rank": 3, "dropout": 0.1}
+    assert capsys.readouterr().err == ""
+    config = load_config(file, ["method.name=linear", "optim.name=sgd"])
+    assert (dict(config.method.options), dict(config.optim.kwargs)) == ({}, {})
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "method.name=linear: the options of lora are dropped (rank, dropout)",
+        "optim.name=sgd: the kwargs of adamw are dropped (eps)",
+    ]
+    for items in (["method.name=ssf", "method.options.blocks=8-11"], ["method.options.blocks=8-11", "method.name=ssf"]):
+        assert dict(load_config(file, items).method.options) == {"blocks": "8-11"}
+    assert dict(load_config(file, ["method.name=lora", "method.options.rank=4"]).method.options) == {
+        "rank": 4,
+        "dropout": 0.1,
+    }
+    child = tmp_path / "b.yaml"
+    child.write_text("base: a.yaml\nmethod: {name: adaptformer, options: {bottleneck: 4}}\n")
+    assert dict(load_config(child).method.options) == {"bottleneck": 4}
+
+
+def test_an_empty_mapping_empties(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "method: {name: lora, options: {rank: 3}}\nmodel: {kwargs: {depth: 2}}\noptim: {kwargs: {eps: 1.0e-6}}\n"
+    )
+    config = load_config(file, ["method.options={}", "model.kwargs={}", "optim.kwargs={}"])
+    assert (dict(config.method.options), dict(config.model.kwargs), dict(config.optim.kwargs)) == ({}, {}, {})
+    child = tmp_path / "b.yaml"
+    child.write_text("base: a.yaml\nmethod: {options: {}}\ntrain: {}\n")
+    assert dict(load_config(child, ["train.epochs=3"]).method.options) == {}
+    assert dict(load_config(file, ["method.options={dropout: 0.2}"]).method.options) == {"rank": 3, "dropout": 0.2}

@@ -1,27 +1,35 @@
 """kill -9 at a random step: the continued run's weights equal an uninterrupted one's bit for bit."""
 
 import _thread
+import json
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 import vpeft
+from tests.engine.conftest import TINY
 from tests.support.places import ROOT
 from vpeft import checkpoint
 from vpeft.cli import main
 from vpeft.engine.config import load_config
+from vpeft.engine.loop import Trainer
 from vpeft.engine.train import train
+from vpeft.files import read_tensors
 
 OPTIONS = [
     "train.epochs=6", "method.name=adaptformer", "method.options={bottleneck: 4}", "augment.enabled=true",
-    "train.ema=0.9", "model.drop_path=0.1", "train.clip_grad=1.0",
+    "train.ema=0.9", "model.drop_path=0.1", "train.clip_grad=1.0", "data.workers=2",
 ]  # fmt: skip
 
 
@@ -75,15 +83,15 @@ def test_control_c_ends_in_one_line_and_the_run_goes_on(file, tmp_path, capfd):
         main(["train", "--cfg", str(file), "name=stopped", "train.epochs=5000"])
     assert ended.value.code == 130
     said = capfd.readouterr().err
-    assert "interrupted; the same command goes on" in said
+    assert [line for line in said.splitlines() if "interrupted" in line] == said.strip().splitlines()[-1:]
+    assert re.search(r"interrupted; the same command goes on from the state after epoch \d+ in \S+stopped$", said.strip())
+    assert not (log.parent / "lock.json").exists()
     assert "Traceback" not in said
     assert (log.parent / "state.safetensors").exists()
 
 
 def interrupted(config, monkeypatch):
     """A run that ends after its first epoch."""
-    from vpeft.engine.loop import Trainer
-
     real = Trainer._epoch
 
     def stop(self):
@@ -116,8 +124,209 @@ def test_a_run_goes_on_with_the_defaults_that_it_began_with(file, tmp_path, monk
 
 def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatch):
     interrupted(tiny(), monkeypatch)
-    with pytest.raises(vpeft.ConfigError, match="other settings in: optim"):
+    with pytest.raises(vpeft.ConfigError, match=r"other settings in: optim\.lr 0\.005 -> 0\.1"):
         train(tiny("optim.lr=0.1"))
     with pytest.raises(vpeft.ConfigError, match="resume=auto continues it"):
         train(tiny("resume=never"))
     assert train(tiny())["epoch"] in (1, 2)
+
+
+def weights(config, kind="last"):
+    return checkpoint.read(Path(config.output) / config.name / f"{kind}.safetensors").tensors
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_workers_change_nothing_also_after_an_interruption(tiny_file, monkeypatch):
+    tiny_file.write_text(tiny_file.read_text().replace("{rank: 2}", "{rank: 2, dropout: 0.3}"))
+    options = ["train.epochs=3", "model.drop_path=0.2"]
+    plain = load_config(tiny_file, [*options, "name=plain"])
+    train(plain)
+    workers = load_config(tiny_file, [*options, "name=workers", "data.workers=2"])
+    train(workers)
+    assert same(weights(plain), weights(workers)), "as many as there are"
+    stopped = load_config(tiny_file, [*options, "name=stopped", "data.workers=1"])
+    interrupted(stopped, monkeypatch)
+    train(stopped)
+    assert same(weights(plain), weights(stopped))
+
+
+def test_settings_that_change_nothing_pass_and_are_named(tiny, tmp_path, monkeypatch):
+    constant = ["schedule.name=constant"]
+    interrupted(tiny(*constant), monkeypatch)
+    free = [
+        "data.workers=1",
+        "data.batch_size=50",
+        "cache.budget_gb=1",
+        "wandb.project=other",
+        "train.epochs=3",
+        "train.patience=9",
+    ]
+    train(tiny(*constant, *free))
+    log = " ".join((tmp_path / "runs/run/console.log").read_text().split())
+    assert "other settings that do not change the result: " in log
+    for key in ("data.workers 0 -> 1", "data.batch_size 400 -> 50", "train.epochs 2 -> 3", "wandb.project vpeft -> other"):
+        assert key in log
+    whole = tiny(*constant, "train.epochs=3", "name=whole")
+    train(whole)
+    assert same(weights(tiny()), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("train.epochs=3", r"train\.epochs 2 -> 3"),  # of a cosine
+        ("model.kwargs.depth=3", r"model\.kwargs\.depth 2 -> 3"),
+        ("data.val_size=50", r"data\.val_size 100 -> 50"),
+        ("train.clip_grad=1.0", r"train\.clip_grad none -> 1\.0; choose another name=…, resume=changed to go on"),
+    ],
+)
+def test_settings_that_change_the_result_are_named(tiny, monkeypatch, change, named):
+    interrupted(tiny(), monkeypatch)
+    with pytest.raises(vpeft.ConfigError, match=named):
+        train(tiny(change))
+
+
+def test_a_run_goes_on_with_a_lower_rate_where_that_is_asked_for(tiny, monkeypatch):
+    interrupted(tiny("train.epochs=3"), monkeypatch)
+    with pytest.raises(vpeft.ConfigError, match=r"cannot change in the middle of a run: model\.kwargs\.depth"):
+        train(tiny("train.epochs=3", "resume=changed", "model.kwargs.depth=3"))
+    metrics = train(tiny("train.epochs=3", "resume=changed", "optim.lr=1e-4"))
+    assert metrics["changed_settings"] == [{"after_epoch": 1, "optim.lr": [0.005, 0.0001]}]
+    folder = Path(tiny().output) / "run"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    rates = [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert rates[0] > 1e-3
+    assert max(rates[1:]) <= 1e-4
+
+
+# ---- damaged files of an unfinished run ----
+
+
+def damage(file, how):
+    if how == "missing":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:  # a bit of a tensor, which safetensors does not notice
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 4
+        file.write_bytes(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that stopped after two of three epochs; and what it would have become."""
+    file = tmp_path_factory.mktemp("runs") / "tiny.yaml"
+    file.write_text(f"{TINY}output: {file.parent / 'runs'}\n")
+    options = ["train.epochs=3", "optim.lr=1e-2"]
+    train(load_config(file, [*options, "name=whole"]))
+    real = Trainer._epoch
+
+    def stop(self):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", stop)
+        with pytest.raises(KeyboardInterrupt, match="goes on from the state after epoch 2"):
+            train(load_config(file, options))
+    return file.parent / "runs"
+
+
+@pytest.fixture
+def after_two(runs, tiny):
+    """Copies of both, which are found where they were put."""
+    options = ["train.epochs=3", "optim.lr=1e-2"]
+    config = tiny(*options)
+    shutil.copytree(runs, config.output)
+    return config, tiny(*options, "name=whole")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "bit"])
+@pytest.mark.parametrize("name", ["state", "best", "last"])
+def test_damaged_files_fall_back_to_what_is_whole(after_two, name, how):
+    config, whole = after_two
+    folder = Path(config.output) / "run"
+    damage(folder / f"{name}.safetensors", how)
+    metrics = train(config)
+    assert same(weights(config), weights(whole))
+    assert same(weights(config, "best"), weights(whole, "best")), "its weights were in the state"
+    log = " ".join((folder / "console.log").read_text().split())
+    assert f"{name}.safetensors {'does not exist' if how == 'missing' else 'is damaged'}" in log
+    assert ("going on from state.previous.safetensors, after epoch 1" if name == "state" else "written again") in log
+    assert "lost_best" not in metrics
+
+
+def test_a_best_epoch_that_is_lost_is_said(tiny, monkeypatch):
+    """Its weights were in no other file: the best is chosen anew from the last one on."""
+    config = tiny("train.epochs=3")
+    values, real, real_epoch = iter([90.0, 10.0, 20.0, 20.0, 20.0]), Trainer.evaluate, Trainer._epoch
+
+    def evaluate(self, split):
+        found = real(self, split)
+        return found | {"top1": next(values)} if split == "val" else found
+
+    def stop(self):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        real_epoch(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    damage(Path(config.output) / "run/best.safetensors", "bit")
+    metrics = train(config)
+    assert (metrics["epoch"], metrics["lost_best"]) == (3, 1)
+    log = " ".join((Path(config.output) / "run/console.log").read_text().split())
+    assert "the weights of epoch 1 are lost, the best is chosen from 2 on" in log
+
+
+def test_the_last_reading_of_the_best_epoch_compares_its_checksum(tiny, monkeypatch):
+    config, real = tiny(), Trainer._load_best
+
+    def late(self):
+        damage(self.run.file("best.safetensors"), "bit")
+        real(self)
+
+    monkeypatch.setattr(Trainer, "_load_best", late)
+    metrics = train(config)
+    assert (metrics["epoch"], metrics["lost_best"]) == (2, 2)
+    plain = tiny("name=plain")
+    monkeypatch.setattr(Trainer, "_load_best", real)
+    assert train(plain)["test_top1"] == metrics["test_top1"], "the last epoch was the best"
+
+
+def test_without_any_state_what_is_whole_is_named(after_two):
+    config, _ = after_two
+    folder = Path(config.output) / "run"
+    for name in ("state", "state.previous"):
+        damage(folder / f"{name}.safetensors", "cut")
+    with pytest.raises(
+        vpeft.ConfigError, match=r"state\.safetensors is damaged.*last\.safetensors \(after epoch 2\) is whole: .*init="
+    ):
+        train(config)
+    for name in ("last", "best"):
+        damage(folder / f"{name}.safetensors", "bit")
+    with pytest.raises(vpeft.ConfigError, match=r"cannot go on: .*overwrite=true drops it"):
+        train(config)
+
+
+def test_a_state_of_an_earlier_version_goes_on(after_two):
+    """Without a checksum, and without the method."""
+    config, whole = after_two
+    file = Path(config.output) / "run/state.safetensors"
+    metadata, tensors = read_tensors(file)
+    saved = json.loads(metadata["state"])
+    save_file(tensors, file, {"state": json.dumps({k: saved[k] for k in ("epoch", "best", "scalars")})})
+    (file.parent / "state.previous.safetensors").unlink()
+    text = OmegaConf.load(file.parent / "config.yaml")
+    del text.init, text.train.patience, text.train.extend
+    OmegaConf.save(text, file.parent / "config.yaml")
+    train(config)
+    assert same(weights(config), weights(whole))

@@ -44,3 +44,33 @@ def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_p
     monkeypatch.setattr(module, "train", lambda config: pytest.fail("trained before all were checked"))
     with pytest.raises(vpeft.ConfigError, match=r"probe\.yaml: method: unknown method 'lineal'; did you mean 'linear'"):
         module.table(two_files, out=tmp_path / "table")
+
+
+def test_a_finished_run_with_other_settings_is_refused_before_anything_trains(two_files, tmp_path, monkeypatch):
+    common = {"seeds": (0,), "out": tmp_path / "table"}
+    module.table(two_files[:1], ["train.epochs=1"], **common)
+    monkeypatch.setattr(module, "train", lambda config: trained.append(config.name))
+    trained = []
+    for change in ("optim.lr=0.1", "train.epochs=2"):
+        with pytest.raises(
+            vpeft.ConfigError, match=rf"t/low-seed0 \({change.partition('=')[0]} \S+ -> {change.partition('=')[2]}\)"
+        ):
+            module.table(two_files, ["train.epochs=1", change], **common)
+    assert trained == []
+    rows = module.table(two_files[:1], ["train.epochs=1", "data.workers=1", "wandb.project=x"], **common)
+    assert [r["experiment"] for r in rows] == ["t/low"]
+    assert trained == []
+    module.table(two_files[:1], ["optim.lr=0.1", "train.epochs=1", "overwrite=true"], **common)
+    assert trained == ["t/low-seed0"]
+    module.table(two_files[:1], ["train.epochs=1", "overwrite=true"], **common)
+    assert trained == ["t/low-seed0"], "the same settings: nothing to train"
+
+
+@pytest.mark.parametrize(("options", "title"), [([], "val top-1"), (["data.val_size=0"], "no top-1")])
+def test_without_a_test_split_the_validation_is_shown(two_files, tmp_path, options, title):
+    out = tmp_path / "table"
+    rows = module.table(two_files[:1], ["train.epochs=1", "data.test_split=null", *options], seeds=(0,), out=out)
+    stored = json.loads((tmp_path / "runs/t/low-seed0/metrics.json").read_text())
+    assert rows[0]["scores"] == ([stored["val_top1"]] if not options else [])
+    assert title in out.with_suffix(".md").read_text()
+    assert rows[0]["merge_error"] < 1e-5

@@ -20,7 +20,7 @@ def parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def sign(path: Path, metadata: Any, tensors: dict[str, Tensor]) -> Path:
     """Write these as a checkpoint whose checksum fits; ``metadata`` may be a text."""
     text = metadata if isinstance(metadata, str) else json.dumps(metadata)
-    path.write_bytes(save(tensors, {checkpoint.KEY: text, "sha256": checkpoint._checksum(text, tensors)}))
+    path.write_bytes(save(tensors, {checkpoint.KEY: text, "sha256": checkpoint.checksum(text, tensors)}))
     return path
 
 

@@ -6,11 +6,12 @@ processes see one process's global batches, and a resumed run the uninterrupted 
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
 from ..errors import DataError, VpeftError
 from ..numerics import seeded
@@ -37,6 +38,51 @@ class SeededDataset(Dataset):
                 return self.dataset[index]
         except VpeftError as error:
             return Failed(index, error)
+
+
+def sample_names(dataset: Any, indices: Iterable[int]) -> list[str]:
+    """What people call samples of a data set: their files where it knows them, else their numbers.
+
+    A data set of one's own says it with ``sample_name(index)``; timm's and torchvision's are known.
+    """
+    return [_name(dataset, int(index)) for index in indices]
+
+
+def _name(dataset: Any, index: int) -> str:
+    if hasattr(dataset, "sample_name"):
+        return str(dataset.sample_name(index))
+    if isinstance(dataset, Subset):
+        return _name(dataset.dataset, int(dataset.indices[index]))
+    if isinstance(dataset, SeededDataset):
+        return _name(dataset.dataset, index)
+    try:
+        if hasattr(dataset, "filename"):  # timm's
+            return str(dataset.filename(index, absolute=True))
+        if hasattr(dataset, "source"):
+            return _name(dataset.source, index)
+        for key in ("files", "samples", "images", "videos"):
+            found = getattr(dataset, key)[index] if hasattr(dataset, key) else None
+            found = found[0] if isinstance(found, tuple) else getattr(found, "path", found)
+            if isinstance(found, str | Path):
+                return str(found)
+    except Exception:  # a name is a help, not a need
+        pass
+    return f"sample {index}"
+
+
+class Loader(DataLoader):
+    """torch's loader, of which every pass draws one number from torch's generator, whatever its workers do.
+
+    torch's own draws it in every pass without workers, and in the first one alone with workers that stay: a run that was
+    resumed would go on with other numbers than one that was not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        return super().__iter__()
 
 
 class ShardedBatches(Sampler):
@@ -85,7 +131,7 @@ class ShardedBatches(Sampler):
                 yield share
 
 
-class ReadableBatches(DataLoader):
+class ReadableBatches(Loader):
     """Batches of the samples that could be read. What to do about the others is decided here, in the main process.
 
     Args:
@@ -145,10 +191,12 @@ def make_loader(
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
     A data set that has a ``collate`` makes its batches with it. Samples that cannot be read: see ``ReadableBatches``.
     """
-    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    # Workers of a stream draw their augmentation from a seed of the pass, so they start anew with it.
+    stays = workers > 0 and not isinstance(dataset, IterableDataset)
+    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": stays}
     collate = getattr(dataset, "collate", None)
     if isinstance(dataset, IterableDataset):
-        return DataLoader(
+        return Loader(
             dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, collate_fn=collate, **common
         )
     batches = ShardedBatches(

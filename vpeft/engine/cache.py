@@ -8,10 +8,9 @@ forwards give what was stored, or an empty tensor of the right shape where nobod
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,12 @@ from ..backbone.reading import input_size
 from ..checkpoint import fingerprint
 from ..data.broken import Failed, take, tally_of
 from ..errors import UnsupportedModelError, VpeftError
+from ..files import replacing_folder
 from ..tuning.handle import Handle
 
 INPUT = FIRST  # the key of the first block's input
 GB = 1024**3
+ABOUT = "about.json"  # in a cache's folder: the labels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,21 +117,26 @@ class FeatureCache:
             raise CacheError("a streamed data set has no fixed samples whose features could be cached")
         total = len(loader.dataset)
         batches = self._in_order(loader)
-        folder = None
+        partial = None
         self.labels, self.readable = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
-        for rows, images, labels in self._track(batches, total, progress):
-            found = self._compute(images)
+        with ExitStack() as stack:
+            for rows, images, labels in self._track(batches, total, progress):
+                found = self._compute(images)
+                if not self.readable.any():
+                    folder = self._allocate(found, total, loader)
+                    if folder is not None and self._opened(folder, found, total):
+                        return self
+                    if folder is not None:  # made under a name that is never trusted
+                        partial = stack.enter_context(replacing_folder(folder))
+                        self.features = self._map(partial, found, total)
+                for key, value in found.items():
+                    self.features[key][rows] = value.to(self.dtype).cpu()
+                self.labels[rows], self.readable[rows] = labels, True
             if not self.readable.any():
-                folder = self._allocate(found, total, loader)
-                if folder is not None and self._opened(folder, found, total, loader):
-                    return self
-            for key, value in found.items():
-                self.features[key][rows] = value.to(self.dtype).cpu()
-            self.labels[rows], self.readable[rows] = labels, True
-        if not self.readable.any():
-            raise CacheError(f"not one of {total} samples can be read")
-        if folder is not None:
-            self._commit(folder)
+                raise CacheError(f"not one of {total} samples can be read")
+            if partial is not None:
+                left_out = torch.nonzero(~self.readable).flatten().tolist()
+                (partial / ABOUT).write_text(json.dumps({"labels": self.labels.tolist(), "left_out": left_out}))
         return self
 
     @staticmethod
@@ -223,36 +229,22 @@ class FeatureCache:
             maps[key] = torch.from_file(file, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
         return maps
 
-    def _opened(self, folder: Path, found: dict[Any, Tensor], total: int, loader: DataLoader) -> bool:
-        """Open a finished cache; else make the files of a new one, under a name that is never trusted."""
-        index = folder / "about.json"
-        if index.is_file():
-            self.features = self._map(folder, found, total)
-            about = json.loads(index.read_text())
-            self.labels = torch.tensor(about["labels"], dtype=torch.long)
-            self.readable = torch.ones(total, dtype=torch.bool)
-            self.readable[about.get("left_out", [])] = False
-            return True
-        partial = self._partial(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.features = self._map(partial, found, total)
-        return False
+    def _opened(self, folder: Path, found: dict[Any, Tensor], total: int) -> bool:
+        """Open a finished cache, where there is one."""
+        index = folder / ABOUT
+        if not index.is_file():
+            return False
+        self.features = self._map(folder, found, total)
+        about = json.loads(index.read_text())
+        self.labels = torch.tensor(about["labels"], dtype=torch.long)
+        self.readable = torch.ones(total, dtype=torch.bool)
+        self.readable[about.get("left_out", [])] = False
+        return True
 
     @property
     def size(self) -> int:
         """Bytes stored."""
         return sum(v.numel() * v.dtype.itemsize for v in self.features.values())
-
-    @staticmethod
-    def _partial(folder: Path) -> Path:
-        return folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-
-    def _commit(self, folder: Path) -> None:
-        partial = self._partial(folder)
-        left_out = torch.nonzero(~self.readable).flatten().tolist()
-        (partial / "about.json").write_text(json.dumps({"labels": self.labels.tolist(), "left_out": left_out}))
-        os.replace(partial, folder)
 
     def fingerprint(self, loader: DataLoader) -> str:
         """What the features depend on: frozen weights, what is stored, precision, and every transformed sample."""

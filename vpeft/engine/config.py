@@ -1,7 +1,8 @@
 """One YAML per experiment, typed: unknown keys, wrong types and impossible values are refused with the key's path."""
 
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ..tasks.video.config import MotionConfig, VideoConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+# What is exchanged by its name, and where its own options are, which mean nothing to another one.
+OPTIONS_OF = {"method.name": "method.options", "optim.name": "optim.kwargs", "seg.head": "seg.options"}
 
 __all__ = [
     "PRECISIONS", "AugmentConfig", "CacheConfig", "Config", "DataConfig", "MethodConfig", "ModelConfig", "MotionConfig",
@@ -144,6 +147,8 @@ class TrainConfig:
     compile: bool = option(False, help="with `torch.compile`")
     fused_attention: bool = option(True, help="torch's scaled dot-product attention")
     grad_checkpointing: bool = option(False, help="compute activations again instead of keeping them")
+    patience: int | None = option(None, ge=1, unit="epochs", help="without a better one, after which the run ends")
+    extend: int = option(0, ge=0, unit="epochs", help="more, also of a finished run; see docs/training.md")
     select: str = option("best", choices=("best", "last"), help="the epoch that is kept")
     deterministic: bool = option(True, help="the same numbers in every run")
 
@@ -180,8 +185,12 @@ class Config:
     output: str = option("runs", free="the folder of all runs")
     task: str = option("classification", choices=TASKS)
     seed: int = option(0, ge=0, le=SEED, help="of weights, order of samples, and augmentation")
-    resume: str = option("auto", choices=("auto", "never"), help="an unfinished run of the same name goes on, or is refused")
-    overwrite: bool = option(False, help="replace a run of the same name")
+    resume: str = option(
+        "auto", choices=("auto", "never", "changed"),
+        help="an unfinished run of the same name goes on, is refused, or goes on with a changed rate, schedule or clipping",
+    )  # fmt: skip
+    overwrite: bool = option(False, help="replace a run of the same name, once the new one has its first state")
+    init: str | None = option(None, free="a checkpoint", help="from which values start")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -212,18 +221,55 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: as ``load_config``.
     """
-    layers = _read(Path(file), ())
+    layers, given = _read(Path(file), ()), []
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override '{item}': expected key.sub=value")
         try:
-            layers.append(OmegaConf.from_dotlist([item]))
+            given.append(OmegaConf.from_dotlist([item]))
         except Exception as error:  # yaml's own errors have several unrelated classes
             raise ConfigError(f"override '{item}': {error}") from error
     config = OmegaConf.structured(schema)
     for layer in layers:
-        config = merge(config, layer)
+        config = _laid(config, layer, layer)
+    for layer in given:  # on the command line, the name may stand behind its options
+        config = _laid(config, layer, OmegaConf.merge(*given) if layer is given[0] else None)
     return config
+
+
+def _laid(config: DictConfig, layer: DictConfig, names: DictConfig | None) -> DictConfig:
+    """A layer laid over what lies below: the options of what it exchanges go, and an empty mapping empties one.
+
+    Args:
+        config: what lies below.
+        layer: to be laid over it.
+        names: where to look for names that exchange something.
+    """
+    for key, options in OPTIONS_OF.items():
+        new = None if names is None else OmegaConf.select(names, key, throw_on_resolution_failure=False)
+        old, dropped = OmegaConf.select(config, key), OmegaConf.select(config, options)
+        if isinstance(new, str) and new != old and dropped:
+            print(
+                f"{key}={new}: the {options.rpartition('.')[2]} of {old} are dropped ({', '.join(dropped)})", file=sys.stderr
+            )
+            OmegaConf.update(config, options, {}, merge=False)
+    for key in _empty(layer):
+        node = OmegaConf.select(config, key, throw_on_missing=False)
+        if OmegaConf.is_dict(node) and OmegaConf.get_type(node) is dict:
+            OmegaConf.update(config, key, {}, merge=False)
+    return merge(config, layer)
+
+
+def _empty(layer: Any, path: str = "") -> Iterator[str]:
+    """The keys of empty mappings."""
+    for key in layer:
+        if OmegaConf.is_interpolation(layer, key) or OmegaConf.is_missing(layer, key):
+            continue
+        where = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_dict(layer[key]):
+            if not layer[key]:
+                yield where
+            yield from _empty(layer[key], where)
 
 
 def from_container(values: dict) -> DictConfig:
@@ -312,7 +358,8 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{key}: expected two numbers low <= high, got {list(pair)}")
     if config.schedule.warmup_epochs >= config.train.epochs and config.schedule.warmup_epochs:
         raise ConfigError(
-            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below train.epochs {config.train.epochs}"
+            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below train.epochs {config.train.epochs}; "
+            f"for a shorter run set schedule.warmup_epochs={config.train.epochs // 10} too"
         )
     if config.train.accumulate > config.train.batch_size:
         raise ConfigError("train.accumulate: cannot cut a batch into more parts than it has samples")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,24 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import Tensor
 
+from .. import checkpoint
 from ..data.splits import Datasets
-from ..errors import VpeftError
-from ..files import naming, read_tensors
+from ..errors import CheckpointError
+from ..files import naming
+from ..metadata import FORMAT
 from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
 from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
 from .opening import skipped
-from .progress import Bar, GradientWatch, TimedBatches
+from .plan import STATE
+from .progress import Bar, GradientWatch, Pace, TimedBatches
 from .report import draw_curves
 from .run import RunFolder
 from .setup import make_loaders, make_optimizer, make_schedule
 from .state import Average, RunState
+from .trouble import not_finite
 
 
 class Trainer:
@@ -67,6 +71,9 @@ class Trainer:
         self.scheduler, self.epochs = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
         self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
+        self.changes: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+        self.pace = Pace()
         self.watch = GradientWatch(((n, p) for n, p in handle.named_parameters() if p.requires_grad), run.logger)
 
     # ---- one run ----
@@ -76,14 +83,22 @@ class Trainer:
         if self.run.resuming:
             self._load_state()
             self.run.logger.info("resuming %s after epoch %d", self.run.path, self.epoch)
-        if self.run.main:
-            self.run.keep_rows(self.epoch)
+        self.run.begin(self.epoch)
+        if self.run.resuming and self.run.main:
+            self._check_best()
         self.scheduler.step_update(self.epoch * self.steps_per_epoch)
-        if self.epoch < self.epochs:
+        if not self._done():
             self._cache_features()
-        while self.epoch < self.epochs:
+        while not self._done():
             self._epoch()
         return self._finish()
+
+    def _done(self) -> bool:
+        return self.epoch >= self.epochs or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        patience, best = self.config.train.patience, self.best["epoch"]
+        return patience is not None and best is not None and self.epoch - 1 - best >= patience
 
     def _cache_features(self) -> None:
         """Store frozen features, where that is asked for and possible, and train and validate on them."""
@@ -147,6 +162,8 @@ class Trainer:
         if self.run.main:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
             self._save(is_best, values)
+        self.run.kept = self.epoch
+        self.pace.add(time.perf_counter() - started)
         self._report(row, waited / trained)
 
     def _report(self, row: dict[str, Any], waiting: float) -> None:
@@ -155,9 +172,12 @@ class Trainer:
         keys = ("lr", "train_loss", "val_loss", f"val_{self.task.monitor}")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
         self.run.logger.info(
-            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)", self.epoch, self.epochs, shown, row["train_seconds"],
-            100 * waiting,
+            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)%s", self.epoch, self.epochs, shown, row["train_seconds"],
+            100 * waiting, "" if self._done() else f"  {self._left(self.epochs - self.epoch)}",
         )  # fmt: skip
+
+    def _left(self, epochs: int) -> str:
+        return self.pace.left(epochs, at_most=self.config.train.patience is not None)
 
     def _train_epoch(self) -> tuple[float, float]:
         """One pass over the training split: the mean loss per sample, over all processes, and seconds waited for data."""
@@ -169,24 +189,20 @@ class Trainer:
         elif hasattr(loader.dataset, "set_epoch"):
             loader.dataset.set_epoch(self.epoch)
         total, count, batches = torch.zeros((), dtype=torch.float64), 0, TimedBatches(loader)
-        with Bar(self.run.main, self.steps_per_epoch, f"epoch {self.epoch + 1}/{self.epochs}") as advance:
+        text = f"epoch {self.epoch + 1}/{self.epochs}  {self._left(self.epochs - self.epoch)}"
+        with Bar(self.run.main, self.steps_per_epoch, text.rstrip()) as advance:
             for i, (inputs, targets) in enumerate(batches):
                 # One process sees whole batches; a data set may have left out what it could not read.
                 whole = streamed or accelerator.num_processes == 1
                 size = len(targets) * accelerator.num_processes if whole else loader.batch_sampler.global_size(i)
-                loss = self._step(inputs.to(accelerator.device), targets.to(accelerator.device), size)
+                inputs = inputs.to(accelerator.device)
+                loss = self._step(i, inputs, targets.to(accelerator.device), size)
                 self.scheduler.step_update(self.epoch * self.steps_per_epoch + i + 1)
                 total += loss.cpu().double()
                 count += size
                 advance()
         total = accelerator.reduce(total.float().to(accelerator.device), "sum")
-        mean = float(total) / max(count, 1)
-        if not math.isfinite(mean):
-            raise VpeftError(
-                f"the training loss is {mean} in epoch {self.epoch + 1}; lower optim.lr, or set train.clip_grad. "
-                f"The last good state is in {self.run.path}"
-            )
-        return mean, batches.waited
+        return float(total) / max(count, 1), batches.waited
 
     def _mode(self, training: bool) -> None:
         drops = self.config.model.drop_path or self.config.model.drop
@@ -194,8 +210,11 @@ class Trainer:
         if self.whole is not self.handle.model:
             self.whole.training = training  # its own flag only: the handle knows what stays frozen
 
-    def _step(self, inputs: Tensor, targets: Tensor, global_size: int) -> Tensor:
+    def _step(self, number: int, inputs: Tensor, targets: Tensor, global_size: int) -> Tensor:
         """One optimiser step; the sum of the local samples' losses.
+
+        Raises:
+            VpeftError: it is no number; before anything is changed by it.
 
         Each part's mean is weighted by its share of the global batch, so that accumulation and uneven last batches
         give the plain mean over the global batch's samples.
@@ -210,6 +229,9 @@ class Trainer:
                     loss = training_loss(self.task, self.model, a, b, self.handle)
                 accelerator.backward(loss * (len(b) * world / global_size))
             summed += loss.detach().float() * len(b)
+        if not torch.isfinite(summed):
+            loader, mean = self.loaders["train"], float(summed) / len(inputs)
+            raise not_finite(self.run, loader, mean, self.epoch, number, inputs)
         self.watch.step()
         if self.config.train.clip_grad:
             accelerator.clip_grad_norm_(self.params, self.config.train.clip_grad)
@@ -238,8 +260,6 @@ class Trainer:
                 self.average.swap()
 
     def _finish(self) -> dict[str, Any]:
-        if self.average:
-            self.average = None  # best.safetensors already holds the averaged values
         self.accelerator.wait_for_everyone()
         self._load_best()
         rows = self.run.rows()
@@ -251,14 +271,19 @@ class Trainer:
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
         metrics |= self._left_out()
+        if self.epoch < self.epochs:
+            self.notes["stopped_early"] = self.epoch
+            self.run.logger.info("stopped early after epoch %d: no better one than epoch %d in train.patience=%d epochs",
+                                 self.epoch, metrics["epoch"], self.config.train.patience)  # fmt: skip
+        if self.changes:
+            self.notes["changed_settings"] = self.changes
         if self.run.main:
-            for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
+            for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             draw_curves(self.run, self.task)
-            self.run.finish(metrics)
-            self.run.file("state.safetensors").unlink(missing_ok=True)
+            self.run.finish(metrics | self.notes)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
-        return metrics
+        return metrics | self.notes
 
     def _left_out(self) -> dict[str, int]:
         """How many samples of each split could not be read (``data.skip_broken``); the log names them."""
@@ -272,24 +297,33 @@ class Trainer:
     def _save(self, is_best: bool, values: dict) -> None:
         """The epoch's checkpoints; the state file comes last, so that it never runs ahead of them."""
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
+        self._write(("last", "best") if is_best else ("last",), metrics)
+        scaler = self.accelerator.scaler
+        method = self.handle.method
+        self.run.keep(
+            RunState(
+                trained=self.handle.state_dict() | self.handle.head_state_dict(),
+                average=self.average.values if self.average else [],
+                optimizer=self.optimizer.state_dict()["state"],
+                epoch=self.epoch,
+                best=self.best,
+                scaler=None if scaler is None else scaler.state_dict(),
+                method={"format": FORMAT, "method": {"name": method.name, "options": method.options()}},
+                changes=self.changes,
+            )
+        )
+
+    def _write(self, names: Sequence[str], metrics: dict[str, Any]) -> None:
+        """Checkpoints of the present values, averaged where they are."""
         if self.average:
             self.average.swap()
-        for name in ("last", "best") if is_best else ("last",):
+        for name in names:
             self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, training=True, **self.metadata)
         if self.average:
             self.average.swap()
-        scaler = self.accelerator.scaler
-        RunState(
-            trained=self.handle.state_dict() | self.handle.head_state_dict(),
-            average=self.average.values if self.average else [],
-            optimizer=self.optimizer.state_dict()["state"],
-            epoch=self.epoch,
-            best=self.best,
-            scaler=None if scaler is None else scaler.state_dict(),
-        ).write(self.run.file("state.safetensors"))
 
     def _load_state(self) -> None:
-        file = self.run.file("state.safetensors")
+        file = self.run.file(STATE)
         state = RunState.read(file)
         with naming(file):
             self._take(state.trained)
@@ -300,12 +334,49 @@ class Trainer:
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.epoch, self.best = state.epoch, state.best
+        changed = {k: list(pair) for k, pair in self.run.plan.changes.items()}
+        self.changes = [*state.changes, *([{"after_epoch": self.epoch, **changed}] if changed else [])]
+
+    def _check_best(self) -> None:
+        """Write the checkpoints of a run that goes on again, where they are damaged or gone: the state has the last one."""
+        broken = [e for e in map(self._damage, ("last", "best")) if e]
+        if not broken:
+            return
+        row = (self.run.rows() or [{}])[-1]
+        metrics = {k: v for k, v in row.items() if k.startswith("val_")} | {"epoch": self.epoch}
+        self._write(("last",), metrics)
+        lost = self._damage("best")
+        if lost:
+            if self.best["epoch"] != self.epoch - 1:
+                self.notes["lost_best"] = self.best["epoch"] + 1
+                lost += f"; the weights of epoch {self.notes['lost_best']} are lost, the best is chosen from {self.epoch} on"
+                value = row.get(f"val_{self.task.monitor}", float(self.epoch - 1))
+                self.best = {"epoch": self.epoch - 1, "value": value}
+            self._write(("best",), metrics)
+        self.run.logger.warning("%s; written again from the state after epoch %d", lost or broken[0], self.epoch)
+
+    def _damage(self, name: str) -> str:
+        """What is wrong with a checkpoint of this run, or nothing."""
+        try:
+            checkpoint.read(self.run.file(f"{name}.safetensors"))
+        except CheckpointError as error:
+            return str(error)
+        return ""
 
     def _load_best(self) -> None:
-        file = self.run.file("best.safetensors")
-        _, tensors = read_tensors(file)
-        with naming(file):
-            self._take(tensors)
+        """The chosen epoch's values; the last one's, which are at hand, where its file is damaged."""
+        average, self.average = self.average, None  # best.safetensors holds the averaged values
+        try:
+            file = checkpoint.read(self.run.file("best.safetensors"))
+        except CheckpointError as error:
+            if average:
+                average.swap()
+            self.run.logger.warning("%s; the last epoch, %d, is kept in its place", error, self.epoch)
+            self.notes["lost_best"] = self.best["epoch"] + 1
+            self.best = {"epoch": self.epoch - 1, "value": None}
+            return
+        with naming(file.path):
+            self._take(file.tensors)
 
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
         """Values of this run, which has looked at its data, whatever they look like."""

@@ -9,14 +9,15 @@ from omegaconf import DictConfig
 
 from ..errors import ConfigError
 from ..files import write_tensors
-from ..tasks.models import check_model_name
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
+from .checks import building, check_data, check_files
 from .loop import Trainer
 from .opening import open_data
-from .run import RunFolder
 from .setup import make_accelerator, start_tracking
+from .train import check, looked, opened
+from .trouble import ending_in_words
 
 
 def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
@@ -31,22 +32,26 @@ def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     """
     if config.model.pretrained:
         raise ConfigError("model.pretrained: pretraining starts from random weights; set it to false")
-    check_model_name(config)
     task = task or get_task(config)
-    task.check()
+    check(config, task)
+    check_files(config)
     accelerator = make_accelerator(config)
+    plan = looked(config, accelerator)
     data, stats = open_data(config, task)
-    run = RunFolder(config, main=accelerator.is_main_process)
+    check_data(config, data)
     set_seed(config.seed)
-    built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
+    with building(config):
+        backbone = task.build_backbone(len(data.classes))
+    built = task.assemble(backbone, len(data.classes))
     handle = attach(built.backbone, config.method.name, heads=built.heads)
-    start_tracking(config, accelerator)
-    metadata = {"class_names": data.classes, "data": stats}
-    metrics = Trainer(config, built, handle, data, run, accelerator, metadata).fit()
-    if run.main:
-        plain = handle.merge().detach(keep_merged=True)
-        digest = write_weights(plain.state_dict(), run.file("weights.safetensors"))
-        run.logger.info("%s  sha256 %s  %s", run.file("weights.safetensors"), digest, metrics)
+    with opened(config, accelerator, plan) as run, ending_in_words(run):
+        start_tracking(config, accelerator)
+        metadata = {"class_names": data.classes, "data": stats}
+        metrics = Trainer(config, built, handle, data, run, accelerator, metadata).fit()
+        if run.main:
+            plain = handle.merge().detach(keep_merged=True)
+            digest = write_weights(plain.state_dict(), run.file("weights.safetensors"))
+            run.logger.info("%s  sha256 %s  %s", run.file("weights.safetensors"), digest, metrics)
     return metrics
 
 

@@ -59,6 +59,33 @@ class TimedBatches:
             yield batch
 
 
+class Pace:
+    """How long a run will go on, from the epochs that were seen."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        """Take an epoch's time in."""
+        self.seconds.append(seconds)
+
+    def left(self, epochs: int, at_most: bool = False) -> str:
+        """``about 3 min left, until 14:32``; nothing before the first epoch was seen."""
+        if not self.seconds:
+            return ""
+        recent = sorted(self.seconds[-5:])  # the first epochs also wait for what is loaded once
+        seconds = epochs * recent[len(recent) // 2]
+        end = time.strftime("%H:%M" if seconds < 20 * 3600 else "%a %d %b %H:%M", time.localtime(time.time() + seconds))
+        long = (
+            f"{seconds:.0f} s"
+            if seconds < 100
+            else f"{seconds / 60:.0f} min"
+            if seconds < 6000
+            else f"{seconds / 3600:.1f} h"
+        )
+        return f"{'at most' if at_most else 'about'} {long} left, until {end}"
+
+
 class GradientWatch:
     """Warns of trained tensors that no gradient has reached in the first steps: a dead site, or an initial value that can
     never learn.

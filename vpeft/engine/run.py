@@ -6,14 +6,18 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError
+from ..errors import WriteError
 from ..files import write_text
-from .config import from_container
+from .lock import Holder, RunLock
+from .plan import FILES, NEXT, PREVIOUS, READY, STATE, Plan, look, place
+from .state import RunState
 
 PACKAGES = ("vpeft", "torch", "timm", "torchvision", "accelerate", "numpy", "safetensors")
 
@@ -32,73 +36,108 @@ def versions() -> dict[str, str]:
 class RunFolder:
     """``output/name`` with config.yaml, log.jsonl, console.log, checkpoints, metrics.json, curves.png, environment.json.
 
+    It is a context: while it is open, the folder is locked. A run that replaces another one is written into a hidden
+    folder inside until its first state is there; the other run's files, and nothing else, then give way to it.
+
     Args:
         config: the resolved configuration.
-        main: False in all but the first process, which alone writes.
+        plan: what ``look`` said, of all processes but the first, which alone writes.
 
     Raises:
-        ConfigError: the folder holds a finished run, or an unfinished one with other settings.
+        ConfigError: see ``look``.
+        WriteError: the folder cannot be written to.
+
+    Attributes:
+        path: of the run's folder.
+        plan: what is done with it.
+        kept: epochs after which a state is kept; 0 where none is yet.
     """
 
-    def __init__(self, config: DictConfig, *, main: bool = True):
-        self.path = Path(config.output) / config.name
-        self.main = main
-        self.resuming = False
-        state = self.file("state.safetensors")
-        if config.overwrite:
-            if main and self.path.exists():
-                shutil.rmtree(self.path)
-        elif self.file("metrics.json").exists():
-            raise ConfigError(f"{self.path} holds a finished run; choose another name=…, or overwrite=true to replace it")
-        elif state.exists():
-            if config.resume != "auto":
-                raise ConfigError(f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true drops it")
-            self._same_settings(config)
-            self.resuming = True
-        if main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.file("config.yaml"), OmegaConf.to_yaml(config, resolve=True))
-            environment = {
-                "versions": versions(),
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "cpus": os.cpu_count(),
-                "command": sys.argv,
-            }
-            write_text(self.file("environment.json"), json.dumps(environment, indent=1))
-        self.logger = self._logger()
+    def __init__(self, config: DictConfig, *, plan: Plan | None = None):
+        self.config, self.main, self.begun, self.unwritten = config, plan is None, False, False
+        self.path = self.folder = place(config)
+        self.made, self.lock, self.plan = not self.path.exists(), RunLock(self.path), plan
+        self.logger = logging.getLogger(f"vpeft.run.{self.path}")
+        if plan is not None:
+            self._log_to(logging.NullHandler())
+        else:
+            stale = self.lock.take()
+            try:
+                self._open(stale)
+            except BaseException:
+                self.close()
+                raise
+        self.resuming, self.kept = self.plan.goes_on, self.plan.epoch
+
+    def _open(self, stale: Holder | None) -> None:
+        _finish_replacing(self.path)
+        self.plan = look(self.config, locked=True)
+        if self.plan.state == PREVIOUS:
+            os.replace(self.path / PREVIOUS, self.path / STATE)
+        shutil.rmtree(self.path / NEXT, ignore_errors=True)  # of a run that came to replace nothing
+        if self.plan.kind == "replace":
+            self.folder = self.path / NEXT
+            self.folder.mkdir()
+        if self.plan.goes_on:
+            self.unwritten = True  # what is there describes the state that is there
+        else:
+            self._write_config()
+        write_text(self.file("environment.json"), json.dumps(_environment(), indent=1))
+        self._log_to(*_handlers(self.file("console.log")))
+        if stale is not None:
+            self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
+        for note in self.plan.notes:
+            self.logger.info("%s", note)
+
+    def _write_config(self) -> None:
+        write_text(self.file("config.yaml"), OmegaConf.to_yaml(self.config, resolve=True))
+        self.unwritten = False
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back, and remove what a run that has not begun leaves: what it was to replace is untouched."""
+        if not self.main:
+            return
+        self._log_to()
+        shutil.rmtree(self.path / NEXT, ignore_errors=True)
+        if self.made and not self.begun:
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+        self.lock.release()
+        if self.made and not self.begun:
+            with suppress(OSError):  # something else is in it
+                self.path.rmdir()
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder."""
-        return self.path / name
+        return self.folder / name
 
-    def _same_settings(self, config: DictConfig) -> None:
-        stored = OmegaConf.to_container(from_container(OmegaConf.to_container(OmegaConf.load(self.file("config.yaml")))))
-        asked = OmegaConf.to_container(config, resolve=True)
-        free = {"resume", "overwrite", "output", "wandb"}
-        changed = sorted(k for k in asked if k not in free and asked[k] != stored.get(k))
-        if changed:
-            raise ConfigError(
-                f"{self.path} holds an unfinished run with other settings in: {', '.join(changed)}; "
-                "choose another name=…, or overwrite=true to drop it"
-            )
+    def standing(self) -> str:
+        """What is kept, and how to go on, in words."""
+        again = "the same command without overwrite=true" if self.config.overwrite else "the same command"
+        if self.folder != self.path:
+            return f"the new run has no state yet; the run in {self.path} is as it was"
+        if self.file("metrics.json").exists():
+            return f"the finished run in {self.path} is whole"
+        if self.kept:
+            return f"{again} goes on from the state after epoch {self.kept} in {self.path}"
+        return f"no epoch was finished, so there is no state yet; {again} goes on from the start"
 
-    def _logger(self) -> logging.Logger:
-        logger = logging.getLogger(f"vpeft.run.{self.path}")
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-        if self.main:
-            from rich.logging import RichHandler
+    def _log_to(self, *handlers: logging.Handler) -> None:
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        for old in list(self.logger.handlers):
+            self.logger.removeHandler(old)
+            old.close()
+        for new in handlers:
+            self.logger.addHandler(new)
 
-            file = logging.FileHandler(self.file("console.log"))
-            file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            logger.addHandler(file)
-            logger.addHandler(RichHandler(show_path=False, show_level=False, markup=False))
-        else:
-            logger.addHandler(logging.NullHandler())
-        return logger
+    # ---- while it is trained ----
 
     def rows(self) -> list[dict]:
         """The rows of log.jsonl so far; a line cut by a crash is left out."""
@@ -111,16 +150,102 @@ class RunFolder:
                     break
         return rows
 
-    def keep_rows(self, epochs: int) -> None:
-        """Drop the rows of epochs that will be run again."""
-        rows = [r for r in self.rows() if r["epoch"] < epochs]
-        write_text(self.file("log.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+    def begin(self, epochs: int) -> None:
+        """Training starts: drop the rows of epochs that will be run again."""
+        self.begun = True
+        if self.main:
+            rows = [r for r in self.rows() if r["epoch"] < epochs]
+            write_text(self.file("log.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
 
     def add_row(self, row: dict) -> None:
         """Append a row to log.jsonl."""
-        with self.file("log.jsonl").open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with self.file("log.jsonl").open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise WriteError(f"{self.file('log.jsonl')} cannot be written: {error.strerror}") from error
+
+    def keep(self, state: RunState) -> None:
+        """Write a state, and keep the one before it; a run that was finished or replaced gives way to this one now."""
+        file, before = self.file(STATE), self.file(PREVIOUS)
+        if file.exists():
+            before.unlink(missing_ok=True)
+            try:
+                os.link(file, before)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, before)
+        if self.plan.kind == "extend" and self.unwritten:
+            self.file("metrics.json").unlink(missing_ok=True)
+            self._write_config()
+        state.write(file)
+        if self.unwritten:
+            self._write_config()
+        self.kept = state.epoch
+        if self.folder != self.path:
+            write_text(self.file(READY), json.dumps(sorted(p.name for p in self.folder.iterdir())))
+            _finish_replacing(self.path)
+            self.folder = self.path
 
     def finish(self, metrics: dict) -> None:
-        """Write metrics.json, which marks the run as finished."""
+        """Write metrics.json, which marks the run as finished. Its state stays: the run may be extended."""
+        if self.unwritten:
+            self._write_config()
         write_text(self.file("metrics.json"), json.dumps(metrics, indent=1))
+        self.file(PREVIOUS).unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """End what a process was killed in that was putting a new run in the place of another one.
+
+    Raises:
+        ConfigError: another process is at work there.
+    """
+    if (path / NEXT / READY).exists():
+        lock = RunLock(path)
+        lock.take()
+        try:
+            _finish_replacing(path)
+        finally:
+            lock.release()
+
+
+def _finish_replacing(path: Path) -> None:
+    """Put the files of a run that is ready in the place of another run's; can be done again after a crash."""
+    ready = path / NEXT / READY
+    if not ready.exists():
+        return
+    names = json.loads(ready.read_text())
+    (path / "metrics.json").unlink(missing_ok=True)  # the other run's: what is here is no finished run
+    for name in names:
+        if (path / NEXT / name).exists():
+            os.replace(path / NEXT / name, path / name)
+    for name in FILES:
+        if name not in names:
+            (path / name).unlink(missing_ok=True)
+    ready.unlink()
+    (path / NEXT).rmdir()
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+    }
+
+
+class _QuietFile(logging.FileHandler):
+    """A log that a full disk cuts short without a traceback for every line; what matters raises elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
+
+
+def _handlers(file: Path) -> list[logging.Handler]:
+    from rich.logging import RichHandler
+
+    log = _QuietFile(file)
+    log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return [log, RichHandler(show_path=False, show_level=False, markup=False)]

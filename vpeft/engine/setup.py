@@ -50,9 +50,15 @@ def start_tracking(config: DictConfig, accelerator: Accelerator) -> None:
         "mode": config.wandb.mode, "entity": config.wandb.entity, "tags": list(config.wandb.tags),
         "name": config.name, "dir": str(Path(config.output) / config.name),
     }  # fmt: skip
-    accelerator.init_trackers(
-        config.wandb.project, config=OmegaConf.to_container(config, resolve=True), init_kwargs={"wandb": wandb}
-    )
+    try:
+        accelerator.init_trackers(
+            config.wandb.project, config=OmegaConf.to_container(config, resolve=True), init_kwargs={"wandb": wandb}
+        )
+    except Exception as error:  # wandb's have no common class
+        raise ConfigError(
+            f"wandb.mode: {config.wandb.mode} cannot start: {str(error).splitlines()[0] if str(error) else error!r}; choose "
+            "wandb.mode=offline or disabled"
+        ) from error
 
 
 def make_loaders(config: DictConfig, data: Datasets, accelerator: Accelerator) -> dict[str, DataLoader]:
@@ -95,10 +101,14 @@ def make_optimizer(config: DictConfig, groups: list[dict[str, Any]]) -> Optimize
 
 
 def make_schedule(config: DictConfig, optimizer: Optimizer, steps_per_epoch: int) -> tuple[Scheduler, int]:
-    """timm's schedule, stepped at every update, and the number of epochs with the cooldown's."""
+    """timm's schedule, stepped at every update, and the number of epochs with the cooldown's and the extension's.
+
+    An extension does not change the schedule: what comes after its end has the lowest rate, or goes on as before where it
+    has no end (constant, step, multistep).
+    """
     # What timm calls the decay rate is poly's power there.
     power = {"decay_rate": config.schedule.power} if config.schedule.name == "poly" else {}
-    return create_scheduler_v2(
+    schedule, epochs = create_scheduler_v2(
         optimizer,
         **power,
         sched=config.schedule.name,
@@ -110,3 +120,4 @@ def make_schedule(config: DictConfig, optimizer: Optimizer, steps_per_epoch: int
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
+    return schedule, epochs + config.train.extend

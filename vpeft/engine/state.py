@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..errors import CheckpointError
 from ..files import parse_json, read_tensors, write_tensors
 from ..options import check_values, option
@@ -33,6 +34,9 @@ class RunState:
         epoch: epochs that are done.
         best: number and monitored value of the best epoch.
         scaler: of the loss, in fp16.
+        method: the method's name and options, as in a checkpoint's metadata; None in files of earlier versions.
+        changes: what was changed on the way, and after which epoch.
+        file: name of the file that it was read from.
     """
 
     trained: dict[str, Tensor]
@@ -41,16 +45,20 @@ class RunState:
     epoch: int
     best: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
+    method: dict[str, Any] | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    file: str = ""
 
     def write(self, path: Path) -> None:
         """Write a state file, whole or not at all."""
         moments, scalars = optimizer_tensors(self.optimizer)
         tensors = {f"{METHOD}{n}": t for n, t in self.trained.items()} | moments
         tensors |= {f"{AVERAGE}{i}": t for i, t in enumerate(self.average)}
-        saved = {"epoch": self.epoch, "best": self.best, "scalars": scalars}
-        if self.scaler is not None:
-            saved["scaler"] = self.scaler
-        write_tensors(path, tensors, {"state": json.dumps(saved)})
+        saved = {"epoch": self.epoch, "best": self.best, "scalars": scalars, "changes": self.changes}
+        saved |= {k: v for k, v in (("scaler", self.scaler), ("method", self.method)) if v is not None}
+        text = json.dumps(saved)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        write_tensors(path, tensors, {"state": text, "sha256": checkpoint.checksum(text, tensors)})
 
     @classmethod
     def read(cls, path: Path) -> "RunState":
@@ -62,6 +70,8 @@ class RunState:
         metadata, tensors = read_tensors(path)
         if "state" not in metadata:
             raise CheckpointError(f"{path} holds no state of a run")
+        if "sha256" in metadata and metadata["sha256"] != checkpoint.checksum(metadata["state"], tensors):
+            raise CheckpointError(f"{path} is damaged: its contents do not match the checksum inside")
         saved = parse_json(metadata["state"], path)
         try:
             check_values(SavedState, saved, CheckpointError)
@@ -79,6 +89,8 @@ class RunState:
             epoch=saved["epoch"],
             best=saved["best"],
             scaler=saved.get("scaler"),
+            method=saved.get("method"),
+            changes=saved.get("changes", []),
         )
 
 
@@ -90,6 +102,8 @@ class SavedState:
     best: dict[str, Any] = option({})
     scalars: dict[str, dict[str, Any]] = option({})
     scaler: dict[str, Any] | None = option(None, optional=True)
+    method: dict[str, Any] | None = option(None, optional=True)
+    changes: list[dict[str, Any]] = option([], optional=True)
 
 
 def optimizer_tensors(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

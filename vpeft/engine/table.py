@@ -1,5 +1,6 @@
 """One table from many experiments: configurations x seeds, run where not yet run, as Markdown, JSON and a picture."""
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -9,18 +10,22 @@ from typing import Any
 
 import timm
 import torch
-from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..data.loader import make_loader
 from ..errors import ConfigError
 from ..files import write_text
+from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
 from ..tuning.loading import load
+from .checks import check_files
 from .config import load_config
 from .opening import open_split
+from .plan import look, place
+from .run import settle
+from .settings import differences, harmful, said, stored_config
 from .train import check, train
 
 
@@ -48,10 +53,11 @@ def table(
     plans = [(Path(f), [_plan(f, overrides, seed) for seed in seeds]) for f in files]
     if not plans:
         raise ConfigError("table: no configuration given")
+    again = _to_replace([config for _, configs in plans for config in configs])
     rows = []
     for number, (file, configs) in enumerate(plans, 1):
         for config in configs:
-            if not _metrics(config).exists():
+            if config.name in again or not _metrics(config).exists():
                 print(f"[{number}/{len(plans)}] {config.name}", flush=True)
                 train(config)
         rows.append(_row(file, configs))
@@ -65,9 +71,52 @@ def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
     config.name = f"{config.name}-seed{seed}"
     try:
         check(config)
+        check_files(config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     return config
+
+
+def _to_replace(configs: list[DictConfig]) -> set[str]:
+    """Names of finished runs that are to be trained anew (``overwrite=true``), since their settings are others.
+
+    Raises:
+        ConfigError: finished runs with other settings than those that are asked for, or runs that cannot go on.
+    """
+    again, other = set(), []
+    for config in configs:
+        path = place(config)
+        settle(path)
+        if not _metrics(config).exists():
+            again |= _unfinished(config)
+            continue
+        changes = harmful(differences(stored_config(path), config), finished=True, config=config)
+        if changes and config.overwrite:
+            again.add(config.name)
+        elif changes:
+            other.append(f"{path} ({said(changes)})")
+    if other:
+        raise ConfigError(
+            f"table: finished runs have other settings than those asked for: {'; '.join(other)}; give these another name=… "
+            "or output=…, or overwrite=true to train them anew"
+        )
+    for config in configs:
+        config.overwrite = config.overwrite and config.name in again
+    return again
+
+
+def _unfinished(config: DictConfig) -> set[str]:
+    """The name of a run that is replaced since it cannot go on with these settings."""
+    plain = copy.deepcopy(config)
+    plain.overwrite = False
+    try:
+        look(plain)
+    except ConfigError:
+        if not config.overwrite:
+            raise
+        look(copy.deepcopy(config))
+        return {config.name}
+    return set()
 
 
 def _metrics(config: DictConfig) -> Path:
@@ -77,7 +126,8 @@ def _metrics(config: DictConfig) -> Path:
 def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     found = [json.loads(_metrics(c).read_text()) for c in configs]
     task = get_task(configs[0])
-    scores = [m[f"test_{task.monitor}"] for m in found]
+    split = next((s for s in ("test", "val") if all(f"{s}_{task.monitor}" in m for m in found)), None)
+    scores = [m[f"{split}_{task.monitor}"] for m in found] if split else []
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
     own, error = merge_error(configs[0], best)
     return {
@@ -87,8 +137,10 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
         "parameters": own,
         "with_head": found[0]["trainable"],
         "metric": task.title,
-        "mean": mean(scores),
+        "split": split,
+        "mean": mean(scores) if scores else math.nan,
         "std": stdev(scores) if len(scores) > 1 else math.nan,
+        "seeds": len(found),
         "scores": scores,
         "seconds_per_epoch": median(m["seconds_per_epoch"] for m in found),
         "merge_error": error,
@@ -103,9 +155,10 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     does not merge.
     """
     fused = timm.layers.use_fused_attn()
-    task, data = open_split(config, "test", checkpoint.read_header(ckpt).metadata["class_names"], str(ckpt))
-    set_seed(config.seed)  # a backbone that was not pretrained was drawn under it
-    backbone = task.build_backbone(len(data.classes), keep_head=not make_method(config).trains_head)
+    file = checkpoint.read_header(ckpt)
+    split = next((s for s in ("test", "val") if config.data[f"{s}_split"]), "val" if config.data.val_size else "train")
+    task, data = open_split(config, split, file.metadata["class_names"], str(ckpt))
+    backbone = backbone_of(task, file, len(data.classes), keep_head=not make_method(config).trains_head)
     built = task.assemble(backbone, len(data.classes))
     handle = load(backbone, ckpt, heads=built.heads)
     model = built.model.eval()
@@ -113,7 +166,7 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     own = sum(p.numel() for p in handle.parameters())
     error = None
     if handle.mergeable:
-        images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
+        images, _ = next(iter(make_loader(getattr(data, split), min(config.data.batch_size, 256), train=False)))
         if isinstance(images, list):  # of several sizes
             images = images[0][None]
         hooked = task.scores(model, images)
@@ -131,16 +184,17 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
     ]
     for r in rows:
         spread = "" if math.isnan(r["std"]) else f" ± {r['std']:.2f}"
+        score = "–" if math.isnan(r["mean"]) else f"{r['mean']:.2f}{spread}"
         merged = "–" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
         lines.append(
-            f"| {r['experiment']} | {r['parameters']:,} | {r['with_head']:,} | {r['mean']:.2f}{spread} | {len(r['scores'])} "
+            f"| {r['experiment']} | {r['parameters']:,} | {r['with_head']:,} | {score} | {r['seeds']} "
             f"| {r['seconds_per_epoch']:.2f} | {merged} |"
         )
     return "\n".join(lines)
 
 
 def _metric(rows: Iterable[dict[str, Any]]) -> str:
-    return "test " + " / ".join(dict.fromkeys(r["metric"] for r in rows))
+    return " / ".join(dict.fromkeys(f"{r['split'] or 'no'} {r['metric']}" for r in rows))
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:

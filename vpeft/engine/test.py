@@ -8,9 +8,11 @@ from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..data.loader import make_loader
+from ..tasks.frozen import backbone_of
 from ..tasks.models import check_model_name, check_weights
 from ..tasks.protocol import Task
 from ..tuning.loading import load
+from .checks import building, check_files
 from .opening import open_split, skipped
 from .setup import make_accelerator
 
@@ -31,6 +33,7 @@ def test(
         VpeftError: a split that the configuration does not have, or a class that the checkpoint does not know.
     """
     check_model_name(config)
+    check_files(config)
     check_weights(config)
     if task is not None:
         task.check()
@@ -38,7 +41,9 @@ def test(
     accelerator = make_accelerator(config)
     task, data = open_split(config, split, file.metadata["class_names"], str(ckpt), task)
     dataset = getattr(data, split)
-    built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
+    with building(config):
+        backbone = backbone_of(task, file, len(data.classes))
+    built = task.assemble(backbone, len(data.classes))
     handle = load(built.backbone, ckpt, heads=built.heads)
     if merge:
         handle.merge()

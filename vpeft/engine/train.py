@@ -2,30 +2,36 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from .. import checkpoint
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError
 from ..files import naming
 from ..methods.base import Method
-from ..methods.earlier import method_of
+from ..tasks.frozen import KEPT, came_from_no_file, put_kept
 from ..tasks.models import check_model_name, check_weights, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
+from .checks import building, check_data, check_files, check_parts
 from .loop import Trainer
 from .opening import open_data
+from .plan import STATE, Plan, look, place
 from .report import show
-from .run import RunFolder
+from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
+from .start import keep_frozen, start_from
 from .state import RunState
+from .trouble import ending_in_words
 
 
 def check(config: DictConfig, task: Task | None = None) -> Method:
@@ -38,9 +44,11 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
     Raises:
         ConfigError, DataError: names the key and the nearest valid value.
     """
+    place(config)
     check_model_name(config)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
+    check_parts(config)
     method = make_method(config)
     (task or get_task(config)).check(method)
     check_weights(config)
@@ -59,47 +67,73 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     """
     task = task or get_task(config)
     method = check(config, task)
+    check_files(config)
     accelerator = make_accelerator(config)
+    plan = looked(config, accelerator)
     data, stats = open_data(config, task)
-    run = RunFolder(config, main=accelerator.is_main_process)
-    method = _as_begun(run, method)
-    accelerator.wait_for_everyone()
+    check_data(config, data)
     # Said either way: an earlier run of the same process may have wanted the other.
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)
-    built, handle = _attached(config, task, data, method)
-    again = _calibrated(config, built, handle, data, run)
-    if run.main:
-        run.logger.info("%s", handle.summary())
-    start_tracking(config, accelerator)
-    # Of a task of one's own the outputs may be something else than classes.
-    names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
-    metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
-    metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
-    accelerator.end_training()
-    if run.main:
-        task.finish(built, data, run.path)
-        show(run, handle, task, metrics)
+    built, handle, frozen = _attached(config, task, data, plan.method or method, plan.path if plan.goes_on else None)
+    with opened(config, accelerator, plan) as run, ending_in_words(run):
+        keep_frozen(run, frozen)
+        start_from(run, handle, list(data.classes))
+        again = _calibrated(config, built, handle, data, run)
+        if run.main:
+            run.logger.info("%s", handle.summary())
+        start_tracking(config, accelerator)
+        # Of a task of one's own the outputs may be something else than classes.
+        names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
+        metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
+        metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
+        accelerator.end_training()
+        if run.main:
+            task.finish(built, data, run.path)
+            show(run, handle, task, metrics)
     return metrics
 
 
-def _as_begun(run: RunFolder, method: Method) -> Method:
-    """The method of a run that goes on: its options as they were at the start, when defaults may have been others."""
-    last = run.file("last.safetensors")
-    if not (run.resuming and last.exists()):
-        return method
-    return method_of(checkpoint.read(last).metadata)
+def looked(config: DictConfig, accelerator: Accelerator) -> Plan:
+    """What will be done with the run's folder; refused before a model is built."""
+    if accelerator.is_main_process:
+        settle(place(config))
+    accelerator.wait_for_everyone()
+    return look(config)
 
 
-def _attached(config: DictConfig, task: Task, data: Datasets, method: Method) -> tuple[TaskModel, Handle]:
-    """The task's model with the method on its backbone."""
-    backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
+def opened(config: DictConfig, accelerator: Accelerator, plan: Plan) -> RunFolder:
+    """The run's folder, which the first process opens and locks after all have looked at it."""
+    accelerator.wait_for_everyone()
+    run = RunFolder(config, plan=None if accelerator.is_main_process else plan)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _attached(
+    config: DictConfig, task: Task, data: Datasets, method: Method, folder: Path | None
+) -> tuple[TaskModel, Handle, dict[str, Tensor]]:
+    """The task's model with the method on its backbone; and its frozen weights where they are in no file but the run's.
+
+    Args:
+        config: the experiment.
+        task: of it.
+        data: its data.
+        method: to be attached.
+        folder: of a run that goes on.
+    """
+    with building(config):
+        backbone = task.build_backbone(len(data.classes), keep_head=not method.trains_head)
+    if folder is not None and came_from_no_file(config) and (folder / KEPT).is_file():
+        put_kept(backbone, folder / KEPT)  # another version of torch may draw other ones
+    before = backbone.state_dict() if came_from_no_file(config) else {}
     built = task.assemble(backbone, len(data.classes))
     handle = attach(backbone, method, heads=built.heads)
     task.check_attached(built)
     if config.train.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
-    return built, handle
+    needed = before.keys() - handle.state_dict().keys() - handle.head_state_dict().keys()
+    return built, handle, before if needed else {}
 
 
 def _calibrated(
@@ -110,11 +144,11 @@ def _calibrated(
     calibrate = partial(handle.calibrate, loader, **built.calibration())
     if run.resuming:
         # What an earlier calibration chose decides which numbers there are to train.
-        file = run.file("state.safetensors")
+        file = run.file(STATE)
         with naming(file):
             handle.load_state_dict(RunState.read(file).trained)
         handle.root.calibrated = True  # values may look as if it had not been: a label map that is the order of the classes
-    elif handle.method.needs_calibration:
+    elif handle.method.needs_calibration and not (config.init and handle.root.calibrated):
         if run.main:
             run.logger.info("%s looks at the training images before training", handle.name)
         calibrate(progress=run.main)

@@ -10,15 +10,17 @@ from .. import checkpoint
 from ..errors import CheckpointError
 from ..files import naming
 from ..tuning.loading import load
+from .frozen import backbone_of, came_from_no_file
 from .protocol import Task, TaskModel
 
 
-def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = None) -> nn.Module:
+def restored_backbone(task: Task, file: checkpoint.File, classes: int, weights: str | None = None) -> nn.Module:
     """The frozen backbone that a checkpoint was trained on.
 
     Args:
         task: made from the checkpoint's configuration.
         file: the checkpoint.
+        classes: of its data.
         weights: a local weight file, where timm's own are neither cached nor to be downloaded.
 
     Raises:
@@ -36,6 +38,13 @@ def restored_backbone(task: Task, file: checkpoint.File, weights: str | None = N
     same = type(task)(config)
     with naming(file.path, Exception):  # what it is built from stands in the file
         names = set(same.build_backbone(0).state_dict())
+    random = file.metadata["config"] is not None and came_from_no_file(task.config) and not weights
+    if random and names - file.shapes.keys():
+        with naming(file.path, Exception):
+            backbone = backbone_of(same, file, classes)
+            if hasattr(backbone, "reset_classifier"):
+                backbone.reset_classifier(0)
+        return backbone.eval()
     config.model.pretrained = bool(names - file.shapes.keys())
     try:
         return same.build_backbone(0).eval()
@@ -57,7 +66,7 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     largest = max((max(file.shapes[n].size, default=0) for n in file.head_names), default=0)
     if file.head_names and classes > largest:
         raise CheckpointError(f"{file.path}: its metadata say {classes} classes, which its head does not have")
-    backbone = restored_backbone(task, file, weights)
+    backbone = restored_backbone(task, file, classes, weights)
     with naming(file.path, Exception):  # its configuration may say what cannot be built
         built = task.assemble(backbone, classes)
     handle = load(built.backbone, file.path, heads=built.heads)

@@ -7,8 +7,6 @@ same distribution under every label, and a model that looks at frames one by one
 """
 
 import json
-import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from PIL import Image
 
 from ...data.embedded import WHOLE, check_fashion_mnist, fashion_digest, fashion_mnist, garments_root
 from ...errors import DataError
+from ...files import replacing_folder
 
 MOTIONS = (
     "east", "south-east", "south", "south-west", "west", "north-west", "north", "north-east", "clockwise",
@@ -138,32 +137,25 @@ def make_motion(root: str | Path, motion: Any, garments: str | None = None) -> P
     check_motion(str(root), motion, garments)
     if (root / SETTINGS).is_file():
         return root
-    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part, (split, count) in enumerate((("train", motion.train), ("test", motion.test))):
-        (temporary / split).mkdir(parents=True)
-        images, lines = fashion_mnist(garments_root(garments), split).images, []
-        for i in range(count):
-            rng = np.random.default_rng([motion.seed, part, i])
-            label = i % len(MOTIONS)
-            frames = motion_frames(
-                images[rng.integers(len(images))], label, size=motion.size, frames=motion.frames,
-                speed=motion.speed, turn=motion.turn, rng=rng,
-            )  # fmt: skip
-            name = f"{split}/{i:05d}.mp4"
-            write_video(temporary / name, frames)
-            lines.append(f"{name} {label}\n")
-        (temporary / f"{split}.txt").write_text("".join(lines))
-    (temporary / "classes.txt").write_text("".join(f"{name}\n" for name in MOTIONS))
-    (temporary / SETTINGS).write_text(json.dumps({**_settings(motion), GARMENTS: fashion_digest(garments)}, indent=1))
-    root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if root.is_dir():
-            root.rmdir()
-        os.replace(temporary, root)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary, ignore_errors=True)
-        check_motion(str(root), motion, garments)
+    with replacing_folder(root) as temporary:
+        for part, (split, count) in enumerate((("train", motion.train), ("test", motion.test))):
+            (temporary / split).mkdir()
+            images, lines = fashion_mnist(garments_root(garments), split).images, []
+            for i in range(count):
+                rng = np.random.default_rng([motion.seed, part, i])
+                label = i % len(MOTIONS)
+                frames = motion_frames(
+                    images[rng.integers(len(images))], label, size=motion.size, frames=motion.frames,
+                    speed=motion.speed, turn=motion.turn, rng=rng,
+                )  # fmt: skip
+                name = f"{split}/{i:05d}.mp4"
+                write_video(temporary / name, frames)
+                lines.append(f"{name} {label}\n")
+            (temporary / f"{split}.txt").write_text("".join(lines))
+        (temporary / "classes.txt").write_text("".join(f"{name}\n" for name in MOTIONS))
+        settings = {**_settings(motion), GARMENTS: fashion_digest(garments)}
+        (temporary / SETTINGS).write_text(json.dumps(settings, indent=1))
+    check_motion(str(root), motion, garments)  # another process may have been first
     return root
 
 

@@ -1,0 +1,113 @@
+"""What cannot work in a run of the engine, whatever its task: refused before any model is built or folder made."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from timm.data import create_transform
+from timm.optim import list_optimizers
+
+from ..data.splits import Datasets
+from ..errors import ConfigError, VpeftError, did_you_mean
+from .plan import why_no_extension
+from .settings import OPEN_ENDED
+from .setup import make_optimizer, make_schedule
+
+
+def check_parts(config: DictConfig) -> None:
+    """Refuse an optimiser, a schedule, an augmentation or tracking that cannot be had.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    _check_training(config)
+    _check_augmentation(config)
+    if config.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb.mode: {config.wandb.mode} needs wandb; pip install wandb, or set wandb.mode=disabled")
+
+
+def check_files(config: DictConfig) -> None:
+    """Refuse a weight file that is not there, or that would not be read.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    _check_file("model.checkpoint", config.model.checkpoint)
+    _check_file("init", config.init)
+    if config.model.checkpoint and not config.model.pretrained:
+        raise ConfigError("model.checkpoint: with model.pretrained=false no weights are read; set it to true")
+
+
+def _check_file(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
+
+
+def _check_training(config: DictConfig) -> None:
+    """Make the optimiser and the schedule once, for nothing."""
+    schedule, name = config.schedule, config.optim.name
+    if schedule.cooldown_epochs and schedule.name in OPEN_ENDED:
+        raise ConfigError(
+            f"schedule.cooldown_epochs: {schedule.name} has no lowest rate to stay at; set it to 0 and train.epochs="
+            f"{config.train.epochs + schedule.cooldown_epochs}"
+        )
+    if config.train.extend and why_no_extension(config):
+        raise ConfigError(f"train.extend: {why_no_extension(config)}")
+    if config.train.patience is not None and config.train.select == "last":
+        raise ConfigError("train.patience: with train.select=last every epoch is the best so far; choose select=best")
+    if name.lower().rpartition("_")[2] not in list_optimizers():
+        raise ConfigError(f"optim.name: timm has no optimiser '{name}'{did_you_mean(name, list_optimizers())}")
+    try:
+        optimizer = make_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    except Exception as error:  # an optimiser's own words for its keywords and values
+        raise ConfigError(f"optim.kwargs: {name} does not take them: {_line(error)}") from error
+    try:
+        make_schedule(config, optimizer, 1)
+    except Exception as error:
+        raise ConfigError(f"schedule: {schedule.name} cannot be made: {_line(error)}") from error
+
+
+def _check_augmentation(config: DictConfig) -> None:
+    augment = config.augment
+    if not (augment.enabled and augment.auto_augment):
+        return
+    try:
+        create_transform(32, is_training=True, auto_augment=augment.auto_augment)
+    except Exception as error:  # assertions, for the most part
+        raise ConfigError(
+            f"augment.auto_augment: timm has no policy '{augment.auto_augment}' ({_line(error)}); such as rand-m9-mstd0.5, "
+            "augmix-m3, original, v0 or 3a"
+        ) from error
+
+
+def check_data(config: DictConfig, data: Datasets) -> None:
+    """Refuse, once the data are open, what needs a validation split where there is none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if config.train.patience is not None and data.val is None:
+        raise ConfigError("train.patience: stops by the validation metric; give data.val_split or data.val_size")
+
+
+@contextmanager
+def building(config: DictConfig) -> Iterator[None]:
+    """Under here a backbone is built from the configuration; what fails is said in one line.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    try:
+        yield
+    except VpeftError:
+        raise
+    except Exception as error:  # of timm, torch, the hub and files
+        raise ConfigError(f"model: {config.model.name} cannot be built: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
