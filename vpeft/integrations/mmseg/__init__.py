@@ -15,10 +15,13 @@ from ...tasks.segmentation.model import need_mmseg
 need_mmseg()  # in front of all else, which imports mmengine: it says what to install
 
 from .backbone import TimmBackbone  # noqa: E402
+from .loading import register  # noqa: E402
 from .optimizer import TrainedOnly  # noqa: E402
 from .registries import VPEFT_CONSTRUCTORS, VPEFT_HOOKS, VPEFT_MODELS  # noqa: E402
 from .saving import SaveTrained  # noqa: E402
 from .trained import load_trained, trained_tensors  # noqa: E402
+
+register()
 
 __all__ = [
     "VPEFT_CONSTRUCTORS", "VPEFT_HOOKS", "VPEFT_MODELS", "SaveTrained", "TimmBackbone", "TrainedOnly", "load_trained",
