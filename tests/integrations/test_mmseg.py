@@ -389,6 +389,10 @@ def test_examples_are_complete(file):
     side = cfg.model.backbone.img_size
     with torch.no_grad():
         assert model(torch.randn(1, 3, side, side), mode="tensor").shape[1] == cfg.model.decode_head.num_classes
+        height, width = side // 4 + 1, 5 * (side // 4) + 3  # odd, smaller than the crop, wider than 4:1
+        sizes = [{"img_shape": (height, width), "ori_shape": (height, width), "pad_shape": (height, width)}]
+        found = model.inference(torch.randn(1, 3, height, width), sizes)
+        assert found.shape == (1, cfg.model.decode_head.num_classes, height, width)
     assert type(HOOKS.build(cfg.default_hooks.checkpoint)).__name__ == "SaveTrained"
     wrapper = dict(cfg.optim_wrapper)
     kind = wrapper.pop("constructor", "DefaultOptimWrapperConstructor")

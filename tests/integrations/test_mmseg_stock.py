@@ -30,6 +30,13 @@ def mine(tmp_path, stock, model=VIT, **options):
     return Config.fromfile(file)
 
 
+def small(tmp_path, stock, change=""):
+    """A stock configuration for crops of 64 x 64."""
+    file = tmp_path / "small.py"
+    file.write_text(f"_base_ = '{stock_file(stock)}'\nmodel = dict(data_preprocessor=dict(size=(64, 64)), {change})\n")
+    return str(file)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     logging.getLogger("mmengine").setLevel(logging.ERROR)
@@ -53,7 +60,6 @@ def onto(stock):
 
     def change(cfg):
         cfg.model, cfg.optim_wrapper, cfg.param_scheduler = stock.model, stock.optim_wrapper, stock.param_scheduler
-        cfg.model.data_preprocessor.size = (64, 64)
         three_classes(cfg.model)
         cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 4, "val_interval": 2}
         cfg.default_hooks.checkpoint = {**stock.default_hooks.checkpoint, "interval": 2}
@@ -81,11 +87,8 @@ def goes_all_the_way(root, tmp_path, stock):
 
 @pytest.mark.parametrize("model", [VIT, SWIN], ids=["vit", "swin"])
 def test_a_rewritten_configuration_goes_all_the_way(root, tmp_path, model):
-    narrow = tmp_path / "narrow.py"
-    narrow.write_text(
-        f"_base_ = '{stock_file(UPER)}'\nmodel = dict(decode_head=dict(channels=8), auxiliary_head=dict(channels=8))\n"
-    )
-    goes_all_the_way(root, tmp_path, mine(tmp_path, str(narrow), model))
+    narrow = "decode_head=dict(channels=8), auxiliary_head=dict(channels=8)"
+    goes_all_the_way(root, tmp_path, mine(tmp_path, small(tmp_path, UPER, narrow), model))
 
 
 def test_what_is_rewritten(tmp_path):
@@ -236,7 +239,7 @@ VIT_ALONE = ("dpt_", "setr_vit-l-mla")
     ids=lambda v: v[0].partition("_")[0] if isinstance(v, tuple) else v,
 )
 def test_every_stock_head_goes_all_the_way(root, tmp_path, stock, model):
-    goes_all_the_way(root, tmp_path, mine(tmp_path, stock, model))
+    goes_all_the_way(root, tmp_path, mine(tmp_path, small(tmp_path, stock), model))
 
 
 @pytest.mark.slow
