@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vpeft
-from tests.support.mmseg import backbone, config, run, same, scenes
+from tests.support.mmseg import backbone, config, run, runner_of, same, scenes
 from vpeft.integrations.mmseg import TrainedOnly, load_trained, trained_tensors
 from vpeft.tasks.segmentation import mmcv_ops
 
@@ -283,12 +283,10 @@ def test_no_half_accumulated_gradient_is_saved(finished, tmp_path):
 
 
 def test_trained_weights_are_what_the_runner_tests(finished, tmp_path):
-    from mmengine.runner import Runner
-
     root, work, whole = finished
     cfg = config(root, tmp_path, load_from=str(work / "iter_6.safetensors"))
     cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
-    tester = Runner.from_cfg(cfg)
+    tester = runner_of(cfg)
     measured = tester.test()
     assert same(whole, tester)
     assert measured["mIoU"] == whole.val()["mIoU"]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vpeft
-from tests.support.mmseg import NUMBER, config, run, same, scenes
+from tests.support.mmseg import NUMBER, config, run, runner_of, same, scenes
 from vpeft.integrations.mmseg import load_trained, trained_tensors
 
 CLASSES, PALETTE = ("none", "a", "b"), [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
@@ -83,9 +83,7 @@ def test_files_hold_the_average_that_was_judged(root, averaged):
         file = load_file(work / f"iter_{iteration}.safetensors")
         assert equal({n.removeprefix("model/"): t for n, t in file.items()}, tensors)
         tester = inferred(root, work / "test", load_from=str(work / f"iter_{iteration}.safetensors"))
-        from mmengine.runner import Runner
-
-        tester = Runner.from_cfg(tester)
+        tester = runner_of(tester)
         assert tester.test()["mIoU"] == pytest.approx(miou)
     raw = trained_tensors(runner.model)
     assert not equal(raw, judged[6][0])
@@ -94,10 +92,8 @@ def test_files_hold_the_average_that_was_judged(root, averaged):
 
 
 def test_testing_under_the_same_hook_measures_the_average_too(root, averaged, tmp_path):
-    from mmengine.runner import Runner
-
     work, _, judged = averaged
-    tester = Runner.from_cfg(inferred(root, tmp_path, load_from=str(work / "iter_6.safetensors"), **EMA))
+    tester = runner_of(inferred(root, tmp_path, load_from=str(work / "iter_6.safetensors"), **EMA))
     assert tester.test()["mIoU"] == pytest.approx(judged[6][1])
 
 
@@ -264,8 +260,6 @@ def test_files_from_before_names_were_written_still_load(root, averaged, tmp_pat
 
 
 def test_names_answer_for_the_rows_of_the_head(root, averaged, tmp_path):
-    from mmengine.runner import Runner
-
     work, _, _ = averaged
     file = str(work / "iter_6.safetensors")
     for classes, match in (
@@ -275,7 +269,7 @@ def test_names_answer_for_the_rows_of_the_head(root, averaged, tmp_path):
         cfg = inferred(root, tmp_path, load_from=file)
         cfg.val_dataloader.dataset.metainfo.classes = classes
         with pytest.raises(vpeft.CheckpointError, match=match):
-            Runner.from_cfg(cfg).test()
+            runner_of(cfg).test()
 
         def renamed(cfg, classes=classes):
             cfg.train_dataloader.dataset.metainfo.classes = classes
@@ -308,8 +302,6 @@ def test_fine_tuning_starts_from_a_file(root, averaged, tmp_path):
 
 
 def test_test_time_augmentation(root, averaged, tmp_path):
-    from mmengine.runner import Runner
-
     work, _, judged = averaged
     cfg = inferred(root, tmp_path, load_from=str(work / "iter_6.safetensors"))
     cfg.test_dataloader.dataset.pipeline = [
@@ -321,7 +313,7 @@ def test_test_time_augmentation(root, averaged, tmp_path):
         ]},
     ]  # fmt: skip
     cfg.model = {"type": "SegTTAModel", "module": cfg.model}
-    tester = Runner.from_cfg(cfg)
+    tester = runner_of(cfg)
     assert 0 <= tester.test()["mIoU"] <= 100
     assert equal(trained_tensors(tester.model.module), judged[6][0])
 

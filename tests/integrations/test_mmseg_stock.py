@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 
 import vpeft
-from tests.support.mmseg import KWARGS, config, run, same, scenes
+from tests.support.mmseg import KWARGS, config, run, runner_of, same, scenes
 from vpeft.cli import main
 from vpeft.integrations.mmseg.stock import Choice, pairs, read_stock, rewrite, stock_file, write_stock
 
@@ -69,8 +69,6 @@ def onto(stock):
 
 def goes_all_the_way(root, tmp_path, stock):
     """Train, validate, test and resume; images are 36 x 40, no multiple of a patch or window."""
-    from mmengine.runner import Runner
-
     whole = run(root, tmp_path / "whole", change=onto(stock))
     run(root, tmp_path / "cut", stop=3, change=onto(stock))
     assert same(whole, run(root, tmp_path / "cut", change=onto(stock), resume=True))
@@ -79,7 +77,7 @@ def goes_all_the_way(root, tmp_path, stock):
     cfg = config(root, tmp_path / "test", load_from=str(tmp_path / "whole" / best[0]))
     onto(stock)(cfg)
     cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
-    assert 0 <= Runner.from_cfg(cfg).test()["mIoU"] <= 100
+    assert 0 <= runner_of(cfg).test()["mIoU"] <= 100
 
 
 # ---- a few in the fast suite ----

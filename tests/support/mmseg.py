@@ -83,12 +83,24 @@ def config(root, work, iterations=6, **more):
     })  # fmt: skip
 
 
-def run(root, work, stop=None, change=lambda cfg: None, **more):
+def runner_of(cfg):
+    """mmengine's Runner, without looking through the machine's software and printing the configuration, which takes seconds."""
     from mmengine.runner import Runner
 
+    class QuickRunner(Runner):
+        def _log_env(self, env_cfg):
+            pass
+
+        def dump_config(self):
+            pass
+
+    return QuickRunner.from_cfg(cfg)
+
+
+def run(root, work, stop=None, change=lambda cfg: None, **more):
     cfg = config(root, work, **more)
     change(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = runner_of(cfg)
     if stop is not None:
 
         class Killed(Exception):
