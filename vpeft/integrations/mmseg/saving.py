@@ -105,7 +105,7 @@ class SaveTrained(Hook):
         if runner._has_loaded:  # a validation or test after a training, in one process
             return
         self.resume = self.resume or runner._resume
-        given = Path(runner._load_from) if runner._load_from else None
+        given = Path(runner._load_from).expanduser() if runner._load_from else None
         if self.resume and given is None and (Path(runner.work_dir) / STATE).is_file():
             given = Path(runner.work_dir) / STATE
         if given is not None and given.suffix != ".safetensors":

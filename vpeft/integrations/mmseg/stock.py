@@ -238,7 +238,10 @@ def _optimise(cfg: Config, choice: Choice) -> list[str]:
     for scheduler in as_list(cfg.get("param_scheduler")):
         if before and scheduler.get("eta_min"):
             scheduler["eta_min"] = scheduler["eta_min"] * choice.lr / before
-    return [f"optimiser: AdamW over the trained parameters alone, lr {choice.lr:g}; the stock one had lr {before}"]
+    notes = [f"optimiser: AdamW over the trained parameters alone, lr {choice.lr:g}; the stock one had lr {before}"]
+    if name_of(wrapper) == "AmpOptimWrapper":
+        notes.append("AmpOptimWrapper stays, which needs a GPU")
+    return notes
 
 
 def _save(cfg: Config) -> list[str]:
