@@ -158,6 +158,31 @@ def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespa
     return run
 
 
+def _mmseg_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("stock", metavar="STOCK.py", help="a file, or one that mmsegmentation ships, by its name")
+    parser.add_argument("--model", required=True, metavar="NAME", help="timm's name of the backbone, a ViT or Swin")
+    parser.add_argument("--method", required=True, metavar="NAME", help="see: vpeft methods")
+    parser.add_argument("--options", nargs="*", default=[], metavar="key=value", help="of the method")
+    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="key=value", help="of timm.create_model")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
+    parser.add_argument("--no-pretrained", action="store_true", help="random frozen weights, to try things out")
+    parser.add_argument("--sync-bn", action="store_true", help="keep SyncBN in the heads, for several GPUs")
+    parser.add_argument("--out", required=True, metavar="MINE.py", help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it where it is there already")
+
+    def run(args: argparse.Namespace) -> None:
+        from .integrations.mmseg.stock import Choice, pairs, write_stock
+
+        choice = Choice(
+            args.model, args.method, pairs("--options", args.options), lr=args.lr, pretrained=not args.no_pretrained,
+            model_kwargs=pairs("--model-kwargs", args.model_kwargs), sync_bn=args.sync_bn,
+        )  # fmt: skip
+        notes = write_stock(args.stock, args.out, choice, overwrite=args.overwrite)
+        print(*notes, f"written to {args.out}; train it as any of mmsegmentation's (tools/train.py {args.out})", sep="\n")
+
+    return run
+
+
 def _bench_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("paths", nargs="*", metavar="FILE", help="videos or folders of them; made ones where none is given")
     parser.add_argument("--clips", type=int, default=200, help="clips to read")
@@ -185,6 +210,7 @@ COMMANDS = {
     "bench": (_bench, "measure time and memory of methods on a backbone"),
     "docs": (_docs, "write the pages in docs/ that a program can write"),
     "motion-clips": (_motion_clips, "write video files whose label is how a garment moves"),
+    "mmseg-config": (_mmseg_config, "rewrite a configuration of mmsegmentation for an adapted backbone"),
     "bench-decode": (_bench_decode, "measure how many clips per second are decoded"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }

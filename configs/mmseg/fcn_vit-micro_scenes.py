@@ -82,6 +82,9 @@ val_dataloader = dict(
     ),
 )
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_pipeline = val_dataloader["dataset"]["pipeline"]  # these three are for tools/test.py and for inference
+test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type="TestLoop")
+visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=200, val_interval=200)
 val_cfg = dict(type="ValLoop")
 optim_wrapper = dict(
@@ -90,7 +93,7 @@ optim_wrapper = dict(
 param_scheduler = [dict(type="PolyLR", power=0.9, begin=0, end=200, eta_min=1e-5, by_epoch=False)]
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(type="vpeft.SaveTrained", interval=50, keep=2),
+    checkpoint=dict(type="vpeft.SaveTrained", interval=50, keep=2, save_best="mIoU"),
 )
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

@@ -12,10 +12,9 @@ model = dict(
         model="swin_tiny_patch4_window7_224.ms_in1k",
         pretrained=True,
         img_size=512,
-        model_kwargs=dict(strict_img_size=False),
         method=dict(name="lora", rank=8),
         out_indices=(0, 1, 2, 3),
         norm="layer",
     ),
 )
-default_hooks = dict(checkpoint=dict(_delete_=True, type="vpeft.SaveTrained", interval=16000))
+default_hooks = dict(checkpoint=dict(_delete_=True, type="vpeft.SaveTrained", interval=16000, save_best="mIoU"))

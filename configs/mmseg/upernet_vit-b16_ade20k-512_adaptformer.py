@@ -26,4 +26,4 @@ optim_wrapper = dict(
     constructor="vpeft.TrainedOnly",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01),
 )
-default_hooks = dict(checkpoint=dict(_delete_=True, type="vpeft.SaveTrained", interval=16000))
+default_hooks = dict(checkpoint=dict(_delete_=True, type="vpeft.SaveTrained", interval=16000, save_best="mIoU"))

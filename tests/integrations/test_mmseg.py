@@ -1,31 +1,22 @@
 """mmsegmentation with an adapted timm backbone: the stand-in for compiled operators, training, interruption, resumption."""
 
 import importlib
-import itertools
 import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vpeft
-from vpeft.integrations.mmseg import TimmBackbone, TrainedOnly, load_trained, trained_tensors
+from tests.support.mmseg import backbone, config, run, runner_of, same, scenes
+from vpeft.integrations.mmseg import TrainedOnly, load_trained, trained_tensors
 from vpeft.tasks.segmentation import mmcv_ops
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "mmseg"
-TINY = {"model": "vit_tiny_patch16_224", "pretrained": False, "img_size": 32}
-KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-
-
-def backbone(**kwargs):
-    torch.manual_seed(0)
-    return TimmBackbone(**(TINY | {"model_kwargs": KWARGS, "out_indices": (0, 1, 2, 3)} | kwargs))
 
 
 # ---- the stand-in ----
@@ -231,105 +222,11 @@ def test_every_head_trains_on_the_maps(kind):
 # ---- a whole run ----
 
 
-def scenes(folder):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for kind in ("images", "masks"):
-            (folder / kind / split).mkdir(parents=True)
-        for i in range(count):
-            mask = np.zeros((36, 40), np.uint8)
-            y, x = rng.integers(0, 20, 2)
-            mask[y : y + 16, x : x + 16] = 1 + i % 2
-            Image.fromarray(rng.integers(0, 50, (36, 40, 3), dtype=np.uint8) + 90 * mask[..., None]).save(
-                folder / f"images/{split}/{i}.png"
-            )
-            Image.fromarray(mask).save(folder / f"masks/{split}/{i}.png")
-    return str(folder)
-
-
-NUMBER = itertools.count()
-
-
-def config(root, work, iterations=6, **more):
-    from mmengine.config import Config
-
-    norm, size = {"type": "BN", "requires_grad": True}, (32, 32)
-    loaded = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
-    train = [*loaded, {"type": "RandomResize", "scale": (40, 36), "ratio_range": (0.9, 1.3), "keep_ratio": True},
-             {"type": "RandomCrop", "crop_size": size, "cat_max_ratio": 0.75}, {"type": "RandomFlip", "prob": 0.5},
-             {"type": "PhotoMetricDistortion"}, {"type": "PackSegInputs"}]  # fmt: skip
-    meta = {"classes": ("none", "a", "b"), "palette": [[0, 0, 0], [255, 0, 0], [0, 255, 0]]}
-
-    def data(split, pipeline):
-        prefix = {"img_path": f"images/{split}", "seg_map_path": f"masks/{split}"}
-        return {"type": "BaseSegDataset", "data_root": root, "data_prefix": prefix, "metainfo": meta, "pipeline": pipeline,
-                "img_suffix": ".png", "seg_map_suffix": ".png"}  # fmt: skip
-
-    return Config({
-        "default_scope": "mmseg",
-        "custom_imports": {"imports": ["vpeft.integrations.mmseg"]},
-        "work_dir": str(work),
-        "model": {
-            "type": "EncoderDecoder",
-            "data_preprocessor": {"type": "SegDataPreProcessor", "mean": [127.5] * 3, "std": [127.5] * 3, "bgr_to_rgb": True,
-                                  "pad_val": 0, "seg_pad_val": 255, "size": size},
-            "backbone": {"type": "vpeft.TimmBackbone", **TINY, "model_kwargs": KWARGS, "out_indices": (0, 1, 2, 3),
-                         "method": {"name": "lora", "rank": 2}, "pyramid": "feature2pyramid"},
-            "decode_head": {"type": "UPerHead", "in_channels": [32] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2),
-                            "channels": 8, "dropout_ratio": 0.1, "num_classes": 3, "norm_cfg": norm, "align_corners": False,
-                            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False}},
-            "train_cfg": {}, "test_cfg": {"mode": "slide", "crop_size": size, "stride": (20, 20)},
-        },
-        "train_dataloader": {"batch_size": 4, "num_workers": 0, "sampler": {"type": "InfiniteSampler", "shuffle": True},
-                             "dataset": data("train", train)},
-        "val_dataloader": {"batch_size": 1, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False},
-                           "dataset": data("val", [loaded[0], loaded[1], {"type": "PackSegInputs"}])},
-        "val_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
-        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": iterations, "val_interval": 4},
-        "val_cfg": {"type": "ValLoop"},
-        "optim_wrapper": {"type": "OptimWrapper", "constructor": "vpeft.TrainedOnly",
-                          "optimizer": {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.01}},
-        "param_scheduler": [{"type": "PolyLR", "power": 1.0, "begin": 0, "end": 8, "eta_min": 0, "by_epoch": False}],
-        "default_hooks": {"checkpoint": {"type": "vpeft.SaveTrained", "interval": 2, "keep": 2},
-                          "logger": {"type": "LoggerHook", "interval": 10}},
-        "randomness": {"seed": 1}, "log_level": "ERROR", "experiment_name": f"{work.name}{next(NUMBER)}", **more,
-    })  # fmt: skip
-
-
-def run(root, work, stop=None, change=lambda cfg: None, **more):
-    from mmengine.runner import Runner
-
-    cfg = config(root, work, **more)
-    change(cfg)
-    runner = Runner.from_cfg(cfg)
-    if stop is not None:
-
-        class Killed(Exception):
-            pass
-
-        def step(*args, old=runner.model.train_step, **kwargs):
-            if runner.iter == stop:
-                raise Killed
-            return old(*args, **kwargs)
-
-        runner.model.train_step = step
-        with pytest.raises(Killed):
-            runner.train()
-    else:
-        runner.train()
-    return runner
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = scenes(tmp_path_factory.mktemp("scenes"))
     work = tmp_path_factory.mktemp("whole")
     return root, work, run(root, work)
-
-
-def same(one, other):
-    a, b = trained_tensors(one.model), trained_tensors(other.model)
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("stop", [3, 5])  # the second after a validation, which draws random numbers
@@ -386,12 +283,10 @@ def test_no_half_accumulated_gradient_is_saved(finished, tmp_path):
 
 
 def test_trained_weights_are_what_the_runner_tests(finished, tmp_path):
-    from mmengine.runner import Runner
-
     root, work, whole = finished
     cfg = config(root, tmp_path, load_from=str(work / "iter_6.safetensors"))
     cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
-    tester = Runner.from_cfg(cfg)
+    tester = runner_of(cfg)
     measured = tester.test()
     assert same(whole, tester)
     assert measured["mIoU"] == whole.val()["mIoU"]
@@ -492,6 +387,10 @@ def test_examples_are_complete(file):
     side = cfg.model.backbone.img_size
     with torch.no_grad():
         assert model(torch.randn(1, 3, side, side), mode="tensor").shape[1] == cfg.model.decode_head.num_classes
+        height, width = side // 4 + 1, 5 * (side // 4) + 3  # odd, smaller than the crop, wider than 4:1
+        sizes = [{"img_shape": (height, width), "ori_shape": (height, width), "pad_shape": (height, width)}]
+        found = model.inference(torch.randn(1, 3, height, width), sizes)
+        assert found.shape == (1, cfg.model.decode_head.num_classes, height, width)
     assert type(HOOKS.build(cfg.default_hooks.checkpoint)).__name__ == "SaveTrained"
     wrapper = dict(cfg.optim_wrapper)
     kind = wrapper.pop("constructor", "DefaultOptimWrapperConstructor")

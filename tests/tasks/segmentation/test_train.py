@@ -164,3 +164,73 @@ def test_a_table_of_segmentation(make, tmp_path):
     assert rows[0]["metric"] == "mIoU, %"
     rows = table([tmp_path / "tiny.yaml"], [*SAN, "train.epochs=1", "name=san"], seeds=(0,), out=tmp_path / "san")
     assert rows[0]["merge_error"] == 0
+
+
+# ---- SAN with text embeddings ----
+
+
+@pytest.fixture
+def with_text(make, tmp_path):
+    """A SAN experiment with text embeddings of the scenes' classes, in another order than the classes; and the file."""
+    from vpeft.tasks.segmentation.text import save_text
+
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 12}
+    weights, file = tmp_path / "with_head.safetensors", tmp_path / "text.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=16, **sizes).state_dict(), weights)
+    rows = torch.randn(len(SCENE_CLASSES), 12)
+    save_text(file, rows.flip(0), SCENE_CLASSES[::-1])
+    kwargs = "{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2, num_classes: 12}"
+    common = [*SAN, f"model.checkpoint={weights}", f"model.kwargs={kwargs}", "train.epochs=1"]
+    return (lambda *more, text=file: make(*common, f"seg.options.text={text}", *more)), file, rows
+
+
+def test_text_embeddings_belong_to_classes_by_name(with_text):
+    from vpeft.tasks.registry import get_task
+    from vpeft.tasks.segmentation.text import save_text
+
+    config, file, rows = with_text
+    task = get_task(config())
+    data, _ = task.open_data()
+    built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
+    assert torch.equal(built.heads["san"].text, rows)
+    assert built.heads["san"].class_names == list(SCENE_CLASSES)
+    other = [*SCENE_CLASSES[:-1], "boots"]
+    for names, match in ((other, r"lacks Ankle boot; has unknown boots"), ([*other[:-1], other[0]], "has twice background")):
+        save_text(file, rows, names)
+        with pytest.raises(vpeft.DataError, match=match):
+            train(config("name=wrong"))
+    save_text(file, rows[:3], other[:3])
+    with pytest.raises(vpeft.DataError, match="3 text embeddings for 11 classes"):
+        train(config("name=wrong"))
+    assert not (Path(config().output) / "wrong").exists()
+
+
+def test_a_checkpoint_knows_its_text_embeddings(with_text, tmp_path, monkeypatch):
+    from vpeft import checkpoint
+    from vpeft.tasks.segmentation.text import save_text
+
+    config, file, rows = with_text
+    monkeypatch.chdir(tmp_path)
+    experiment = config(text=file.name)  # a path as one types it
+    train(experiment)
+    best = Path(experiment.output) / experiment.name / "best.safetensors"
+    options = checkpoint.read(best).metadata["config"]["seg"]["options"]
+    assert options["text"] == str(file)
+    assert options["text_was"]["classes"] == list(SCENE_CLASSES)
+    write_scenes(tmp_path / "pictures", train=0, test=1, root=experiment.data.root)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = predict(best, [tmp_path / "pictures/images"], out="out")
+    assert set(found[0]["classes"]) <= set(SCENE_CLASSES)
+    save_text(file, rows, SCENE_CLASSES)  # the same rows, in another order: the same embeddings of the same names
+    assert predict(best, [tmp_path / "pictures/images"], out="out")[0]["classes"] == found[0]["classes"]
+    save_text(file, rows + 0.1, SCENE_CLASSES)
+    with pytest.raises(vpeft.CheckpointError, match=r"text\.safetensors does not hold the text embeddings.*changed since"):
+        predict(best, [tmp_path / "pictures/images"], out="out")
+    save_text(file, rows, [*SCENE_CLASSES[:-1], "boots"])
+    with pytest.raises(vpeft.CheckpointError, match="has unknown boots"):
+        predict(best, [tmp_path / "pictures/images"], out="out")
+    file.unlink()
+    with pytest.raises(vpeft.CheckpointError, match="no such file of text embeddings"):
+        predict(best, [tmp_path / "pictures/images"], out="out")

@@ -1,10 +1,12 @@
 """An optimiser of the trained parameters alone."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from mmseg.engine.optimizers import LearningRateDecayOptimizerConstructor
 from torch import nn
 
 from ...errors import VpeftError
@@ -70,3 +72,25 @@ def _add_penalty(handle: Handle, *_: Any) -> None:
 
 def _after_step(handle: Handle, *_: Any) -> None:
     handle.after_step()
+
+
+def _of_mmsegs_backbones(add: Callable) -> Callable:
+    """``add_params`` of mmsegmentation's layer decay, which says so where it does not know a backbone."""
+
+    @wraps(add)
+    def added(self: Any, params: list, module: nn.Module, **kwargs: Any) -> None:
+        if any(True for _ in backbones(module)):
+            raise VpeftError(
+                f"{type(self).__name__} counts the layers of mmsegmentation's own ConvNeXt, BEiT and MAE; TimmBackbone's "
+                "are frozen, and what trains beside them takes constructor='vpeft.TrainedOnly' and no layer decay"
+            )
+        add(self, params, module, **kwargs)
+
+    return added
+
+
+def register() -> None:
+    """Let mmsegmentation's constructors say in words what they cannot do; a second call changes nothing."""
+    if not hasattr(LearningRateDecayOptimizerConstructor.add_params, "__wrapped__"):
+        add = LearningRateDecayOptimizerConstructor.add_params
+        LearningRateDecayOptimizerConstructor.add_params = _of_mmsegs_backbones(add)

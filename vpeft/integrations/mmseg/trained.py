@@ -14,10 +14,11 @@ from ...errors import CheckpointError, VpeftError
 from ...files import naming, parse_json, read_tensors, write_tensors
 from ...numerics import why_not_copied
 from ...options import check_values, option
-from .backbone import backbones
+from .backbone import backbones, bare
 
 FORMAT = "vpeft.mmseg.2"
 MODEL = "model/"  # in front of the names of trained tensors
+AVERAGE = "ema/"  # and of their running averages, in a run's state
 
 
 @dataclass
@@ -68,8 +69,18 @@ def load_trained(model: nn.Module, file: str | Path) -> nn.Module:
             as it was.
     """
     tensors, metadata = read_trained(Path(file))
-    put_trained(model, tensors, metadata, Path(file))
+    put_trained(model, judged(tensors), metadata, Path(file))
     return model
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def judged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors of a file, under ``trained_tensors``' names: the averaged, where a state has both."""
+    return part(tensors, AVERAGE) or part(tensors, MODEL)
 
 
 def read_trained(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,14 +118,26 @@ def _number(value: Any) -> Any:
 
 
 @torch.no_grad()
-def put_trained(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
-    """Put the tensors of a file into a segmentor; arguments as ``read_trained`` gives them.
+def put_trained(
+    model: nn.Module, values: dict[str, Tensor], metadata: dict[str, Any], file: str | Path, heads: bool = True
+) -> None:
+    """Put the tensors of a file into a segmentor, all of them or none.
+
+    Args:
+        model: the segmentor.
+        values: as ``judged`` gives them.
+        metadata: of the file.
+        file: its path, for messages.
+        heads: False passes over all but the backbones' tensors, on both sides.
 
     Raises:
         CheckpointError: of another configuration, or trained on other frozen weights; the model is then as it was.
     """
-    values = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
+    model = bare(model)
     own = trained_tensors(model)
+    if not heads:
+        paths = tuple(path for path, _ in backbones(model))
+        own, values = ({n: t for n, t in found.items() if n.startswith(paths)} for found in (own, values))
     methods = {f"{path}method.": b.handle for path, b in backbones(model) if b.handle is not None}
     if own.keys() != values.keys():
         missing, unknown = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
@@ -125,8 +148,10 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str
         if problem:
             raise CheckpointError(f"{file}: {name}: {problem}")
     if metadata["backbones"] != fingerprints(model):
-        raise CheckpointError(f"{file}: trained on other frozen weights than this backbone's")
-    theirs = {prefix: {n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)} for prefix in methods}
+        raise CheckpointError(
+            f"{file}: trained on other frozen weights than this backbone's (with pretrained=False they are others each time)"
+        )
+    theirs = {prefix: part(values, prefix) for prefix in methods}
     with naming(file):
         for prefix, handle in methods.items():  # all of them before the first is changed
             handle.root.check(theirs[prefix])
@@ -134,3 +159,49 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str
             handle.load_state_dict(theirs[prefix])
     for name, value in plain.items():
         own[name].copy_(value)
+
+
+def described_classes(dataset: Any) -> dict[str, list]:
+    """The class names and the palette of a data set of mmsegmentation, as plain lists; empty where it does not tell."""
+    found = getattr(dataset, "metainfo", None) or {}
+    names, palette = found.get("classes"), found.get("palette")
+    about = {} if not names else {"classes": [str(name) for name in names]}
+    if about and palette is not None and len(palette) == len(names):
+        about["palette"] = [[int(c) for c in colour] for colour in palette]
+    return about
+
+
+def classes_in(metadata: dict[str, Any], file: str | Path) -> dict[str, Any]:
+    """The class names and the palette that a file tells; empty where it was written without.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    about = metadata.get("dataset_meta") or {}
+    names, palette = (about.get(k) if isinstance(about, dict) else about for k in ("classes", "palette"))
+    good = names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))
+    colours = isinstance(palette, list) and all(isinstance(c, list) and len(c) == 3 for c in palette)
+    if not good or not (palette is None or (colours and names and len(palette) == len(names))):
+        raise CheckpointError(f"{file}: its metadata are wrong: dataset_meta has no names, or no colour for each")
+    return about
+
+
+def check_classes(metadata: dict[str, Any], dataset: Any, file: str | Path) -> None:
+    """Refuse data whose classes are not those of a file, in its order: rows of the head would answer to other names.
+
+    Raises:
+        CheckpointError: names the classes.
+    """
+    theirs, ours = classes_in(metadata, file).get("classes"), described_classes(dataset).get("classes")
+    if not theirs or not ours or theirs == ours:
+        return
+    if sorted(theirs) == sorted(ours):
+        what = f"give the data set metainfo=dict(classes={tuple(theirs)}), and it numbers its masks so"
+    else:
+        what = f"the file lacks {sorted(set(ours) - set(theirs))[:3]}, the data {sorted(set(theirs) - set(ours))[:3]}"
+    raise CheckpointError(f"{file}: trained on the classes {shortened(theirs)}, the data have {shortened(ours)}: {what}")
+
+
+def shortened(names: list[str]) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:4]) + (f" … ({len(names)})" if len(names) > 4 else "")

@@ -164,6 +164,15 @@ class FeatureMaps(nn.Module):
             f"out_indices={tuple(self.out_indices)}: {advice}"
         )
 
+    def check_any_size(self) -> None:
+        """Refuse a model, or a method on it, that is bound to images of one size.
+
+        Raises:
+            UnsupportedModelError, MethodError: why other sizes cannot be.
+        """
+        channels, height, width = input_size(self.backbone)
+        dry_forward(self.backbone, (channels, height + 1, 2 * width - 1), self._read)
+
     def _check_attached(self) -> None:
         """``check`` what was attached since the last time, for those who did not."""
         container = container_of(self.backbone)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 from torch import nn
 
@@ -33,6 +33,7 @@ from .pictures import draw_overlays
 from .san import SAN
 from .side_adapter import SideAdapter
 from .step import SegmentationStep
+from .text import checksum, text_of_classes
 
 
 class SemanticSegmentation(SegmentationStep):
@@ -48,6 +49,7 @@ class SemanticSegmentation(SegmentationStep):
         self.config, self.class_order = config, None
         # Classes, size and criterion are known when the model is there: see ``assemble``.
         super().__init__(0, 0)
+        self._classes: list[str] | None = None
 
     @property
     def _is_san(self) -> bool:
@@ -96,7 +98,11 @@ class SemanticSegmentation(SegmentationStep):
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits of pairs of image and mask, and the model's preprocessing."""
         stats = data_stats(self.config)
-        return build_segmentation(self.config, stats, self.class_order), stats
+        data = build_segmentation(self.config, stats, self.class_order)
+        self._classes = list(data.classes)
+        if self._is_san and self.config.seg.options.get("text"):  # what does not fit is said before a run's folder is made
+            text_of_classes(self.config.seg.options.text, self._classes)
+        return data, stats
 
     # ---- the model ----
 
@@ -131,7 +137,9 @@ class SemanticSegmentation(SegmentationStep):
         options = OmegaConf.to_container(self.config.seg.options)
         try:
             loss, recognition = SetLoss(**options.pop("loss", {})), options.pop("recognition", "auto")
-            classes = None if options.get("text") else self.num_classes
+            classes = self.num_classes
+            if options.get("text"):
+                classes, options["text"] = None, self._text(options["text"], options.pop("text_was", None))
             adapter = SideAdapter(backbone, classes, **{"image_size": (self.crop, self.crop), **options})
         except TypeError as error:
             raise ConfigError(f"seg.options: {error}") from error
@@ -140,6 +148,23 @@ class SemanticSegmentation(SegmentationStep):
                 f"seg.options.text: {adapter.num_classes} text embeddings for {self.num_classes} classes of the data"
             )
         return SAN(backbone, adapter, loss, recognition)
+
+    def _text(self, path: str, was: dict[str, Any] | None) -> tuple[torch.Tensor, list[str]] | str:
+        """Text embeddings of the classes, by their names; the configuration, and so the checkpoint, then tells which.
+
+        Raises:
+            DataError, ConfigError: other names than the data's, or other embeddings than a checkpoint was trained with.
+        """
+        classes = self._classes or (was or {}).get("classes")
+        if classes is None:
+            return path  # a checkpoint from before names were matched: by position, as it was trained
+        text = text_of_classes(path, classes)
+        if was is not None and was.get("sha256") != checksum(text):
+            raise ConfigError(f"text: {path} does not hold the text embeddings of training; it was changed since")
+        with open_dict(self.config):
+            self.config.seg.options.text = str(Path(path).resolve())
+            self.config.seg.options.text_was = {"classes": list(classes), "sha256": checksum(text)}
+        return text, list(classes)
 
     def _indices(self, backbone: nn.Module) -> list[int]:
         """The blocks or stages whose maps the head reads."""

@@ -1,5 +1,6 @@
 """Text embeddings of class names: read from a file, written to one, or computed by open_clip."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -49,6 +50,31 @@ def read_text(path: str | Path) -> tuple[Tensor, list[str]]:
             f"{path}: {len(text)} text embeddings, but its metadata '{NAMES}' (a JSON list) has {len(names)} names"
         )
     return text, [str(name) for name in names]
+
+
+def text_of_classes(path: str | Path, classes: Sequence[str]) -> Tensor:
+    """The text embeddings (C, d) of these classes, in their order, from a file that may have another.
+
+    Raises:
+        DataError: see ``read_text``; or names that are not exactly those of the classes.
+    """
+    text, names = read_text(path)
+    if len(text) != len(classes):
+        raise DataError(f"{path}: {len(text)} text embeddings for {len(classes)} classes of the data")
+    if all(name.isdecimal() for name in classes) and list(classes) != names:
+        raise DataError(f"{path}: rows belong to the classes by their names, and the data have none: give data.classes")
+    missing, unknown = ([n for n in a if n not in b] for a, b in ((classes, names), (names, classes)))
+    twice = [n for n in names if names.count(n) > 1]
+    if missing or unknown or twice:
+        what = {"lacks": missing, "has unknown": unknown, "has twice": [*dict.fromkeys(twice)]}
+        parts = [f"{k} {', '.join(v[:3])}{' …' if len(v) > 3 else ''}" for k, v in what.items() if v]
+        raise DataError(f"{path}: rows belong to the classes by their names: it {'; '.join(parts)}")
+    return text[[names.index(name) for name in classes]]
+
+
+def checksum(text: Tensor) -> str:
+    """Of text embeddings, as a checkpoint keeps it."""
+    return hashlib.sha256(text.detach().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def save_text(path: str | Path, text: Tensor, names: Sequence[str]) -> None:
