@@ -21,7 +21,8 @@ from vpeft.tasks.video.data import ClipOptions, Clips, build_clips, find_videos,
 from vpeft.tasks.video.data import index as index_module
 from vpeft.tasks.video.data import sampling as s
 from vpeft.tasks.video.data.build import clip_transforms
-from vpeft.tasks.video.data.decode import Timeline, read_folder, read_frames, scan
+from vpeft.tasks.video.data.decode import Timeline, read_frames, scan
+from vpeft.tasks.video.data.folders import read_folder
 from vpeft.tasks.video.data.index import open_index, usable
 from vpeft.tasks.video.data.lists import Video, read_hmdb51, read_list
 from vpeft.tasks.video.data.transforms import Crops, SameForAll
@@ -242,7 +243,7 @@ def test_lists_as_the_field_writes_them(tmp_path):
     assert read_list(file, folders=True) == [Video(str(tmp_path / "x y"), 4, 30), Video(str(tmp_path / "z"), 1, 8)]
     for text, message in (
         ("a.mp4 1\nb.mp4\n", "line 2: expected 'path label'"),
-        ("a.mp4 cat\n", "line 1"),
+        ("a.mp4 1\nb.mp4 cat\n", "line 2: the label 'cat' and the label '1' of line 1"),
         ("\n", "no video"),
     ):
         file.write_text(text)

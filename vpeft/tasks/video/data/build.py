@@ -4,11 +4,12 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ....data.find import find_files, with_ending
+from ....data.listing import read_names
 from ....data.splits import (
     Datasets,
     check_label,
@@ -20,17 +21,18 @@ from ....data.splits import (
     named_splits,
 )
 from ....errors import DataError, did_you_mean
+from ...prediction import left_out
 from ..motion import MOTIONS, check_motion, make_motion
 from .clips import ClipOptions, Clips
-from .decode import Timeline, count_folder, fits, scan
+from .endings import video_endings
+from .folders import fits, pattern
 from .index import open_index, usable
-from .lists import Video, read_hmdb51, read_list
+from .lists import Video, read_hmdb51, read_list, read_tree
 from .transforms import Crops, SameForAll
 
-SOURCES = ("list", "hmdb51", "motion")
+SOURCES = ("folder", "list", "hmdb51", "motion")
 # Words that tell a class from its mirror image.
 DIRECTIONS = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|counter-?clockwise|anti-?clockwise)\b", re.I)
-VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +50,16 @@ def check_video_source(data: Any, video: Any) -> None:
     if data.source == "motion":
         check_motion(data.root, video.motion, data.fashion_mnist)
         return
-    check_root(data, "it holds the videos that the lists name")
+    check_root(data, "it holds the videos, in folders of classes or named by lists")
+    if data.source == "folder":
+        for key, split in named_splits(data).items():
+            if not (Path(data.root) / split).is_dir():
+                have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
+                raise DataError(
+                    f"data.{key}_split: '{Path(data.root) / split}' does not exist{did_you_mean(split, have)}; source "
+                    "'folder' expects ROOT/<split>/<class>/<video>"
+                )
+        return
     if video.lists and not Path(video.lists).is_dir():
         raise DataError(f"video.lists: folder '{video.lists}' does not exist")
     if data.source == "list":
@@ -86,11 +97,8 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
         make_motion(data.root, video.motion, data.fashion_mnist)
     lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
-    highest = [max(listed.videos, key=lambda v: v.label) for listed in lists.values()]
-    own = next((listed.classes for listed in lists.values() if listed.classes), None)
-    classes = class_names(data, own, max(v.label for v in highest) + 1)
-    for worst in highest:
-        check_label(worst.label, classes, worst.path)
+    classes = _classes(data, lists)
+    lists = {split: _numbered(data, split, listed, classes) for split, listed in lists.items()}
     if augment.enabled and video.flip:
         _check_flip(classes)
     train_transform, test_transform = clip_transforms(augment, video, stats)
@@ -152,45 +160,127 @@ def _listed(data: Any, video: Any, split: str) -> _Listed:
     if data.source == "hmdb51":
         videos, classes = read_hmdb51(folder, data.root, split, video.fold)
         index = folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
+    elif data.source == "folder":
+        part = Path(data.root) / split
+        videos = read_tree(part, frame_folders(part, video.template) if video.template else None)
+        classes, index = tuple(sorted({v.label for v in videos})), Path(data.root) / f"{split}.frames.json"
     else:
         file = list_file(data, video, split)
         videos = read_list(file, data.root, folders=bool(video.template))
         index = file.with_name(f"{file.name}.frames.json")
         classes = MOTIONS if data.source == "motion" else _named_beside(file)
+        if classes is None and isinstance(videos[0].label, str):
+            classes = tuple(sorted({v.label for v in videos}))
     return _Listed(split, videos[: data.num_samples], classes, index)
 
 
 def _named_beside(file: Path) -> tuple[str, ...] | None:
     """Class names of a ``classes.txt`` beside a list, one a line."""
     names = file.with_name("classes.txt")
-    return tuple(line.strip() for line in names.read_text().splitlines() if line.strip()) if names.is_file() else None
+    return tuple(read_names(names, "list of class names")) if names.is_file() else None
+
+
+def _classes(data: Any, lists: dict[str, _Listed]) -> tuple[str, ...]:
+    """The classes: those of ``data.classes``, else those of the training split, which come first."""
+    own = next((listed.classes for listed in lists.values() if listed.classes), None)
+    if data.classes and own:
+        unknown = sorted(set(own) - set(data.classes))
+        if unknown:
+            raise DataError(
+                f"data.classes: it lacks the data's class '{unknown[0]}'{did_you_mean(unknown[0], data.classes)}"
+            )
+        more = sorted(set(data.classes) - set(own))
+        if more and "train" in lists:
+            raise DataError(f"data.classes: the data have no class '{more[0]}'{did_you_mean(more[0], own)}")
+    unnamed = next((k for k, v in lists.items() if v.classes is None), None)
+    if own and unnamed and not data.classes:
+        raise DataError(
+            f"data.{unnamed}_split: its labels are numbers, but another split's are names; name the classes in the order of "
+            "their numbers, in data.classes or in a classes.txt beside the lists"
+        )
+    numbers = [v.label for listed in lists.values() for v in listed.videos if not isinstance(v.label, str)]
+    classes = class_names(data, own, max(numbers, default=-1) + 1)
+    if len(set(classes)) < len(classes):
+        twice = next(c for c in classes if classes.count(c) > 1)
+        raise DataError(f"data.classes: the class '{twice}' stands there twice; labels belong to names")
+    return classes
+
+
+def _numbered(data: Any, split: str, listed: _Listed, classes: tuple[str, ...]) -> _Listed:
+    """A split whose labels are numbers of ``classes``: names by name, numbers by the split's own names where it has some.
+
+    Raises:
+        DataError: a class that is not among them.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    videos = []
+    for video in listed.videos:
+        label = video.label
+        if not isinstance(label, str):
+            own = listed.classes or classes
+            check_label(label, own, video.path)
+            label = own[label]
+        if label not in number:
+            raise DataError(
+                f"data.{split}_split: {video.path} has the class '{label}', which "
+                f"{'data.classes does' if data.classes else 'the training split does'} not have"
+                f"{did_you_mean(label, classes)}"
+            )
+        videos.append(replace(video, label=number[label]))
+    return replace(listed, videos=videos)
+
+
+def frame_folders(folder: Path, template: str) -> list[Path]:
+    """The folders at any depth that hold frames of a template, in order."""
+    inner = Path(template).parent
+    found = []
+    for p in (folder, *sorted(p for p in folder.rglob("*") if p.is_dir())):
+        if any(part.startswith(".") for part in p.relative_to(folder).parts):
+            continue
+        if (p / inner).is_dir() and any(pattern(template).fullmatch(str(inner / f.name)) for f in (p / inner).iterdir()):
+            found.append(p)
+    return found
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
     """The video files, those inside folders included; with ``template``, the folders that hold frames.
 
+    What else lies in a folder is said in a warning.
+
     Raises:
-        DataError: a path that does not exist, or a folder without videos.
+        DataError: a path that does not exist, a folder without videos, or a file where folders of frames are wanted.
     """
 
     def inside(folder: Path) -> list[Path]:
-        if template is None:
-            return with_ending(folder, VIDEO_ENDINGS)
-        return [p for p in (folder, *sorted(folder.rglob("*"))) if p.is_dir() and count_folder(p, template)]
+        found = frame_folders(folder, template) if template else with_ending(folder, video_endings())
+        if found:
+            left_out(folder, _beside(folder, found, template), "videos")
+        return found
 
-    return [str(p) for p in find_files(paths, inside, f"video ({template or ', '.join(VIDEO_ENDINGS)})")]
+    paths = list(paths)
+    file = next((p for p in paths if template and Path(p).is_file()), None)
+    if file is not None:
+        raise DataError(f"{file} is a file; the model was trained on folders of frames named {template}: give a folder")
+    what = f"folder of frames named {template}" if template else f"video ({', '.join(video_endings())})"
+    return [str(p) for p in find_files(paths, inside, what)]
+
+
+def _beside(folder: Path, found: Sequence[Path], template: str | None) -> list[Path]:
+    """What a folder holds beside its videos; the folders without frames, where videos are folders."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    if template is None:
+        return sorted(set(files) - set(found))
+    inner = Path(template).parent
+    taken = {p / inner for p in found}
+    return sorted({f.parent for f in files} - taken)
 
 
 def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
     """Fixed views of video files (or folders of frames) without labels; a label of -1 stands for each.
 
-    Raises:
-        DataError: a file that cannot be read.
+    A file is looked through when its clip is asked for, and only then can it turn out to be unreadable.
     """
-    folders = video.template
-    videos = [Video(f, -1, count_folder(f, folders) if folders else None) for f in files]
-    timelines = [Timeline(v.frames) if folders else scan(v.path) for v in videos]
-    return Clips(videos, timelines, fixed_crops(video, stats), _options(video))
+    return Clips([Video(f, -1) for f in files], [None] * len(files), fixed_crops(video, stats), _options(video))
 
 
 def _check_flip(classes: tuple[str, ...]) -> None:
