@@ -15,6 +15,8 @@ from ..files import replacing
 FORMATS = ("text", "csv", "jsonl")
 ENDINGS = {".txt": "text", ".tsv": "text", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 SHOWN = 5  # shares in a line of text
+# What would break a line or steer a terminal, in names of files and classes.
+CONTROLS = {i: repr(chr(i))[1:-1] for i in (*range(32), 127)}
 
 
 class Output(Protocol):
@@ -35,7 +37,7 @@ def as_text(row: dict[str, Any]) -> str:
             value = "  ".join(f"{n} {s:.3f}" for n, s in list(value.items())[:SHOWN])
         elif is_ranking(value):
             value = "  ".join(f"{r['class']} {r['probability']:.3f}" for r in value)
-        cells.append(str(value).translate({9: "\\t", 10: "\\n", 13: "\\r"}))
+        cells.append(str(value).translate(CONTROLS))
     return "\t".join(cells)
 
 

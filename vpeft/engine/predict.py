@@ -141,13 +141,16 @@ class _Screen:
 
     def add(self, row: dict[str, Any]) -> bool:
         """Print a row; False where nobody reads any more."""
+        from rich.segment import Segment, Segments
+
         if self.closed:
             return False
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = self.line(row).encode(encoding, "backslashreplace").decode(encoding)  # names may be no text
         try:
             if self.bar and self.bar.console.file is sys.stdout:
-                self.bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+                # As it is, above the bar: rich would put spaces for tabs.
+                self.bar.console.print(Segments([Segment(f"{text}\n")]), end="", soft_wrap=True)
             else:
                 print(text, flush=True)
         except BrokenPipeError:
