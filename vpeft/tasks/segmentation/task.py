@@ -165,8 +165,10 @@ class SemanticSegmentation(SegmentationStep):
     @torch.inference_mode()
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
-        files, out = find_inputs(paths), picture_folder(options.out or "predictions")
-        described = preparation(file, "mean", "std")
+        if options.topk is not None:
+            raise ConfigError("--topk: each pixel has one class; leave it out")
+        files, described = find_inputs(paths), preparation(file, "mean", "std")
+        out = picture_folder(options.out or "predictions")
         stems = picture_names(files, out)
         built = restored(self, file, options.weights)
         transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)

@@ -60,6 +60,7 @@ def scan(path: str | Path) -> Timeline:
     """
     with _opened(path) as container:
         stream = picture_stream(container)
+        _check_whole(path, container.size, stream)
         times: list[int | None] = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
         stored = container.format.name in STORE_TIMES
     first = next(_decode(path, None), None)
@@ -69,6 +70,14 @@ def scan(path: str | Path) -> Timeline:
     if not stored or any(t is None for t in times) or _reordered_without_times(path, times):
         return _watched(path)
     return Timeline.of(times)
+
+
+def _check_whole(path: str | Path, size: int, stream) -> None:
+    """Refuse a file that ends before the frames that its own index names, as after an interrupted copy."""
+    ends = [e.pos + e.size for e in getattr(stream, "index_entries", ()) if e.size > 0]
+    cut = sum(end > size for end in ends)
+    if cut:
+        raise DataError(f"{path}: the file is cut off: {cut} of its {len(ends)} frames are missing or not whole")
 
 
 def _reordered_without_times(path: str | Path, times: list[int]) -> bool:
