@@ -54,8 +54,18 @@ def test_class_names_come_from_the_nearest_source():
         class_names(data, None)
     data.num_classes = 2
     assert class_names(data, None, 3) == ("0", "1")
-    data.classes = ["c"]
-    assert class_names(data, ("a", "b")) == ("c",)
+    data.classes = ["b", "a"]
+    assert class_names(data, ("a", "b")) == ("b", "a"), "their order"
+    assert class_names(data, None, 2) == ("b", "a")
+    for names, words in (
+        (["b", "a", "c"], "'x' has no class c"),
+        (["b"], "'x' also has a; name all"),
+        (["b", "b"], "the class 'b' stands twice"),
+        (["b", " "], "a class without a name"),
+    ):
+        data.classes = names
+        with pytest.raises(DataError, match=rf"data\.classes: .*{words}"):
+            class_names(data, ("a", "b"))
     check_label(1, "ab", "train")
     with pytest.raises(DataError, match=r"train has the label 2, but there are 2 classes \(labels count from 0\)"):
         check_label(2, "ab", "train")

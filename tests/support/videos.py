@@ -14,17 +14,17 @@ def frames_of(count: int, height: int = 48, width: int = 64, seed: int = 0) -> n
     return blocks.repeat(16, 1).repeat(16, 2)
 
 
-def write(path, frames, *, codec="libx264", gop=6, bframes=2, times=None, options=None, pixels="yuv420p"):
+def write(path, frames, *, codec="libx264", gop=6, bframes=2, times=None, options=None, pixels="yuv420p", base=1000):
     """An encoder of its own, with B-frames and any presentation times."""
     with av.open(str(path), "w") as container:
         # Random frames would be key frames, every one, if the encoder looked for cuts.
         stream = container.add_stream(codec, rate=25, options={"sc_threshold": "0"} | (options or {}))
         stream.height, stream.width, stream.pix_fmt, stream.gop_size = *frames.shape[1:3], pixels, gop
         stream.codec_context.max_b_frames = bframes
-        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.time_base = Fraction(1, base)
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, "rgb24")
-            picture.pts, picture.time_base = (40 * i if times is None else times[i]), Fraction(1, 1000)
+            picture.pts, picture.time_base = (base // 25 * i if times is None else times[i]), Fraction(1, base)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return path

@@ -16,6 +16,7 @@ from ..backbone.sites import Sites
 from ..data.loader import make_loader
 from ..engine.cache import CachedLoader, FeatureCache, why_not
 from ..engine.config import load_config
+from ..engine.opening import open_data
 from ..errors import ConfigError, MethodError, VpeftError
 from ..methods import Method, create
 from ..tasks.labels import LabelStep
@@ -268,7 +269,7 @@ def _experiment(config: DictConfig) -> tuple[TaskModel, Batch]:
     experiment = load_config(config.experiment)
     task = get_task(experiment)
     task.check()
-    data, _ = task.open_data()
+    data, _ = open_data(experiment, task)
     torch.manual_seed(config.seed)
     backbone = task.build_backbone(len(data.classes))
     loader = make_loader(data.train, config.batch_size, train=False)

@@ -8,8 +8,17 @@ from .images import IMAGE_ENDINGS
 
 
 def with_ending(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
+    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike.
+
+    Files and folders whose names begin with a dot are left out: copies and notes of programs, such as ``._a.jpg``.
+    """
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in endings and not hidden(p.relative_to(folder)))
+    return sorted(p for p in found if p.is_file())
+
+
+def hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it lies in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def find_files(paths: Iterable[str | Path], inside: Callable[[Path], Sequence[Path]], what: str) -> list[Path]:

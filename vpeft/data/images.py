@@ -3,40 +3,54 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from .pixels import check_single, to_rgb, turned, turned_to_rgb, upright
 
 IGNORED = 255  # the id of what is not labelled
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".gif", ".jfif", ".jp2", ".avif",
+)  # fmt: skip
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[Image.Image]:
-    """An image file; whatever goes wrong while it is read is one ``DataError`` that names it."""
+def _opened(source: str | Path | BinaryIO, what: str, name: str | Path | None = None) -> Iterator[Image.Image]:
+    """An image file; whatever goes wrong while it is read is one ``DataError`` of one line that names it."""
+    name = source if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable {what}: {error}") from error
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: more pixels than PIL opens ({error}); make the image smaller, or cut it") from error
+    except Exception as error:  # PIL's readers fail with every class of error on damaged files
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} is not a readable {what}: {text}") from error
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file as an RGB image, read whole.
+def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """An image file as an upright RGB image, read whole; see ``to_rgb``.
+
+    Args:
+        source: its path, or the opened file.
+        name: for errors; the path where None.
 
     Raises:
-        DataError: a missing file, or one that is no image; names it.
+        DataError: a missing file, or one that is no image that can be used; names it.
     """
-    with _opened(Path(path), "image") as image:
-        return image.convert("RGB")
+    with _opened(source, "image", name) as image:
+        return to_rgb(image)
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3), uint8.
+    """An image file as (H, W, 3), uint8, upright.
 
     Raises:
         DataError: as ``open_image``.
@@ -45,15 +59,58 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """The ids in a mask file (palette or grey), as (H, W) int64.
+    """The ids in a mask file (palette or grey), as (H, W) int64; turned where the file itself has an EXIF orientation.
 
     Raises:
         DataError: a missing file, one that is no image, or an image of colours.
     """
-    with _opened(Path(path), "mask") as image:
-        if image.mode not in ("P", "L", "1", "I", "I;16"):
-            raise DataError(f"{path}: a mask holds one class id per pixel (palette or grey), this is a {image.mode} image")
-        return np.asarray(image).astype(np.int64)
+    return _read_mask(path)[0]
+
+
+def _read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
+    """A mask's ids, and whether the file itself says how it is to be turned."""
+    with _opened(path, "mask") as image:
+        if image.mode not in ("P", "L", "1", "I") and not image.mode.startswith("I;16"):
+            raise DataError(f"a mask holds one class id per pixel (palette or grey), this is a {image.mode} image")
+        check_single(image)
+        image, turn = upright(image)
+        return np.asarray(image).astype(np.int64), turn is not None
+
+
+def read_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3), uint8, and the class ids (H, W) of its mask, int64, both upright.
+
+    Where only the image has an EXIF orientation, the mask follows it: one of the stored size is turned with the image,
+    one of the shown size was drawn on the shown image.
+
+    Raises:
+        DataError: as ``open_image`` and ``read_mask``; two sizes; or a mask that would fit both ways, and differs.
+    """
+    with _opened(image, "image") as opened:
+        shown, turn = turned_to_rgb(opened)
+        pixels = np.asarray(shown)
+    ids, own = _read_mask(mask)
+    if turn is not None and not own:
+        ids = _following(ids, turn, pixels.shape[:2], image, mask)
+    if pixels.shape[:2] != ids.shape:
+        raise DataError(
+            f"{mask}: a mask of {ids.shape[1]}x{ids.shape[0]} pixels for an image of "
+            f"{pixels.shape[1]}x{pixels.shape[0]} ({image})"
+        )
+    return pixels, ids
+
+
+def _following(ids: np.ndarray, turn: Image.Transpose, size: tuple[int, int], image: object, mask: object) -> np.ndarray:
+    """A mask's ids turned like its image, or as they are where only that fits the shown image."""
+    other = turned(ids, turn)
+    if other.shape != size:
+        return ids
+    if ids.shape == size and not np.array_equal(ids, other):
+        raise DataError(
+            f"{mask}: {image} is turned by its EXIF orientation, the mask has none and fits both ways; store the image "
+            "upright, or give the mask the same orientation"
+        )
+    return other
 
 
 class ImageFiles(Dataset):

@@ -6,17 +6,22 @@ processes see one process's global batches, and a resumed run the uninterrupted 
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from ..errors import DataError
+from ..errors import DataError, VpeftError
 from ..numerics import seeded
+from .broken import Failed, take, tally_of
 
 
 class SeededDataset(Dataset):
-    """Wraps a map-style data set; an item ``(epoch, index)`` is transformed under a seed of its own."""
+    """Wraps a map-style data set; an item ``(epoch, index)`` is transformed under a seed of its own.
+
+    In the place of a sample that cannot be read stands a ``Failed``: a worker process cannot raise an error as it is.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -27,8 +32,11 @@ class SeededDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]):
         epoch, index = item
         seed = zlib.crc32(f"{self.seed}/{epoch}/{index}".encode())
-        with seeded(seed):
-            return self.dataset[index]
+        try:
+            with seeded(seed):
+                return self.dataset[index]
+        except VpeftError as error:
+            return Failed(index, error)
 
 
 class ShardedBatches(Sampler):
@@ -77,6 +85,50 @@ class ShardedBatches(Sampler):
                 yield share
 
 
+class ReadableBatches(DataLoader):
+    """Batches of the samples that could be read. What to do about the others is decided here, in the main process.
+
+    Args:
+        dataset: in its wrapper; the tally of the data set within counts what is left out, if it has one.
+        alone: this process may pass over a batch that has no sample left; of several ones in training none may.
+        collate: makes a batch of samples.
+        kwargs: of torch's loader.
+    """
+
+    def __init__(self, dataset: SeededDataset, *, alone: bool, collate: Callable[[list], Any] | None, **kwargs: Any):
+        super().__init__(dataset, collate_fn=CollateReadable(collate or default_collate), **kwargs)
+        self.alone = alone
+
+    def __iter__(self) -> Iterator[Any]:
+        tally, given = tally_of(self.dataset.dataset), 0
+        for batch, failed in super().__iter__():
+            take(failed, tally)
+            if batch is None:
+                if not self.alone:
+                    raise DataError(f"a process has no sample left of its part of a batch, the first: {failed[0].error}")
+                continue
+            given += 1
+            yield batch
+        if not given and tally is not None and tally.reasons:
+            raise DataError(f"not one of {len(self.dataset)} samples can be read, the first: {tally.all_reasons()[0]}")
+
+
+class CollateReadable:
+    """Makes ``(batch, failed samples)`` of samples; no batch where none could be read, or where they make none together.
+
+    Args:
+        collate: makes the batch.
+    """
+
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __call__(self, items: list) -> tuple[Any, list[Failed]]:
+        failed = [item for item in items if isinstance(item, Failed)]
+        kept = [item for item in items if not isinstance(item, Failed)]
+        return (self.collate(kept) if kept else None), failed
+
+
 def make_loader(
     dataset: Dataset,
     batch_size: int,
@@ -91,15 +143,16 @@ def make_loader(
     """A loader of this process's share of each global batch; set ``loader.batch_sampler.epoch`` before an epoch.
 
     Iterable data sets (WebDataset, streaming) shard and shuffle themselves; they get timm's ``set_epoch`` instead.
-    A data set that has a ``collate`` makes its batches with it.
+    A data set that has a ``collate`` makes its batches with it. Samples that cannot be read: see ``ReadableBatches``.
     """
-    common = {
-        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0,
-        "collate_fn": getattr(dataset, "collate", None),
-    }  # fmt: skip
+    common = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    collate = getattr(dataset, "collate", None)
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, **common)
+        return DataLoader(
+            dataset, batch_size=max(1, batch_size // world), drop_last=train and drop_last, collate_fn=collate, **common
+        )
     batches = ShardedBatches(
         len(dataset), batch_size, shuffle=train, drop_last=train and drop_last, seed=seed, rank=rank, world=world
     )
-    return DataLoader(SeededDataset(dataset, seed), batch_sampler=batches, **common)
+    alone = world == 1 or not train
+    return ReadableBatches(SeededDataset(dataset, seed), alone=alone, collate=collate, batch_sampler=batches, **common)

@@ -1,5 +1,8 @@
 """The splits of a data set: which there are, what is cut off for validation, class names, labels; timm's transforms."""
 
+import os
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +10,23 @@ from typing import Any
 
 import numpy as np
 from timm.data import create_transform
+from timm.data.auto_augment import (
+    AugMixAugment,
+    AutoAugment,
+    RandAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
 from timm.data.transforms import RandomCropOrPad, ResizeKeepRatio
 from torch.utils.data import Dataset
+from torchvision.transforms import ColorJitter
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError, did_you_mean, nearest, some
+from ..files import SURROGATE
 
 SPLITS = ("train", "val", "test")
+POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
 @dataclass
@@ -72,22 +86,95 @@ def cut_validation(total: int, size: int, seed: int, what: str) -> tuple[list[in
     return sorted(order[size:]), sorted(order[:size])
 
 
+def thinned(total: int, count: int | None) -> list[int]:
+    """The indices of ``count`` samples (``data.num_samples``), spread evenly over ``total``; all where None or too many."""
+    if count is None or count >= total:
+        return list(range(total))
+    return [i * total // count for i in range(count)]
+
+
 def class_names(data: Any, own: Sequence[str] | None, count: int | None = None) -> tuple[str, ...]:
-    """The names of the classes: the data section's, else the data set's own, else numbers.
+    """The names of the classes, in the order of the labels.
+
+    Where the data set names its classes, these are the classes, and ``data.classes`` can only say their order. Where it
+    does not, ``data.classes`` names them, or they are numbers.
 
     Args:
         data: the configuration's data section.
-        own: the data set's names, where it has any.
+        own: the training split's names, where it has any.
         count: how many classes the data set is known to have, where neither names them nor ``data.num_classes`` says.
 
     Raises:
-        DataError: nothing says how many classes there are.
+        DataError: nothing says how many classes there are; ``data.classes`` are other names than the data set's; or a name
+            that is no text, or stands twice.
     """
-    if data.classes or own:
-        return tuple(data.classes or own)
+    if own:
+        check_names(own, f"'{data.source}'")
+    if data.classes:
+        check_names(data.classes, "data.classes")
+        if own:
+            _check_same(data.classes, own, data.source)
+        return tuple(data.classes)
+    if own:
+        return tuple(own)
     if data.num_classes or count:
         return tuple(str(i) for i in range(data.num_classes or count))
     raise DataError(f"data.num_classes: '{data.source}' names no classes; say how many there are")
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse names of classes that are empty, stand twice, or could not be written into a file.
+
+    Args:
+        names: of the classes.
+        where: they stand, for the error.
+
+    Raises:
+        DataError: names the first.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if SURROGATE.search(name):
+            raise DataError(f"{where}: the name of the class {os.fsencode(name)!r} is no UTF-8 text; rename its folder")
+        if not name.strip():
+            raise DataError(f"{where}: a class without a name")
+        same = unicodedata.normalize("NFC", name)  # two ways to write one text look alike
+        if same in seen:
+            raise DataError(f"{where}: the class '{name}' stands twice")
+        seen.add(same)
+
+
+def _check_same(classes: Sequence[str], own: Sequence[str], source: str) -> None:
+    unknown = [n for n in classes if n not in own]
+    if unknown:
+        raise DataError(
+            f"data.classes: '{source}' has no class {some(unknown)}{did_you_mean(unknown[0], own)}; the order is free"
+        )
+    missing = [n for n in own if n not in classes]
+    if missing:
+        raise DataError(f"data.classes: '{source}' also has {some(missing)}; name all of its classes, or none")
+
+
+def label_table(own: Sequence[str], classes: Sequence[str], where: str) -> list[int] | None:
+    """The labels under which a split's classes are trained and judged; None where they are the split's own numbers.
+
+    Args:
+        own: the split's names, in the order of its own numbers.
+        classes: the names of all classes, in the order of the labels.
+        where: the split, for the error.
+
+    Raises:
+        DataError: the split has a class that is not among them.
+    """
+    known = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
+    found = [known.get(unicodedata.normalize("NFC", name)) for name in own]
+    unknown = [name for name, label in zip(own, found, strict=True) if label is None]
+    if unknown:
+        raise DataError(
+            f"{where} has the class {some(unknown)}, which is not one of the {len(classes)} that are trained"
+            f"{did_you_mean(unknown[0], classes)}"
+        )
+    return None if found == list(range(len(classes))) else found
 
 
 def check_class_count(data: Any, classes: Sequence[str]) -> None:
@@ -118,18 +205,28 @@ def check_label(label: int, classes: Sequence[str], where: str) -> None:
 
 
 def make_transforms(augment: Any, stats: dict) -> tuple[Callable, Callable]:
-    """timm's transforms for training and evaluation; the same one where augmentation is off."""
-    evaluate = create_transform(
-        stats["input_size"],
-        is_training=False,
-        interpolation=stats["interpolation"],
-        mean=stats["mean"],
-        std=stats["std"],
-        crop_pct=stats["crop_pct"],
-        crop_mode=stats["crop_mode"],
-    )
-    if not augment.enabled:
-        return evaluate, evaluate
+    """timm's transforms for training and evaluation; the same one where augmentation is off.
+
+    Raises:
+        ConfigError: timm does not take what the sections ``data`` and ``augment`` say.
+    """
+    try:
+        evaluate = create_transform(
+            stats["input_size"],
+            is_training=False,
+            interpolation=stats["interpolation"],
+            mean=stats["mean"],
+            std=stats["std"],
+            crop_pct=stats["crop_pct"],
+            crop_mode=stats["crop_mode"],
+        )
+        return (_augmented(augment, stats) if augment.enabled else evaluate), evaluate
+    except (AssertionError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(f"augment: timm makes no transform of this: {type(error).__name__}: {error}") from error
+
+
+def _augmented(augment: Any, stats: dict) -> Callable:
+    _check_policy(augment.auto_augment)
     train = create_transform(
         stats["input_size"],
         is_training=True,
@@ -144,6 +241,10 @@ def make_transforms(augment: Any, stats: dict) -> tuple[Callable, Callable]:
         auto_augment=augment.auto_augment,
         re_prob=augment.random_erasing,
     )
+    kinds = (AutoAugment, RandAugment, AugMixAugment)
+    place = next((i for i, step in enumerate(train.transforms, 1) if isinstance(step, kinds)), None)
+    if augment.color_jitter and place and not any(isinstance(step, ColorJitter) for step in train.transforms):
+        train.transforms.insert(place, ColorJitter(*[augment.color_jitter] * 3))  # which timm leaves out beside a policy
     if augment.scale_jitter:
         size = tuple(stats["input_size"][-2:])
         resize = ResizeKeepRatio(
@@ -153,4 +254,26 @@ def make_transforms(augment: Any, stats: dict) -> tuple[Callable, Callable]:
             random_scale_range=tuple(augment.scale_jitter),
         )
         train.transforms[:1] = [resize, RandomCropOrPad(size, padding_mode="reflect")]  # for the random resized crop
-    return train, evaluate
+    return train
+
+
+def _check_policy(policy: str | None) -> None:
+    """Refuse a policy of which timm would ignore a part, or fail without words.
+
+    Raises:
+        ConfigError: shows what a policy looks like.
+    """
+    if policy is None:
+        return
+    form = "expected such as rand-m9-mstd0.5, augmix-m3-w3, original-mstd0.5, v0 or 3a"
+    kind, *parts = policy.split("-")
+    if kind not in POLICIES:
+        raise ConfigError(f"augment.auto_augment: '{policy}' is no policy of timm{nearest(kind, POLICIES)}; {form}")
+    for part in parts:
+        if not re.fullmatch(r"[a-z]+\d[\d.]*", part) and not (kind == "rand" and part.startswith("t")):
+            raise ConfigError(f"augment.auto_augment: '{policy}': '{part}' is no setting with a number; {form}")
+    try:
+        auto_augment = augment_and_mix_transform if kind == "augmix" else auto_augment_transform
+        (rand_augment_transform if kind == "rand" else auto_augment)(policy, {})
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"augment.auto_augment: '{policy}': {error or 'an unknown setting'}; {form}") from error

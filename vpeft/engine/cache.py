@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone.modules import FIRST, ModuleRef
 from ..backbone.reading import input_size
 from ..checkpoint import fingerprint
+from ..data.broken import Failed, take, tally_of
 from ..errors import UnsupportedModelError, VpeftError
 from ..tuning.handle import Handle
 
@@ -98,6 +99,7 @@ class FeatureCache:
             self.skipped.append(block)
         self.features: dict[Any, Tensor] = {}
         self.labels = torch.empty(0, dtype=torch.long)
+        self.readable = torch.empty(0, dtype=torch.bool)
         self.computed_in: dict[Any, torch.dtype] = {}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self.where = "memory"
@@ -115,27 +117,33 @@ class FeatureCache:
         total = len(loader.dataset)
         batches = self._in_order(loader)
         folder = None
-        for start, images, labels in self._track(batches, total, progress):
+        self.labels, self.readable = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
+        for rows, images, labels in self._track(batches, total, progress):
             found = self._compute(images)
-            if not start:
+            if not self.readable.any():
                 folder = self._allocate(found, total, loader)
-                self.labels = torch.empty(total, dtype=torch.long)
                 if folder is not None and self._opened(folder, found, total, loader):
                     return self
             for key, value in found.items():
-                self.features[key][start : start + len(value)] = value.to(self.dtype).cpu()
-            self.labels[start : start + len(labels)] = labels
+                self.features[key][rows] = value.to(self.dtype).cpu()
+            self.labels[rows], self.readable[rows] = labels, True
+        if not self.readable.any():
+            raise CacheError(f"not one of {total} samples can be read")
         if folder is not None:
             self._commit(folder)
         return self
 
     @staticmethod
-    def _in_order(loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Every sample once, as (first index, images, labels), through the loader's data set."""
+    def _in_order(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every sample that can be read, once, as (indices, images, labels), through the loader's data set."""
         size, total = loader.batch_sampler.batch_size, len(loader.dataset)
+        tally = tally_of(loader.dataset.dataset)
         for start in range(0, total, size):
-            items = [loader.dataset[0, i] for i in range(start, min(start + size, total))]
-            yield start, torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
+            items = {i: loader.dataset[0, i] for i in range(start, min(start + size, total))}
+            kept = take(items.values(), tally)
+            if kept:
+                rows = torch.tensor([i for i, item in items.items() if not isinstance(item, Failed)])
+                yield rows, torch.stack([x for x, _ in kept]), torch.tensor([int(y) for _, y in kept])
 
     def _track(self, batches: Iterator, total: int, progress: bool) -> Iterator:
         if not progress:
@@ -146,9 +154,9 @@ class FeatureCache:
 
         with Progress(transient=True, disable=not get_console().is_interactive) as bar:
             task = bar.add_task("caching frozen features", total=total)
-            for start, images, labels in batches:
-                yield start, images, labels
-                bar.advance(task, len(labels))
+            for rows, images, labels in batches:
+                yield rows, images, labels
+                bar.update(task, completed=int(rows[-1]) + 1)
 
     @torch.no_grad()
     def _compute(self, images: Tensor) -> dict[Any, Tensor]:
@@ -220,7 +228,10 @@ class FeatureCache:
         index = folder / "about.json"
         if index.is_file():
             self.features = self._map(folder, found, total)
-            self.labels = torch.tensor(json.loads(index.read_text())["labels"], dtype=torch.long)
+            about = json.loads(index.read_text())
+            self.labels = torch.tensor(about["labels"], dtype=torch.long)
+            self.readable = torch.ones(total, dtype=torch.bool)
+            self.readable[about.get("left_out", [])] = False
             return True
         partial = self._partial(folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -239,7 +250,8 @@ class FeatureCache:
 
     def _commit(self, folder: Path) -> None:
         partial = self._partial(folder)
-        (partial / "about.json").write_text(json.dumps({"labels": self.labels.tolist()}))
+        left_out = torch.nonzero(~self.readable).flatten().tolist()
+        (partial / "about.json").write_text(json.dumps({"labels": self.labels.tolist(), "left_out": left_out}))
         os.replace(partial, folder)
 
     def fingerprint(self, loader: DataLoader) -> str:
@@ -249,9 +261,15 @@ class FeatureCache:
         precision = {str(k): str(v) for k, v in self.computed_in.items()}
         facts = [self.keys, str(self.dtype), precision, method.name, method.options()]
         digest.update(json.dumps(facts, default=str).encode())
-        for _, images, labels in self._in_order(loader):
+        expected = 0
+        for rows, images, labels in self._in_order(loader):
             digest.update(images.numpy().tobytes())
             digest.update(labels.numpy().tobytes())
+            if int(rows[0]) != expected or int(rows[-1]) - expected + 1 != len(rows):  # some are left out
+                digest.update(rows.numpy().tobytes())
+            expected = int(rows[-1]) + 1
+        if expected != len(loader.dataset):
+            digest.update(str(len(loader.dataset)).encode())
         return digest.hexdigest()[:32]
 
     # ---- playing ----
@@ -300,6 +318,9 @@ class CachedLoader:
             player.install()
             for items in self.batch_sampler:
                 index = torch.tensor([i for _, i in items])
+                index = index[cache.readable[index]]
+                if not len(index):
+                    continue
                 player.features = {
                     k: v[index].to(device, cache.computed_in[k], non_blocking=True) for k, v in cache.features.items()
                 }

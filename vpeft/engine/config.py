@@ -66,10 +66,13 @@ class DataConfig:
     test_split: str | None = option("test", free="a split's name")
     num_classes: int | None = option(None, ge=1, unit="classes", help="to be checked against the data")
     classes: list[str] | None = option(
-        None, length=(1, LARGEST), free="a class's name", help="names, in the order of the labels"
+        None, length=(1, LARGEST), free="a class's name", help="in the order of the labels; names where the data have none"
     )
-    num_samples: int | None = option(None, ge=1, le=10**12, unit="samples", help="that are used; a stream's length")
+    num_samples: int | None = option(
+        None, ge=1, le=10**12, unit="samples", help="of each split that are used, evenly from all; a stream's length"
+    )
     download: bool = option(False, help="where the data set allows it")
+    skip_broken: bool = option(False, help="leave out and count what cannot be read; else it ends the run")
     batch_size: int = option(256, ge=1, unit="samples", help="outside training")
     workers: int = option(0, ge=0, le=1024, unit="processes", help="that load data; 0 loads in the main one")
     mean: list[float] | None = option(None, length=(1, 1000), help="of each channel")

@@ -21,6 +21,7 @@ from ..tasks.step import training_loss
 from ..tuning.handle import Handle
 from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
+from .opening import skipped
 from .progress import Bar, GradientWatch, TimedBatches
 from .report import draw_curves
 from .run import RunFolder
@@ -249,6 +250,7 @@ class Trainer:
         }
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
+        metrics |= self._left_out()
         if self.run.main:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epochs else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
@@ -257,6 +259,13 @@ class Trainer:
             self.run.file("state.safetensors").unlink(missing_ok=True)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
         return metrics
+
+    def _left_out(self) -> dict[str, int]:
+        """How many samples of each split could not be read (``data.skip_broken``); the log names them."""
+        found = skipped(self.loaders.items())
+        for split, (count, reasons) in found.items():
+            self.run.logger.info("%s: %d left out%s", split, count, "".join(f"\n  {reason}" for reason in reasons))
+        return {f"{split}_skipped": count for split, (count, _) in found.items()}
 
     # ---- state ----
 

@@ -14,6 +14,7 @@ from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from .loop import Trainer
+from .opening import open_data
 from .run import RunFolder
 from .setup import make_accelerator, start_tracking
 
@@ -34,7 +35,7 @@ def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     task = task or get_task(config)
     task.check()
     accelerator = make_accelerator(config)
-    data, stats = task.open_data()
+    data, stats = open_data(config, task)
     run = RunFolder(config, main=accelerator.is_main_process)
     set_seed(config.seed)
     built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))

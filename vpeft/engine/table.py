@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
+from .. import checkpoint
 from ..data.loader import make_loader
 from ..errors import ConfigError
 from ..files import write_text
@@ -19,6 +20,7 @@ from ..tasks.models import make_method
 from ..tasks.registry import get_task
 from ..tuning.loading import load
 from .config import load_config
+from .opening import open_split
 from .train import check, train
 
 
@@ -101,8 +103,7 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     does not merge.
     """
     fused = timm.layers.use_fused_attn()
-    task = get_task(config)
-    data, _ = task.open_data()
+    task, data = open_split(config, "test", checkpoint.read_header(ckpt).metadata["class_names"], str(ckpt))
     set_seed(config.seed)  # a backbone that was not pretrained was drawn under it
     backbone = task.build_backbone(len(data.classes), keep_head=not make_method(config).trains_head)
     built = task.assemble(backbone, len(data.classes))
@@ -113,6 +114,8 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     error = None
     if handle.mergeable:
         images, _ = next(iter(make_loader(data.test, min(config.data.batch_size, 256), train=False)))
+        if isinstance(images, list):  # of several sizes
+            images = images[0][None]
         hooked = task.scores(model, images)
         handle.merge()
         error = float((task.scores(model, images) - hooked).abs().max() / hooked.std())

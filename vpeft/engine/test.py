@@ -1,24 +1,24 @@
 """Evaluate a checkpoint on the data set of a configuration."""
 
 import json
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..data.loader import make_loader
-from ..errors import ConfigError
-from ..tasks.models import check_model_name
+from ..tasks.models import check_model_name, check_weights
 from ..tasks.protocol import Task
-from ..tasks.registry import get_task
 from ..tuning.loading import load
+from .opening import open_split, skipped
 from .setup import make_accelerator
 
 
 def test(
     config: DictConfig, ckpt: str | Path, *, split: str = "test", merge: bool = False, task: Task | None = None
 ) -> dict[str, float]:
-    """Metrics of a checkpoint on one split; printed as JSON and returned.
+    """Metrics of a checkpoint on one split; printed as JSON and returned. Of the data, no other split need be there.
 
     Args:
         config: its model and data sections are used.
@@ -28,20 +28,16 @@ def test(
         task: of your own; the one that the configuration names where None.
 
     Raises:
-        VpeftError: a split that the configuration does not have, or classes that differ from the checkpoint's.
+        VpeftError: a split that the configuration does not have, or a class that the checkpoint does not know.
     """
     check_model_name(config)
-    task = task or get_task(config)
-    task.check()
+    check_weights(config)
+    if task is not None:
+        task.check()
     file = checkpoint.read_header(ckpt)
     accelerator = make_accelerator(config)
-    data, _ = task.open_data()
+    task, data = open_split(config, split, file.metadata["class_names"], str(ckpt), task)
     dataset = getattr(data, split)
-    if dataset is None:
-        raise ConfigError(f"data.{split}_split: the configuration has no {split} split")
-    names = file.metadata["class_names"]
-    if names is not None and list(data.classes) != names:
-        raise ConfigError(f"data: {len(data.classes)} classes {data.classes[:3]}… but {ckpt} was trained on {names[:3]}…")
     built = task.assemble(task.build_backbone(len(data.classes)), len(data.classes))
     handle = load(built.backbone, ckpt, heads=built.heads)
     if merge:
@@ -54,6 +50,11 @@ def test(
     )  # fmt: skip
     with accelerator.autocast():
         values = task.evaluate(built.model, loader, accelerator.device)
+    left_out = skipped([(split, loader)])
+    if left_out:
+        values["skipped"] = left_out[split][0]
     if accelerator.is_main_process:
+        for count, reasons in left_out.values():
+            print(*(f"left out: {reason}" for reason in reasons), f"{split}: {count} left out", sep="\n", file=sys.stderr)
         print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()}, indent=1))
     return values

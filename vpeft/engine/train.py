@@ -15,12 +15,13 @@ from ..errors import ConfigError
 from ..files import naming
 from ..methods.base import Method
 from ..methods.earlier import method_of
-from ..tasks.models import check_model_name, make_method
+from ..tasks.models import check_model_name, check_weights, make_method
 from ..tasks.protocol import Task, TaskModel
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
 from .loop import Trainer
+from .opening import open_data
 from .report import show
 from .run import RunFolder
 from .setup import make_accelerator, start_tracking
@@ -42,6 +43,7 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
     method = make_method(config)
     (task or get_task(config)).check(method)
+    check_weights(config)
     return method
 
 
@@ -58,7 +60,7 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     task = task or get_task(config)
     method = check(config, task)
     accelerator = make_accelerator(config)
-    data, stats = task.open_data()
+    data, stats = open_data(config, task)
     run = RunFolder(config, main=accelerator.is_main_process)
     method = _as_begun(run, method)
     accelerator.wait_for_everyone()

@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 
 class LabelStep:
@@ -62,13 +62,13 @@ class LabelStep:
         return F.cross_entropy(scores, labels)
 
     def metrics(self) -> MetricCollection:
-        """Fresh metrics, as shares."""
+        """Fresh metrics, as shares; for each class the counts of ``MulticlassStatScores``."""
         top5 = min(5, self.num_classes)
         return MetricCollection(
             {
                 "top1": MulticlassAccuracy(self.num_classes, average="micro"),
                 "top5": MulticlassAccuracy(self.num_classes, average="micro", top_k=top5),
-                "per_class": MulticlassAccuracy(self.num_classes, average="macro"),
+                "per_class": MulticlassStatScores(self.num_classes, average="none"),
             },
             compute_groups=False,
         )
@@ -87,5 +87,9 @@ class LabelStep:
             scores, labels = self.scores_on(model, inputs, device), labels.to(device)
             metrics.update(scores, labels)
             mean_loss.update(self.scores_loss(scores, labels), weight=len(labels))
-        values = {k: 100 * float(v) for k, v in metrics.compute().items()}
+        found = metrics.compute()
+        hits, *_, support = found["per_class"].double().unbind(-1)
+        # A class that the split lacks has no accuracy.
+        found["per_class"] = (hits / support)[support > 0].mean()
+        values = {k: 100 * float(v) for k, v in found.items()}
         return values | {"loss": float(mean_loss.compute())}

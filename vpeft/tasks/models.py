@@ -1,6 +1,7 @@
 """What tasks do alike with a configuration: the method, the timm model, its preprocessing, the check of its outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -39,6 +40,48 @@ def check_model_name(config: DictConfig) -> None:
         raise ConfigError(f"model.name: '{base}' has no pretrained tag '{tag}'{did_you_mean(tag, tags)}")
     if config.model.pretrained and not config.model.checkpoint and not tags:
         raise ConfigError(f"model.pretrained: timm has no weights for '{name}'; set pretrained=false or give a checkpoint")
+
+
+def check_weights(config: DictConfig) -> None:
+    """Refuse a weight file that is not there, or that would not be read."""
+    file = config.model.checkpoint
+    if not file:
+        return
+    if not Path(file).is_file():
+        kind = "is a folder" if Path(file).is_dir() else "does not exist"
+        raise ConfigError(f"model.checkpoint: {file} {kind}; give a file of weights")
+    if not config.model.pretrained:
+        raise ConfigError("model.pretrained: false leaves model.checkpoint unread; set it to true, or give no file")
+
+
+def check_augmentation(config: DictConfig) -> None:
+    """Refuse augmentation that is asked for and off."""
+    augment = config.augment
+    asked = {
+        "color_jitter": augment.color_jitter, "auto_augment": augment.auto_augment, "vflip": augment.vflip,
+        "random_erasing": augment.random_erasing, "scale_jitter": augment.scale_jitter,
+    }  # fmt: skip
+    if not augment.enabled and any(asked.values()):
+        key = next(k for k, v in asked.items() if v)
+        raise ConfigError(f"augment.enabled: augment.{key} is set, but augmentation is off; set enabled=true")
+
+
+def refuse_unused(config: DictConfig, keys: Iterable[str], why: str) -> None:
+    """Refuse keys that have a value and would not act.
+
+    Args:
+        config: the experiment.
+        keys: with their section, such as ``data.crop_pct``.
+        why: they do not act, and what to set instead.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    default = OmegaConf.structured(OmegaConf.get_type(config)) if OmegaConf.get_type(config) is not dict else None
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        if value != (None if default is None else OmegaConf.select(default, key)):
+            raise ConfigError(f"{key}: {why}")
 
 
 def _pretrained_cfg(name: str) -> dict:
@@ -110,8 +153,14 @@ def data_stats(config: DictConfig) -> dict[str, Any]:
     """timm's data config of the model (input_size, mean, std, interpolation, crop) under the configuration's overrides.
 
     No model is built for it.
+
+    Raises:
+        ConfigError: statistics of another number of channels than three.
     """
     d = config.data
+    for key in ("mean", "std"):
+        if d[key] is not None and len(d[key]) not in (1, 3):
+            raise ConfigError(f"data.{key}: {len(d[key])} numbers; images have 3 colours, give 3 or 1")
     overrides = {"mean": d.mean, "std": d.std, "interpolation": d.interpolation, "crop_pct": d.crop_pct}
     overrides = {k: (list(v) if k in ("mean", "std") else v) for k, v in overrides.items() if v is not None}
     if d.crop_mode:

@@ -1,6 +1,6 @@
 """What a task is: the one object that the engine works with, whatever is learned."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,8 @@ class Task(Step, Protocol):
         no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
             the loop then calls the timm model itself, on one image for each integer label.
         draws: whether ``predict`` writes pictures into ``PredictOptions.out``; taken to be so where a task does not say.
+        class_order: names of the classes in the order of the labels, set before ``open_data`` by who knows a checkpoint's;
+            None takes the training split's own.
 
     Args:
         config: the experiment.
@@ -103,6 +105,7 @@ class Task(Step, Protocol):
     no_cache: ClassVar[str | None]
     draws: ClassVar[bool]
     config: "DictConfig"
+    class_order: Sequence[str] | None
 
     def __init__(self, config: "DictConfig"): ...
 

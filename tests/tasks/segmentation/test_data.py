@@ -12,6 +12,7 @@ from tests.support.fashion import fashion_root
 from vpeft.data.images import IGNORED, coloured, overlay, read_mask, write_mask
 from vpeft.tasks.segmentation.data import LAYOUTS, Augment, PairTransform, SegmentationSet, palette
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes
+from vpeft.tasks.segmentation.step import of_one_size
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -211,7 +212,7 @@ def test_crops_of_one_class_are_drawn_again():
     assert all(0 < v < 60 for v in mixed.values())
 
 
-def test_one_batch_holds_one_size():
+def test_images_of_several_sizes_make_a_batch_of_lists_that_is_judged_by_size():
     class Two:
         def __len__(self):
             return 2
@@ -220,8 +221,9 @@ def test_one_batch_holds_one_size():
             return coordinates(8, 8 + index)
 
     dataset = SegmentationSet(Two(), PairTransform(**PLAIN))
-    with pytest.raises(vpeft.DataError, match=r"2 sizes in one batch.*data\.batch_size=1"):
-        dataset.collate([dataset[0], dataset[1]])
+    images, masks = dataset.collate([dataset[0], dataset[1], dataset[0]])
+    assert [x.shape for x in images] == [(3, 8, 8), (3, 8, 9), (3, 8, 8)]
+    assert [(len(x), y.shape) for x, y in of_one_size(images, masks)] == [(2, (2, 8, 8)), (1, (1, 8, 9))]
     images, masks = dataset.collate([dataset[0], dataset[0]])
     assert images.shape == (2, 3, 8, 8)
     assert masks.shape == (2, 8, 8)

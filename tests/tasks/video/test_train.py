@@ -68,9 +68,12 @@ def test_broken_videos_are_reported_at_the_end(make, tmp_path):
     common = ("train.epochs=1", "data.source=list")
     with pytest.raises(vpeft.DataError, match=r"00003\.mp4"):
         train(make(*common))
-    train(make(*common, "video.skip_broken=true"))
+    metrics = train(make(*common, "data.skip_broken=true"))
     log = (tmp_path / "runs" / "run" / "console.log").read_text()
-    assert "train: 1 videos left out when the lists were opened, 0 reads skipped later" in log
+    assert "train: 1 left out\n" in log
+    assert "00003.mp4: the video file is empty" in log
+    assert (metrics["train_skipped"], metrics["test_skipped"]) == (1, 0)
+    assert json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text()) == metrics
 
 
 def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypatch):
@@ -92,10 +95,7 @@ def test_a_dropped_video_takes_no_part_in_the_mean_loss(make, tmp_path, monkeypa
     train(make("train.epochs=1", "optim.lr=0", "schedule.min_lr=0", "name=whole"))
     whole = json.loads((tmp_path / "runs" / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert row["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
-    assert (
-        "0 videos left out when the lists were opened, 7 reads skipped later"
-        in (tmp_path / "runs" / "run" / "console.log").read_text()
-    )
+    assert json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["train_skipped"] == 7
 
 
 def make_clips(make) -> None:

@@ -1,14 +1,17 @@
 """Images with labels: timm's readers, folders, and the embedded sets."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ...data.embedded import EMBEDDED, check_fashion_mnist
+from ...data.images import open_image
+from ...data.pixels import to_rgb
 from ...data.splits import (
     Datasets,
     check_label,
@@ -16,13 +19,17 @@ from ...data.splits import (
     check_validation,
     class_names,
     cut_validation,
+    label_table,
     make_transforms,
     named_splits,
+    thinned,
 )
-from ...errors import DataError, did_you_mean
+from ...errors import DataError, did_you_mean, some
+from .folder import FolderImages
 
-# Prefixes of timm.data.create_dataset; "folder" is timm's name-less default reader.
+# Prefixes of timm.data.create_dataset.
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+STREAMS = ("hfids", "tfds", "wds")  # to which data.num_samples says how long they are
 
 
 def check_source(data: Any) -> None:
@@ -43,23 +50,24 @@ def check_source(data: Any) -> None:
         )
         for key in ("train_split", "val_split", "test_split"):
             split = data[key]
-            if split and not (Path(data.root) / split).exists():
+            if split and not (Path(data.root) / split).is_dir():
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
                 raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
-    elif source.partition("/")[0].lower() not in TIMM_PREFIXES or "/" not in source:
+    elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
         known = [*EMBEDDED, "folder", *(f"{p}/NAME" for p in TIMM_PREFIXES)]
         raise DataError(f"data.source: '{source}' is not a known source{did_you_mean(source, known)}")
     check_validation(data)
 
 
-def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0) -> Datasets:
-    """The task's data sets with transforms attached.
+def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0, order: Sequence[str] | None = None) -> Datasets:
+    """The task's data sets with transforms attached; a class has one label in all of them, whatever else they hold.
 
     Args:
         data: the configuration's data section.
         augment: its augmentation section.
         stats: timm's data config of the model: input_size, mean, std, interpolation, crop_pct, crop_mode.
         seed: decides which training samples are cut off for validation when ``data.val_size`` > 0.
+        order: the classes' names in the order of the labels, where a checkpoint says them.
 
     Raises:
         DataError: a source that cannot be opened, or labels that are no classes.
@@ -68,16 +76,49 @@ def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0) -> Da
     train_transform, eval_transform = make_transforms(augment, stats)
     found = {
         split: _open(data, name, train_transform if split == "train" else eval_transform, training=split == "train")
-        for split, name in {"train": data.train_split, **named_splits(data)}.items()
+        for split, name in named_splits(data).items()
     }
-    if data.val_size:
-        found["train"], found["val"] = _cut(found["train"], data.val_size, eval_transform, seed)
-    classes = class_names(data, _own_names(data, _whole(next(iter(found.values())))))
+    first = next(iter(found.values()))
+    classes = _classes(data, first, order)
     for split, dataset in found.items():
-        labels = getattr(_whole(dataset), "labels", getattr(_whole(dataset), "targets", None))
-        if labels is not None and len(labels):  # looked at where the data set holds them in memory
-            check_label(max(labels), classes, split)
+        _relabel(
+            dataset, _own_names(data, dataset) or data.classes, classes, f"data.{split}_split: '{data[f'{split}_split']}'"
+        )
+    if _prefix(data.source) not in STREAMS:
+        found = {split: _thin(dataset, data.num_samples) for split, dataset in found.items()}
+    if data.val_size and "train" in found:
+        found["train"], found["val"] = _cut(found["train"], data.val_size, eval_transform, seed)
     return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
+
+
+def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of all classes: those of a checkpoint, or else of the first split that was opened, the training split."""
+    empty = getattr(first, "empty", ())
+    if order is None and empty and data.train_split:
+        raise DataError(
+            f"data.train_split: the class {some(list(empty))} has a folder in '{data.train_split}', but no image"
+        )
+    if order is None:
+        return class_names(data, _own_names(data, first))
+    if data.classes:
+        label_table(data.classes, order, "data.classes")
+    return tuple(order)
+
+
+def _relabel(dataset: Dataset, own: Sequence[str] | None, classes: Sequence[str], where: str) -> None:
+    """Give a split's samples the labels of their classes' names."""
+    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if labels is not None and len(labels):  # looked at where the data set holds them in memory
+        check_label(max(labels), classes if own is None else own, where)
+    table = None if own is None else label_table(own, classes, where)
+    if table is None:
+        return
+    if hasattr(dataset, "relabel"):
+        dataset.relabel(table)
+        return
+    dataset.target_transform = table.__getitem__
+    if getattr(dataset, "transforms", None) is not None:  # torchvision keeps the pair in a second place
+        dataset.transforms.target_transform = table.__getitem__
 
 
 def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Dataset:
@@ -85,22 +126,32 @@ def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Data
         dataset = EMBEDDED[data.source][0](data.fashion_mnist or data.root, split)
         dataset.transform = transform
         return dataset
-    name = "" if data.source == "folder" else data.source
+    if data.source == "folder":
+        return FolderImages(Path(data.root) / split, transform)
+    # tfds gives arrays, which timm makes images of; what the others open comes as it is in the file.
+    mode = "RGB" if _prefix(data.source) == "tfds" else ""
     try:
-        return _with_transform(
-            create_dataset(
-                name,
-                root=data.root,
-                split=split,
-                is_training=training,
-                batch_size=data.batch_size,
-                download=data.download,
-                num_samples=data.num_samples,
-            ),
-            transform,
+        dataset = create_dataset(
+            data.source,
+            root=data.root,
+            split=split,
+            is_training=training,
+            batch_size=data.batch_size,
+            download=data.download,
+            num_samples=data.num_samples,
+            input_img_mode=mode,
         )
     except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
         raise DataError(f"data.source: could not open '{data.source}', split '{split}': {error}") from error
+    if isinstance(dataset, ImageDataset):
+        return ReaderImages(dataset.reader, transform)
+    if hasattr(dataset, "loader"):  # torchvision's sets of files
+        dataset.loader = open_image
+    return _with_transform(dataset, Shown(transform))
+
+
+def _prefix(source: str) -> str:
+    return source.partition("/")[0].lower()
 
 
 def _with_transform(dataset: Dataset, transform: Callable) -> Dataset:
@@ -110,22 +161,79 @@ def _with_transform(dataset: Dataset, transform: Callable) -> Dataset:
     return dataset
 
 
+def _thin(dataset: Dataset, count: int | None) -> Dataset:
+    """At most so many samples, evenly from the whole split."""
+    if count is None or count >= len(dataset):
+        return dataset
+    return Subset(dataset, thinned(len(dataset), count))
+
+
 def _cut(train: Dataset, size: int, eval_transform: Callable, seed: int) -> tuple[Subset, Subset]:
     """What is left of the training split, and a random validation part of it, seen through the evaluation transform."""
     if isinstance(train, IterableDataset):
         raise DataError("data.val_size: a streamed data set cannot be cut; name a validation split (data.val_split)")
     kept, held = cut_validation(len(train), size, seed, "images")
-    return Subset(train, kept), Subset(_with_transform(copy.copy(train), eval_transform), held)
-
-
-def _whole(dataset: Dataset) -> Dataset:
-    """The data set that a part was cut from; the data set itself where it is whole."""
-    return dataset.dataset if isinstance(dataset, Subset) else dataset
+    whole, rows = (train.dataset, train.indices) if isinstance(train, Subset) else (train, range(len(train)))
+    transform = Shown(eval_transform) if isinstance(getattr(whole, "transform", None), Shown) else eval_transform
+    seen = copy.copy(whole)
+    if getattr(whole, "transforms", None) is not None:  # else the copy's would be the training split's too
+        seen.transforms = copy.copy(whole.transforms)
+    seen = _with_transform(seen, transform)
+    return Subset(whole, [rows[i] for i in kept]), Subset(seen, [rows[i] for i in held])
 
 
 def _own_names(data: Any, dataset: Dataset) -> tuple[str, ...] | None:
     """The class names that a data set brings, None where it has none."""
     if data.source in EMBEDDED:
         return EMBEDDED[data.source][1]
+    if isinstance(dataset, FolderImages):
+        return dataset.classes
     index = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return tuple(sorted(index, key=index.get)) if index else None
+
+
+class Shown:
+    """A transform of images of any mode: they are brought to upright RGB first.
+
+    Args:
+        transform: of the RGB image.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Any]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        try:
+            image = to_rgb(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"data: an image of the data set cannot be read: {error}") from error
+        return self.transform(image)
+
+
+class ReaderImages(Dataset):
+    """The samples of one of timm's readers; a broken one is named, where timm's own data set takes the next in its place.
+
+    Args:
+        reader: gives an opened file and a label for each index.
+        transform: upright RGB image to what the model gets.
+    """
+
+    def __init__(self, reader: Any, transform: Callable[[Image.Image], Any]):
+        self.reader, self.transform, self.target_transform = reader, transform, None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            file, target, *_ = self.reader[index]
+        except OSError as error:
+            raise DataError(f"sample {index} of the data set cannot be opened: {error}") from error
+        with file:
+            image = open_image(file, self.sample_name(index))
+        label = -1 if target is None else target
+        return self.transform(image), label if self.target_transform is None else self.target_transform(label)
+
+    def sample_name(self, index: int) -> str:
+        """What the reader calls a sample."""
+        return str(self.reader.filename(index) or f"sample {index} of the data set")

@@ -18,11 +18,11 @@ from torch import nn
 from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.images import open_image
-from ...data.splits import Datasets, check_class_count
+from ...data.splits import Datasets, check_class_count, make_transforms
 from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
-from ..models import build_model, check_outputs, data_stats
+from ..models import build_model, check_augmentation, check_outputs, data_stats
 from ..prediction import check_classifier, check_topk, find_inputs, ranked, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -40,21 +40,23 @@ class ImageClassification(LabelStep):
     draws = False
 
     def __init__(self, config: DictConfig):
-        self.config = config
+        self.config, self.class_order = config, None
         # How many classes there are, the data say: see ``assemble``.
         super().__init__(0, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
 
     # ---- before any model is built ----
 
     def check(self, method: Method | None = None) -> None:
-        """Refuse a data section that cannot work; see ``check_source``."""
+        """Refuse sections of data and augmentation that cannot work; see ``check_source``."""
         check_source(self.config.data)
+        check_augmentation(self.config)
+        make_transforms(self.config.augment, data_stats(self.config))
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits with timm's transforms, and the model's preprocessing."""
         config = self.config
         stats = data_stats(config)
-        data = build_datasets(config.data, config.augment, stats, seed=config.seed)
+        data = build_datasets(config.data, config.augment, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
         return data, stats
 

@@ -1,7 +1,8 @@
 """Segmentation data: pairs of an image and a mask of class ids, in the layouts that the field's data sets come in."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from torchvision.transforms import v2
 
 from ...data.embedded import check_fashion_mnist, garments_root
 from ...data.find import find_images
-from ...data.images import IGNORED, read_image, read_mask
-from ...data.splits import Datasets, check_root, class_names, named_splits
+from ...data.images import IGNORED, read_mask, read_pair
+from ...data.listing import read_lines, read_names
+from ...data.splits import (
+    Datasets,
+    check_class_count,
+    check_names,
+    check_root,
+    class_names,
+    label_table,
+    named_splits,
+    thinned,
+)
 from ...errors import DataError, did_you_mean
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
 
@@ -37,12 +48,14 @@ class Source:
         images, masks: files, pair by pair.
         classes: their names, in the order of the ids.
         shift: ids in the files start at 1, and 0 means not labelled (ADE20K's ``reduce_zero_label``).
+        table: the labels of the classes, where a checkpoint has them in another order; the ids themselves where None.
     """
 
     images: list[Path]
     masks: list[Path]
     classes: tuple[str, ...]
     shift: bool = False
+    table: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,21 +66,37 @@ class Source:
         Raises:
             DataError: a file that is no image, a mask of another size than its image, or an id that is no class.
         """
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index])
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"{self.masks[index]}: a mask of {mask.shape[1]}x{mask.shape[0]} pixels for an image of "
-                f"{image.shape[1]}x{image.shape[0]} ({self.images[index]})"
-            )
-        if self.shift:
-            mask = np.where(mask == 0, IGNORED, mask - 1)
-        wrong = np.unique(mask[(mask >= len(self.classes)) & (mask != IGNORED)])
+        image, ids = read_pair(self.images[index], self.masks[index])
+        first, count = int(self.shift), len(self.classes)
+        known = (ids >= first) & (ids < first + count)
+        unlabelled = (ids == IGNORED) | ((ids == 0) & self.shift)
+        wrong = np.unique(ids[~known & ~unlabelled])
         if wrong.size:
             raise DataError(
-                f"{self.masks[index]}: holds the ids {wrong[:5].tolist()}, but there are {len(self.classes)} classes: "
-                f"0 to {len(self.classes) - 1}, and {IGNORED} for what is not labelled"
+                f"{self.masks[index]}: holds the ids {wrong[:5].tolist()}, but there are {count} classes: "
+                f"{first} to {first + count - 1}, and {'0 or ' if self.shift else ''}{IGNORED} for what is not labelled"
             )
-        return image, mask.astype(np.uint8)
+        labels = np.arange(count) if self.table is None else np.asarray(self.table)
+        found = np.full(ids.shape, IGNORED, np.uint8)
+        found[known] = labels[ids[known] - first]
+        return image, found
+
+    def sample_name(self, index: int) -> str:
+        """The path of a pair's image."""
+        return str(self.images[index])
+
+    def part(self, indices: Sequence[int]) -> "Source":
+        """Some of the pairs."""
+        return replace(self, images=[self.images[i] for i in indices], masks=[self.masks[i] for i in indices])
+
+    def labelled(self, classes: Sequence[str], where: str) -> "Source":
+        """The pairs with the labels that these names have.
+
+        Raises:
+            DataError: a class of the masks is not among them.
+        """
+        table = label_table(self.classes, classes, where)
+        return replace(self, table=None if table is None else tuple(table))
 
 
 # ---- layouts ----
@@ -80,6 +109,10 @@ def _pairs(images: Path, masks: Path, ending: str, cut: str = "") -> tuple[list[
             raise DataError(f"data.root: folder {folder} does not exist")
     found = find_images([images])
     partners = [masks / p.relative_to(images).parent / f"{p.stem.removesuffix(cut)}{ending}" for p in found]
+    pair: dict[Path, Path] = {}
+    for image, mask in zip(found, partners, strict=True):
+        if pair.setdefault(mask, image) != image:
+            raise DataError(f"{image} and {pair[mask]} would have one mask, {mask}; give the images different names")
     missing = [(p, m) for p, m in zip(found, partners, strict=True) if not m.is_file()]
     if missing:
         first, mask = missing[0]
@@ -97,8 +130,8 @@ def folder(root: Path, split: str, data: Any) -> Source:
 def ade20k(root: Path, split: str, data: Any) -> Source:
     """ADEChallengeData2016: images/{training,validation} and annotations/…; 150 classes, 0 is not labelled."""
     names = root / "objectInfo150.txt"
-    lines = names.read_text().splitlines()[1:151] if names.is_file() else []
-    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines) or tuple(str(i) for i in range(150))
+    lines = read_lines(names)[1:151] if names.is_file() else []
+    classes = tuple(line.text.split("\t")[-1].split(",")[0].strip() for line in lines) or tuple(map(str, range(150)))
     return Source(*_pairs(root / "images" / split, root / "annotations" / split, ".png"), classes, shift=True)
 
 
@@ -109,7 +142,7 @@ def voc(root: Path, split: str, data: Any) -> Source:
         have = [p.stem for p in listed.parent.glob("*.txt")] if listed.parent.is_dir() else []
         raise DataError(f"data.root: {listed} does not exist{did_you_mean(split, have)}")
     masks = root / ("SegmentationClassAug" if split.endswith("aug") else "SegmentationClass")
-    names = listed.read_text().split()
+    names = read_names(listed)
     pairs = [(root / "JPEGImages" / f"{n}.jpg", masks / f"{n}.png") for n in names]
     missing = next((p for pair in pairs for p in pair if not p.is_file()), None)
     if missing:
@@ -127,6 +160,7 @@ LAYOUTS: dict[str, Callable[[Path, str, Any], Source]] = {
     "folder": folder, "ade20k": ade20k, "voc": voc, "cityscapes": cityscapes,
 }  # fmt: skip
 SOURCES = ("scenes", *LAYOUTS)
+logger = logging.getLogger(__name__)
 
 
 # ---- transforms ----
@@ -227,12 +261,16 @@ class SegmentationSet(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.transform(*self.source[index])
 
-    def collate(self, items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """A batch; images of several sizes cannot stand in one."""
-        sizes = {tuple(t.shape[-2:]) for pair in items for t in pair[:1]}
-        if len(sizes) > 1:
-            raise DataError(f"images of {len(sizes)} sizes in one batch; evaluate them one by one: data.batch_size=1")
-        return default_collate(items)
+    def collate(self, items: list[tuple[Tensor, Tensor]]) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+        """A batch; where sizes differ, a list of images and one of masks, which ``evaluate`` takes in groups of one size."""
+        images, masks = zip(*items, strict=True)
+        if len({x.shape for x in images}) == len({y.shape for y in masks}) == 1:
+            return default_collate(items)
+        return list(images), list(masks)
+
+    def sample_name(self, index: int) -> str:
+        """What people call a pair: its image's path, or its number."""
+        return self.source.sample_name(index) if isinstance(self.source, Source) else f"scene {index}"
 
 
 # ---- building ----
@@ -257,30 +295,68 @@ def check_segmentation(config: Any) -> None:
         LAYOUTS[data.source](Path(data.root), split, data)
 
 
-def build_segmentation(config: Any, stats: dict) -> Datasets:
+def build_segmentation(config: Any, stats: dict, order: Sequence[str] | None = None) -> Datasets:
     """The splits of a configuration with their transforms.
 
     Args:
         config: the experiment; its ``data`` and ``seg`` sections are read.
         stats: timm's data config of the model: mean, std, input_size.
+        order: the classes' names in the order of the labels, where a checkpoint says them.
+
+    Raises:
+        DataError: images or masks that are not there, or classes that a checkpoint does not know.
     """
     data, seg = config.data, config.seg
     augment = Augment(tuple(seg.scale), seg.cat_max_ratio, seg.hflip, seg.photometric) if seg.augment else None
     common = {"mean": stats["mean"], "std": stats["std"]}
     train = PairTransform(**common, crop=seg.crop or stats["input_size"][-1], augment=augment)
     evaluate = PairTransform(**common, short=seg.short)
-    splits = named_splits(data)
     if data.source == "scenes":
-        options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
-        found = {
-            k: Scenes(s, seg.scenes[k], options, data.fashion_mnist or data.root) for k, s in splits.items() if seg.scenes[k]
-        }
-        classes = SCENE_CLASSES
+        found, classes = _scenes(data, seg, stats), SCENE_CLASSES
     else:
-        found = {k: LAYOUTS[data.source](Path(data.root), s, data) for k, s in splits.items()}
-        classes = found["train"].classes
+        found = _sources(data)
+        own = next(iter(found.values())).classes
+        classes = tuple(order or class_names(data, own))
+        found = {k: s.labelled(classes, f"data.{k}_split: '{data[f'{k}_split']}'") for k, s in found.items()}
+    check_class_count(data, classes)
     sets = {k: SegmentationSet(s, train if k == "train" else evaluate) for k, s in found.items()}
-    return Datasets(sets.get("train"), sets.get("val"), sets.get("test"), tuple(classes))
+    return Datasets(sets.get("train"), sets.get("val"), sets.get("test"), classes)
+
+
+def _scenes(data: Any, seg: Any, stats: dict) -> dict[str, Scenes]:
+    if data.classes and tuple(data.classes) != SCENE_CLASSES:
+        raise DataError(f"data.classes: scenes have the classes {', '.join(SCENE_CLASSES)}; leave it out")
+    options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
+    counts = {k: min(seg.scenes[k], data.num_samples or seg.scenes[k]) for k in named_splits(data)}
+    root = data.fashion_mnist or data.root
+    return {k: Scenes(s, counts[k], options, root) for k, s in named_splits(data).items() if counts[k]}
+
+
+def _sources(data: Any) -> dict[str, Source]:
+    found = {k: LAYOUTS[data.source](Path(data.root), s, data) for k, s in named_splits(data).items()}
+    for source in found.values():
+        check_names(source.classes, "data.classes")
+        if len(source.classes) > IGNORED:
+            raise DataError(f"data.num_classes: {len(source.classes)} classes; masks have at most {IGNORED}, ids 0 to 254")
+    found = {k: s.part(thinned(len(s), data.num_samples)) for k, s in found.items()}
+    if "train" in found:
+        _warn_of_white(found["train"])
+    return found
+
+
+def _warn_of_white(source: Source, count: int = 8) -> None:
+    """Say so where the first masks look like black and white, whose white would be taken for not labelled."""
+    seen: set[int] = set()
+    for mask in source.masks[:count]:
+        try:
+            seen |= set(np.unique(read_mask(mask)).tolist())
+        except DataError:  # said when it is its turn
+            continue
+    if seen == {0, IGNORED} and len(source.classes) > 1:
+        logger.warning(
+            "the first %d training masks hold 0 and %d alone, and %d means not labelled: two classes have the ids 0 and 1",
+            min(count, len(source)), IGNORED, IGNORED,
+        )  # fmt: skip
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

@@ -1,6 +1,6 @@
 """Loss and metrics of semantic segmentation: windows, intersection over union."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class SegmentationStep:
     def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
         """Mean IoU over the classes that occur, mean class accuracy and pixel accuracy in percent, at the masks' size."""
         matrix = MulticlassConfusionMatrix(self.num_classes, ignore_index=IGNORED).to(device)
-        for images, masks in batches:
-            if len(masks):
+        for batch in batches:
+            for images, masks in of_one_size(*batch):
                 scores = self.scores(model, images.to(device), masks.shape[-2:])
                 matrix.update(scores.argmax(1), masks.to(device))
         return rates(matrix.compute().double())
@@ -100,6 +100,19 @@ class SegmentationStep:
     def _starts(self, length: int) -> list[int]:
         steps = max(length - self.crop + self.stride - 1, 0) // self.stride + 1
         return [min(i * self.stride, length - self.crop) for i in range(steps)]
+
+
+def of_one_size(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch (B, 3, H, W), (B, H, W) itself, if it is not empty; lists of images and masks as one batch for each size."""
+    if isinstance(masks, Tensor):
+        if len(masks):
+            yield images, masks
+        return
+    groups: dict[tuple, list[int]] = {}
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        groups.setdefault((image.shape, mask.shape), []).append(index)
+    for rows in groups.values():
+        yield torch.stack([images[i] for i in rows]), torch.stack([masks[i] for i in rows])
 
 
 def rates(matrix: Tensor) -> dict[str, float]:

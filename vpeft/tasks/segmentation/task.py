@@ -19,7 +19,7 @@ from ...data.splits import Datasets
 from ...errors import ConfigError, DataError, VpeftError
 from ...methods.base import Method
 from ...numerics import eval_mode
-from ..models import build_model, data_stats
+from ..models import build_model, data_stats, refuse_unused
 from ..prediction import check_finite, find_inputs, leave_out, names_of, preparation, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -45,7 +45,7 @@ class SemanticSegmentation(SegmentationStep):
     draws = True
 
     def __init__(self, config: DictConfig):
-        self.config = config
+        self.config, self.class_order = config, None
         # Classes, size and criterion are known when the model is there: see ``assemble``.
         super().__init__(0, 0)
 
@@ -74,11 +74,29 @@ class SemanticSegmentation(SegmentationStep):
             raise ConfigError("augment.enabled: masks must move with their images; use seg.augment instead")
         if config.train.label_smoothing:
             raise ConfigError("train.label_smoothing: not for segmentation; set it to 0")
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Refuse keys of other tasks, modes and heads, which would not act."""
+        config, seg = self.config, self.config.seg
+        fixed = "images are resized by seg.short, seg.scale and seg.crop (bilinear) in segmentation; leave it out"
+        refuse_unused(config, ("data.interpolation", "data.crop_pct", "data.crop_mode"), fixed)
+        refuse_unused(
+            config, ("model.keep_head",), "a decode head stands in the place of the weights' classifier; set it to false"
+        )
+        if self._is_san:
+            keys = ("aux", "aux_weight", "losses", "out_indices", "pyramid", "norm")
+            why = "SAN has no such part, its own are in seg.options; leave it out"
+            refuse_unused(config, [f"seg.{key}" for key in keys], why)
+        elif not seg.aux:
+            refuse_unused(config, ("seg.aux_weight",), "there is no auxiliary head; name its map in seg.aux")
+        if seg.mode == "whole":
+            refuse_unused(config, ("seg.stride",), "whole images have no windows; set seg.mode=slide")
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits of pairs of image and mask, and the model's preprocessing."""
         stats = data_stats(self.config)
-        return build_segmentation(self.config, stats), stats
+        return build_segmentation(self.config, stats, self.class_order), stats
 
     # ---- the model ----
 
@@ -156,11 +174,15 @@ class SemanticSegmentation(SegmentationStep):
             return
         colours, rows = palette(len(data.classes)), []
         for index in range(min(self.config.seg.overlays, len(shown))):
-            image, truth = shown.source[index]
+            try:
+                image, truth = shown.source[index]
+            except DataError:  # in the test it was counted, or has ended the run
+                continue
             x, _ = shown.transform(image, truth)
             found = self._found(built, x, truth.shape)
             rows.append((image, overlay(image, truth, colours), overlay(image, found, colours)))
-        draw_overlays(rows, data.classes, colours, folder / "overlays.png")
+        if rows:
+            draw_overlays(rows, data.classes, colours, folder / "overlays.png")
 
     @torch.inference_mode()
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:

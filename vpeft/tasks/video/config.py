@@ -49,7 +49,7 @@ class VideoConfig:
     crops: int = option(1, ge=1, le=1000, unit="crops")
     short_side: int | None = option(None, ge=1, le=SIZE, unit="pixels", help="to which frames are resized")
     flip: bool = False
-    skip_broken: bool = option(False, help="leave out videos that cannot be read")
+    skip_broken: bool = option(False, help="the former name of `data.skip_broken`")
     min_frames: int = option(1, ge=1, unit="frames", help="shorter videos are broken ones")
     template: str | None = option(None, free="a file name such as `img_{:05d}.jpg`")
     lists: str | None = option(None, free="a folder's path")

@@ -1,6 +1,5 @@
 """Action recognition: a timm backbone run over clips, frame by frame or on tokens of space and time."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from torch import nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
-from ...data.splits import SPLITS, Datasets, check_class_count
+from ...data.splits import Datasets, check_class_count
 from ...errors import ConfigError
 from ...methods.base import Method
-from ..models import build_model, check_outputs, data_stats
+from ..models import build_model, check_augmentation, check_outputs, data_stats, refuse_unused
 from ..prediction import check_classifier, check_topk, preparation, ranked, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
@@ -36,7 +35,7 @@ class ActionRecognition(ClipStep):
     draws = False
 
     def __init__(self, config: DictConfig):
-        self.config = config
+        self.config, self.class_order = config, None
         # How many classes there are, the data say: see ``assemble``.
         super().__init__(0, config.train.label_smoothing, config.augment.mixup, config.augment.cutmix)
 
@@ -54,12 +53,14 @@ class ActionRecognition(ClipStep):
         if video.mode == "joint" and (video.dropout or video.pool != "after"):
             raise ConfigError("video.pool, video.dropout: they are for mode=framewise; the joint model has model.drop")
         check_video_source(self.config.data, video)
+        check_augmentation(self.config)
+        refuse_unused(self.config, ("data.crop_mode",), "video.short_side and video.crops say what is seen; leave it out")
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits as data sets of clips, and the model's preprocessing."""
         config = self.config
         stats = data_stats(config)
-        data = build_clips(config.data, config.augment, config.video, stats, seed=config.seed)
+        data = build_clips(config.data, config.augment, config.video, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
         return data, stats
 
@@ -103,14 +104,7 @@ class ActionRecognition(ClipStep):
 
     @torch.no_grad()
     def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
-        """Say what was left out (nothing is put in the place of a broken video), and draw clips.png."""
-        for split in SPLITS:
-            clips: Clips | None = getattr(data, split)
-            if clips is not None and (clips.left_out or clips.skipped()):
-                logging.getLogger(f"vpeft.run.{folder}").warning(
-                    "%s: %d videos left out when the lists were opened, %d reads skipped later", split,
-                    len(clips.left_out), clips.skipped(),
-                )  # fmt: skip
+        """Draw clips.png."""
         shown: Clips | None = data.test or data.val
         if shown is not None and self.config.video.strips:
             draw_strips(built, shown, data.classes, self.config.video.strips, folder / "clips.png")

@@ -17,8 +17,10 @@ from ....data.splits import (
     check_validation,
     class_names,
     cut_validation,
+    label_table,
     make_transforms,
     named_splits,
+    thinned,
 )
 from ....errors import DataError, did_you_mean
 from ...prediction import left_out
@@ -81,13 +83,16 @@ def list_file(data: Any, video: Any, split: str) -> Path:
     raise DataError(f"data: there is no list {folder / split}, nor .txt or .csv{did_you_mean(split, have)}")
 
 
-def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0) -> Datasets:
+def build_clips(
+    data: Any, augment: Any, video: Any, stats: dict, *, seed: int = 0, order: Sequence[str] | None = None
+) -> Datasets:
     """The task's data sets of clips.
 
     Args:
         data, augment, video: sections of the configuration.
         stats: timm's data config of the model.
         seed: decides which training videos are cut off for validation when ``data.val_size`` > 0.
+        order: the classes' names in the order of the labels, where a checkpoint says them.
 
     Raises:
         DataError: lists or videos that cannot be used, or labels that are no classes.
@@ -97,13 +102,22 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
         make_motion(data.root, video.motion, data.fashion_mnist)
     lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
-    classes = _classes(data, lists)
-    lists = {split: _numbered(data, split, listed, classes) for split, listed in lists.items()}
+    own = next((listed.classes for listed in lists.values() if listed.classes), None)
+    _check_named(data, lists, own)
+    classes = order or class_names(data, own, max(v.label for listed in lists.values() for v in listed.videos) + 1)
+    for listed in lists.values():
+        _relabel(listed, listed.classes or data.classes, tuple(classes))
     if augment.enabled and video.flip:
         _check_flip(classes)
     train_transform, test_transform = clip_transforms(augment, video, stats)
     found = {
-        split: _open(listed, video, train_transform if split == "train" else test_transform, training=split == "train")
+        split: _open(
+            listed,
+            video,
+            train_transform if split == "train" else test_transform,
+            training=split == "train",
+            skip=skips(data, video),
+        )
         for split, listed in lists.items()
     }
     if data.val_size and "train" in found:
@@ -111,7 +125,7 @@ def build_clips(data: Any, augment: Any, video: Any, stats: dict, *, seed: int =
         kept, held = cut_validation(len(train), data.val_size, seed, "videos")
         # The part is judged like a test video.
         found["train"], found["val"] = train.subset(kept), train.subset(held, transform=test_transform, training=False)
-    return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
+    return Datasets(found.get("train"), found.get("val"), found.get("test"), tuple(classes))
 
 
 def clip_transforms(augment: Any, video: Any, stats: dict) -> tuple[Callable, Callable]:
@@ -143,16 +157,30 @@ class _Listed:
     index: Path
 
 
-def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool) -> Clips:
+def _relabel(listed: _Listed, own: Sequence[str] | None, classes: tuple[str, ...]) -> None:
+    """Give the videos of a list the labels of their classes' names; without names its numbers are the labels."""
+    worst = max(listed.videos, key=lambda v: v.label)
+    check_label(worst.label, own or classes, worst.path)
+    table = label_table(own, classes, f"the split '{listed.split}'") if own else None
+    if table is not None:
+        listed.videos = [replace(v, label=table[v.label]) for v in listed.videos]
+
+
+def skips(data: Any, video: Any) -> bool:
+    """Whether broken videos are left out: ``data.skip_broken``, for videos once ``video.skip_broken``."""
+    return data.skip_broken or video.skip_broken
+
+
+def _open(listed: _Listed, video: Any, transform: Callable, *, training: bool, skip: bool) -> Clips:
     timelines, reasons = open_index(listed.videos, listed.index, cache=video.cache, template=video.template)
-    videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=video.skip_broken, fewest=video.min_frames)
+    videos, timelines, left_out = usable(listed.videos, timelines, reasons, skip=skip, fewest=video.min_frames)
     if left_out:
         logger.warning("%s: %d videos left out, the first: %s", listed.split, len(left_out), left_out[0])
-    return Clips(videos, timelines, transform, _options(video), training=training, left_out=left_out)
+    return Clips(videos, timelines, transform, _options(video, skip), training=training, left_out=left_out)
 
 
-def _options(video: Any) -> ClipOptions:
-    return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, video.skip_broken)
+def _options(video: Any, skip: bool = False) -> ClipOptions:
+    return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, skip)
 
 
 def _listed(data: Any, video: Any, split: str) -> _Listed:
@@ -163,15 +191,35 @@ def _listed(data: Any, video: Any, split: str) -> _Listed:
     elif data.source == "folder":
         part = Path(data.root) / split
         videos = read_tree(part, frame_folders(part, video.template) if video.template else None)
-        classes, index = tuple(sorted({v.label for v in videos})), Path(data.root) / f"{split}.frames.json"
+        classes, index = None, Path(data.root) / f"{split}.frames.json"
     else:
         file = list_file(data, video, split)
         videos = read_list(file, data.root, folders=bool(video.template))
         index = file.with_name(f"{file.name}.frames.json")
         classes = MOTIONS if data.source == "motion" else _named_beside(file)
-        if classes is None and isinstance(videos[0].label, str):
-            classes = tuple(sorted({v.label for v in videos}))
-    return _Listed(split, videos[: data.num_samples], classes, index)
+    videos, classes = _by_number(videos, classes, split)
+    return _Listed(split, [videos[i] for i in thinned(len(videos), data.num_samples)], classes, index)
+
+
+def _by_number(
+    videos: list[Video], classes: tuple[str, ...] | None, split: str
+) -> tuple[list[Video], tuple[str, ...] | None]:
+    """Videos whose labels are the numbers of their classes' names, and these: the given ones, or all labels in order.
+
+    Raises:
+        DataError: a name that is not one of the given classes.
+    """
+    if not isinstance(videos[0].label, str):
+        return videos, classes
+    classes = classes or tuple(sorted({v.label for v in videos}))
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = next((v for v in videos if v.label not in number), None)
+    if unknown:
+        raise DataError(
+            f"the split '{split}': {unknown.path} has the class '{unknown.label}', which classes.txt does not name"
+            f"{did_you_mean(unknown.label, classes)}"
+        )
+    return [replace(v, label=number[v.label]) for v in videos], classes
 
 
 def _named_beside(file: Path) -> tuple[str, ...] | None:
@@ -180,54 +228,18 @@ def _named_beside(file: Path) -> tuple[str, ...] | None:
     return tuple(read_names(names, "list of class names")) if names.is_file() else None
 
 
-def _classes(data: Any, lists: dict[str, _Listed]) -> tuple[str, ...]:
-    """The classes: those of ``data.classes``, else those of the training split, which come first."""
-    own = next((listed.classes for listed in lists.values() if listed.classes), None)
-    if data.classes and own:
-        unknown = sorted(set(own) - set(data.classes))
-        if unknown:
-            raise DataError(
-                f"data.classes: it lacks the data's class '{unknown[0]}'{did_you_mean(unknown[0], data.classes)}"
-            )
-        more = sorted(set(data.classes) - set(own))
-        if more and "train" in lists:
-            raise DataError(f"data.classes: the data have no class '{more[0]}'{did_you_mean(more[0], own)}")
+def _check_named(data: Any, lists: dict[str, _Listed], own: Sequence[str] | None) -> None:
+    """Refuse a split of numbers beside one of names, where nothing says which number is which name.
+
+    Raises:
+        DataError: names the split of numbers.
+    """
     unnamed = next((k for k, v in lists.items() if v.classes is None), None)
     if own and unnamed and not data.classes:
         raise DataError(
             f"data.{unnamed}_split: its labels are numbers, but another split's are names; name the classes in the order of "
             "their numbers, in data.classes or in a classes.txt beside the lists"
         )
-    numbers = [v.label for listed in lists.values() for v in listed.videos if not isinstance(v.label, str)]
-    classes = class_names(data, own, max(numbers, default=-1) + 1)
-    if len(set(classes)) < len(classes):
-        twice = next(c for c in classes if classes.count(c) > 1)
-        raise DataError(f"data.classes: the class '{twice}' stands there twice; labels belong to names")
-    return classes
-
-
-def _numbered(data: Any, split: str, listed: _Listed, classes: tuple[str, ...]) -> _Listed:
-    """A split whose labels are numbers of ``classes``: names by name, numbers by the split's own names where it has some.
-
-    Raises:
-        DataError: a class that is not among them.
-    """
-    number = {name: i for i, name in enumerate(classes)}
-    videos = []
-    for video in listed.videos:
-        label = video.label
-        if not isinstance(label, str):
-            own = listed.classes or classes
-            check_label(label, own, video.path)
-            label = own[label]
-        if label not in number:
-            raise DataError(
-                f"data.{split}_split: {video.path} has the class '{label}', which "
-                f"{'data.classes does' if data.classes else 'the training split does'} not have"
-                f"{did_you_mean(label, classes)}"
-            )
-        videos.append(replace(video, label=number[label]))
-    return replace(listed, videos=videos)
 
 
 def frame_folders(folder: Path, template: str) -> list[Path]:

@@ -1,23 +1,19 @@
 """A map-style data set of clips cut from videos."""
 
 import copy
-import logging
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from ....errors import DataError
+from ....data.broken import Tally
 from .decode import Timeline, read_frames, scan
 from .folders import read_folder, scan_folder
 from .lists import Video
 from .sampling import fixed_clips, random_clip
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Clips(Dataset):
     An item is ``(clip, label)``: for training one random clip ``(3, T, H, W)``; else the fixed views of the video,
     ``(V, 3, T, H, W)`` with V = temporal views x crops.
 
-    A video that breaks after its timeline was made is an error; with ``options.skip`` its item is None, ``collate`` drops it
-    from the batch, and ``skipped`` counts it. Nothing is put in its place.
+    A video that breaks after its timeline was made is an error; with ``options.skip`` loaders leave it out of its batch, and
+    ``broken`` counts it. Nothing is put in its place.
 
     Args:
         videos, timelines: of equal length; a timeline that is None is made when the clip is asked for.
@@ -71,22 +67,13 @@ class Clips(Dataset):
         self.videos, self.timelines, self.transform = list(videos), list(timelines), transform
         self.options, self.training, self.left_out = options, training, list(left_out)
         self.labels = [v.label for v in self.videos]
-        # Loader workers are processes: they add to one number in shared memory.
-        self._broken = multiprocessing.Value("q", 0)
+        self.broken = Tally(before=self.left_out) if options.skip else None
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
-        try:
-            return self.clip(index), self.labels[index]
-        except DataError as error:
-            if not self.options.skip:
-                raise
-            with self._broken.get_lock():
-                self._broken.value += 1
-            logger.warning("skipped: %s", error)
-            return None
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.clip(index), self.labels[index]
 
     def clip(self, index: int) -> Tensor:
         """One random clip, or the fixed views of the video.
@@ -119,26 +106,15 @@ class Clips(Dataset):
         return read_frames(video.path, numbers, self.timeline(index))
 
     def subset(self, indices: Sequence[int], **changes) -> "Clips":
-        """Some of the videos, with other settings where given; skipped videos are counted together."""
+        """Some of the videos, with other settings where given."""
         part = copy.copy(self)
         part.videos, part.timelines = [self.videos[i] for i in indices], [self.timelines[i] for i in indices]
         part.labels = [v.label for v in part.videos]
+        part.broken = Tally() if self.broken is not None else None
         for name, value in changes.items():
             setattr(part, name, value)
         return part
 
     def skipped(self) -> int:
-        """How often a video could not be read so far, in all workers of this process."""
-        return self._broken.value
-
-    @staticmethod
-    def collate(items: list) -> tuple[Tensor, Tensor]:
-        """The default batch of the items that could be read.
-
-        Raises:
-            DataError: not one of them could.
-        """
-        kept = [item for item in items if item is not None]
-        if items and not kept:
-            raise DataError(f"none of the {len(items)} videos of a batch can be read")
-        return default_collate(kept)
+        """How many videos turned out to be unreadable so far, in all workers of this process."""
+        return len(self.broken.reasons) if self.broken is not None else 0

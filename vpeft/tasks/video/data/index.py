@@ -125,7 +125,7 @@ def usable(
     if reasons and not skip:
         raise DataError(
             f"{len(reasons)} of {len(videos)} videos cannot be used, the first is {reasons[0]}; "
-            "repair or unlist them, or leave them out with video.skip_broken=true"
+            "repair or unlist them, or leave them out with data.skip_broken=true"
         )
     if not kept:
         raise DataError(f"none of {len(videos)} videos can be used, the first is {reasons[0]}")
