@@ -14,6 +14,8 @@ from ...errors import ConfigError
 from ...files import replacing
 from .data import palette
 
+LONGEST_NAME = 200  # characters of a file's name that are kept for its pictures
+
 
 def picture_folder(path: str | Path) -> Path:
     """A folder for pictures, which is made where it is missing.
@@ -44,15 +46,17 @@ def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
         ConfigError: a picture would take the place of one of the images.
     """
     files = list(dict.fromkeys(files))
+    common = os.path.commonpath([f.absolute().parent for f in files])
+    below = {f: "_".join(f.absolute().relative_to(common).parts) for f in files}
     names = {f: f.stem for f in files}
-    for name in (lambda f: f.name.replace(".", "_"), lambda f: "_".join(f.parts).replace(".", "_").strip("/\\_")):
+    for longer in ({f: f.name.replace(".", "_") for f in files}, {f: below[f].replace(".", "_") for f in files}):
         count = Counter(n.lower() for n in names.values())
-        names = {f: n if count[n.lower()] == 1 else name(f) for f, n in names.items()}
+        names = {f: n if count[n.lower()] == 1 else longer[f] for f, n in names.items()}
     used: set[str] = set()
     for file, name in names.items():  # what is still alike is numbered
-        number, free = 1, name
+        number, free = 1, name[:LONGEST_NAME]
         while free.lower() in used:
-            number, free = number + 1, f"{name}_{number + 1}"
+            number, free = number + 1, f"{name[:LONGEST_NAME]}_{number + 1}"
         used.add(free.lower())
         names[file] = free
     images = {f.resolve() for f in files}

@@ -258,6 +258,9 @@ class _opened:
         if picture_stream(self.container) is None:
             self.container.close()
             raise DataError(f"{self.path}: the file has no picture stream")
+        if picture_stream(self.container).codec_context is None:
+            self.container.close()
+            raise DataError(f"{self.path}: its pictures are coded in a way that PyAV cannot decode")
         return self.container
 
     def __exit__(self, kind, error, trace) -> None:
