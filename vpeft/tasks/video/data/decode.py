@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from ....errors import DataError
+from ....errors import DataError, VpeftError
 
 SMALL = 128 * 128
 # Families of containers that store when each frame is shown; others store the order of decoding, or part of the times.
@@ -264,8 +264,7 @@ class _opened:
         return self.container
 
     def __exit__(self, kind, error, trace) -> None:
-        import av
-
         self.container.close()
-        if isinstance(error, av.error.FFmpegError):
-            raise DataError(f"{self.path}: damaged video: {error.strerror or error}") from error
+        # PyAV fails on damaged files in many ways, as where a stream begins in the middle of one.
+        if isinstance(error, Exception) and not isinstance(error, VpeftError | MemoryError):
+            raise DataError(f"{self.path}: damaged video: {getattr(error, 'strerror', None) or error}") from error
