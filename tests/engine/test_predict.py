@@ -220,6 +220,16 @@ def test_an_answer_that_is_no_number_is_no_probability(ckpt, photos, tmp_path, c
     assert "NaN" not in (tmp_path / "o.json").read_text()
 
 
+def test_an_image_of_no_numbers_is_refused(ckpt, photos, capsys):
+    values = np.random.default_rng(0).random((30, 28), np.float32)
+    values[3, 4] = np.nan
+    Image.fromarray(values).save(photos / "nan.tif")
+    assert run("--ckpt", ckpt, photos / "a.png", photos / "nan.tif") == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert re.search(r"DataError: .*nan\.tif", err)
+
+
 def test_names_that_are_no_text_are_printed_and_kept(ckpt, photos, tmp_path, capfdbinary):
     odd = os.fsencode(photos) + b"/caf\xe9\n.png"
     os.rename(photos / "a.png", odd)

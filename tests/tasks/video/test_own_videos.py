@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -148,6 +149,17 @@ def test_edit_lists_begin_and_end_anywhere(tmp_path, start, frames):
     assert timeline.count == len(truth) == left
     assert np.array_equal(truth, whole[start : start + left])
     for i in range(left):
+        assert np.array_equal(read_frames(path, [i], timeline)[0], truth[i]), i
+
+
+def test_recordings_put_into_one_file(tmp_path):
+    """Times begin anew in the middle, so that two frames have the same one, or nearly."""
+    path = tmp_path / "both.ts"
+    parts = [write(tmp_path / f"{i}.ts", frames_of(50, seed=i), times=[40 * t + i for t in range(50)]) for i in (0, 1)]
+    path.write_bytes(b"".join(p.read_bytes() for p in parts))
+    truth, timeline = sequential(path), scan(path)
+    assert timeline.count == len(truth) == 100
+    for i in (0, 1, 30, 49, 50, 51, 77, 99):
         assert np.array_equal(read_frames(path, [i], timeline)[0], truth[i]), i
 
 
@@ -522,6 +534,7 @@ def test_the_example_trains_tests_and_predicts(tmp_path, capsys, monkeypatch):
     metrics = json.loads(Path("runs/videos/metrics.json").read_text())
     best = "runs/videos/best.safetensors"
     capsys.readouterr()
+    shutil.rmtree("videos/train")  # which a test has no need of
     main(["test", "--cfg", str(EXAMPLE), "--ckpt", best, *small])
     assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(metrics["test_top1"])
     main(["predict", "--ckpt", best, "videos/test", "--save", "found.csv"])

@@ -18,7 +18,8 @@ from ....errors import DataError, VpeftError
 
 SMALL = 128 * 128
 # Families of containers that store when each frame is shown; others store the order of decoding, or part of the times.
-STORE_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+STORE_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "mpeg", "flv")
+FARTHEST = 32  # places that a frame is shown before or after its turn in decoding, which codecs limit to 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def scan(path: str | Path) -> Timeline:
     if first is None:
         raise DataError(f"{path}: no frame can be decoded")
     Converter(path)(first)
-    if not stored or any(t is None for t in times) or _reordered_without_times(path, times):
+    if not stored or any(t is None for t in times) or _starts_anew(times) or _reordered_without_times(path, times):
         return _watched(path)
     return Timeline.of(times)
 
@@ -78,6 +79,11 @@ def _check_whole(path: str | Path, size: int, stream) -> None:
     cut = sum(end > size for end in ends)
     if cut:
         raise DataError(f"{path}: the file is cut off: {cut} of its {len(ends)} frames are missing or not whole")
+
+
+def _starts_anew(times: list[int]) -> bool:
+    """Whether times run backwards farther than frames are reordered, as where recordings were put into one file."""
+    return bool((np.abs(np.argsort(times, kind="stable") - np.arange(len(times))) > FARTHEST).any())
 
 
 def _reordered_without_times(path: str | Path, times: list[int]) -> bool:
