@@ -153,14 +153,27 @@ def test_edit_lists_begin_and_end_anywhere(tmp_path, start, frames):
 
 
 def test_recordings_put_into_one_file(tmp_path):
-    """Times begin anew in the middle, so that two frames have the same one, or nearly."""
+    """Times begin anew in the middle, at other ones than those of the first part."""
     path = tmp_path / "both.ts"
-    parts = [write(tmp_path / f"{i}.ts", frames_of(50, seed=i), times=[40 * t + i for t in range(50)]) for i in (0, 1)]
+    parts = [
+        write(tmp_path / f"{i}.ts", frames_of(50, seed=i), bframes=2 * i, times=[(41 + 12 * i) * t for t in range(50)])
+        for i in (0, 1)
+    ]
     path.write_bytes(b"".join(p.read_bytes() for p in parts))
     truth, timeline = sequential(path), scan(path)
     assert timeline.count == len(truth) == 100
     for i in (0, 1, 30, 49, 50, 51, 77, 99):
         assert np.array_equal(read_frames(path, [i], timeline)[0], truth[i]), i
+
+
+def test_only_what_may_be_wrong_is_decoded_whole(plain, tmp_path, monkeypatch):
+    from vpeft.tasks.video.data import decode
+
+    seen, real = [], decode._watched
+    monkeypatch.setattr(decode, "_watched", lambda path: seen.append(path.suffix) or real(path))
+    for ending, bframes in (("mp4", 2), ("mkv", 2), ("ts", 2), ("nut", 0)):
+        assert scan(write(tmp_path / f"a.{ending}", frames_of(20), bframes=bframes)).start is not None
+    assert seen == [".nut"]
 
 
 def _packets(path):
