@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import vpeft
 from tests.support.models import MODELS, images, make, train_steps
@@ -150,7 +151,7 @@ def test_description_measures_the_method_on_vit_b():
 
 BY_HAND = (
     "README.md", "CONTRIBUTING.md", "model_zoo.md",
-    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export")),
+    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data")),
 )  # fmt: skip
 
 
@@ -167,6 +168,13 @@ def test_links_and_named_files_exist(name):
 @pytest.mark.parametrize(("name", "words"), [("README.md", 900), ("CONTRIBUTING.md", 700), ("docs/architecture.md", 900)])
 def test_first_pages_stay_short(name, words):
     assert len((ROOT / name).read_text().split()) <= words
+
+
+def test_the_page_of_own_data_shows_the_examples():
+    shown = [OmegaConf.create(block) for block in re.findall(r"```yaml\n(.*?)```", page("your-data.md"), re.S)]
+    for name in ("images", "masks"):
+        example = OmegaConf.load(ROOT / f"configs/examples/{name}.yaml")
+        assert [s for s in shown if OmegaConf.merge(s, {"name": example.name}) == example], name
 
 
 def test_architecture_lists_the_floors():

@@ -74,14 +74,14 @@ def take(items: Iterable[Any], tally: Tally | None) -> list[Any]:
     """The samples that could be read; the others are counted.
 
     Raises:
-        VpeftError: one could not be read, and nothing counts it.
+        DataError: one could not be read, and nothing counts it.
     """
     kept = []
     for item in items:
         if not isinstance(item, Failed):
             kept.append(item)
         elif tally is None:
-            raise item.error
+            raise DataError(f"{item.error}; repair or remove it, or set data.skip_broken=true") from item.error
         else:
             tally.add(item)
     return kept

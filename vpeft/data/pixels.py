@@ -30,11 +30,19 @@ def check_single(image: Image.Image) -> None:
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:
-    """The image as its EXIF orientation says that it is to be shown, and what turned it; None where it stands so already."""
-    turn = _turn(image)
-    image.load()
+    """The image as its EXIF orientation says that it is to be shown, and what turned it; None where it stands so already.
+
+    Raises:
+        DataError: a file that PIL turns wrongly.
+    """
+    tiff, size = image.format == "TIFF", image.size
+    turn = _turn(image) if tiff else None
+    image.load()  # before the metadata of other formats are asked for: PIL would read on for them, and fail only once
+    turn = turn if tiff else _turn(image)
     if turn is not None:
-        if _turn(image) is not None:  # PIL has turned TIFF files by itself
+        if tiff and image.size != size:  # PIL 13 takes rows for columns there
+            raise DataError("PIL cannot turn an uncompressed TIFF file by its orientation; store it upright, or compressed")
+        if not tiff:  # else PIL has turned it
             image = image.transpose(turn)
         image.info = {k: v for k, v in image.info.items() if k not in _SAYS_TURN}  # else it would be turned again
     return image, turn

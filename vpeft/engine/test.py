@@ -54,7 +54,7 @@ def test(
     if left_out:
         values["skipped"] = left_out[split][0]
     if accelerator.is_main_process:
-        for count, reasons in left_out.values():
-            print(*(f"left out: {reason}" for reason in reasons), f"{split}: {count} left out", sep="\n", file=sys.stderr)
+        for count, _ in left_out.values():
+            print(f"{split}: {count} left out", file=sys.stderr)
         print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()}, indent=1))
     return values

@@ -11,6 +11,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..errors import ConfigError, VpeftError, did_you_mean
+from ..files import LONGEST_SHOWN
 from ..methods import Method, create
 from ..numerics import eval_mode
 
@@ -106,15 +107,33 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
     if keep_head:
-        return timm.create_model(m.name, pretrained=m.pretrained, **kwargs)
+        return _create(config, pretrained=m.pretrained, **kwargs)
     if m.pretrained and not m.keep_head:
         # Without a classifier first: weights with the same class count would bring their own.
-        model = timm.create_model(m.name, pretrained=True, num_classes=0, **kwargs)
+        model = _create(config, pretrained=True, num_classes=0, **kwargs)
         model.reset_classifier(num_classes)
         return model
     if m.pretrained and m.checkpoint and num_classes:
         return _with_own_head(config, num_classes, kwargs)
-    return timm.create_model(m.name, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+    return _create(config, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+
+
+def _create(config: DictConfig, **kwargs: Any) -> nn.Module:
+    """timm's model of the configuration's name; what timm, its hub and torch say of it in one line.
+
+    Raises:
+        ConfigError: names the key that is the likeliest to be wrong.
+    """
+    m = config.model
+    try:
+        return timm.create_model(m.name, **kwargs)
+    except Exception as error:  # models, weight files and the hub fail with errors of no common class
+        key = "model.checkpoint" if m.checkpoint and kwargs["pretrained"] else "model.pretrained"
+        key = "model.kwargs" if isinstance(error, (TypeError, AssertionError)) or not kwargs["pretrained"] else key
+        text = " ".join(str(error).split())
+        text = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+        of = f" with {m.checkpoint}" if key == "model.checkpoint" else ""
+        raise ConfigError(f"{key}: timm does not build '{m.name}'{of}: {type(error).__name__}: {text}") from error
 
 
 def _with_own_head(config: DictConfig, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint
-from ..data.find import find_images
+from ..data.find import find_images, walk
 from ..errors import CheckpointError, ConfigError, DataError, some
 from .protocol import PredictOptions
 
@@ -88,13 +88,12 @@ def find_inputs(paths: Iterable[str]) -> list[Path]:
     files = find_images(paths)
     taken = set(files)
     for folder in (Path(p) for p in paths if Path(p).is_dir()):
-        left_out(folder, sorted(f for f in folder.rglob("*") if f.is_file() and f not in taken), "images")
+        left_out(folder, sorted(f for _, inside in walk(folder) for f in inside if f not in taken), "images")
     return files
 
 
 def left_out(folder: Path, files: Sequence[Path], what: str) -> None:
     """Say which files of a folder are not looked at."""
-    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     if files:
         logger.warning("%s: left out, as no %s: %s", folder, what, some([str(f.relative_to(folder)) for f in files]))
 

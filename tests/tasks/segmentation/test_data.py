@@ -1,16 +1,29 @@
 """Pairs of images and masks: composed scenes, folders, the field's layouts, and the transforms of both together."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import vpeft
 from tests.support.fashion import fashion_root
 from vpeft.data.images import IGNORED, coloured, overlay, read_mask, write_mask
-from vpeft.tasks.segmentation.data import LAYOUTS, Augment, PairTransform, SegmentationSet, palette
+from vpeft.engine.config import DataConfig
+from vpeft.tasks.segmentation.data import (
+    LAYOUTS,
+    Augment,
+    PairTransform,
+    SegmentationSet,
+    Source,
+    _warn_of_white,
+    build_segmentation,
+    palette,
+)
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, SceneOptions, Scenes, write_scenes
 from vpeft.tasks.segmentation.step import of_one_size
 
@@ -145,6 +158,48 @@ def test_cityscapes_reads_train_ids(tmp_path):
     source = LAYOUTS["cityscapes"](tmp_path, "val", data())
     assert source[0][1].tolist() == [[0, 18], [255, 3]]
     assert len(source.classes) == 19
+
+
+def test_two_images_for_one_mask_and_too_many_classes_are_refused(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        save(tmp_path / f"images/train/{name}", np.zeros((4, 6, 3)), "RGB")
+    save(tmp_path / "masks/train/a.png", np.zeros((4, 6)))
+    with pytest.raises(vpeft.DataError, match=r"a\.png and .*a\.jpg would have one mask"):
+        LAYOUTS["folder"](tmp_path, "train", data(num_classes=3))
+    (tmp_path / "images/train/a.jpg").unlink()
+    section = {"source": "folder", "root": str(tmp_path), "train_split": "train", "val_split": None, "test_split": None}
+    seg = SimpleNamespace(augment=False, crop=4, short=None, scale=(1, 1), cat_max_ratio=1, hflip=0, photometric=False)
+    stats = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+    def build(**changes):
+        return build_segmentation(
+            SimpleNamespace(data=OmegaConf.structured(DataConfig(**(section | changes))), seg=seg), stats
+        )
+
+    with pytest.raises(vpeft.DataError, match=r"256 classes; masks have at most 255"):
+        build(num_classes=256)
+    assert len(build(num_classes=255).train) == 1
+
+
+def test_black_and_white_masks_are_said_to_have_one_class(tmp_path, caplog):
+    source = Source([Path("x")], [tmp_path / "m.png"], ("a", "b"))
+    for white, said in ((255, True), (1, False)):
+        save(tmp_path / "m.png", [[0, white]])
+        caplog.clear()
+        _warn_of_white(source)
+        assert ("255 means not labelled" in caplog.text) is said
+
+
+def test_ids_are_labelled_by_their_names(tmp_path):
+    save(tmp_path / "i.png", np.zeros((1, 4, 3)), "RGB")
+    save(tmp_path / "m.png", [[0, 1, 2, 255]])
+    source = Source([tmp_path / "i.png"], [tmp_path / "m.png"], ("a", "b", "c"))
+    assert source.labelled(("c", "x", "a", "b"), "here")[0][1].tolist() == [[2, 3, 0, 255]]
+    with pytest.raises(vpeft.DataError, match="here has the class c, which is not one of the 2"):
+        source.labelled(("a", "b"), "here")
+    Image.fromarray(np.array([[0, -1, 2, 255]], np.int32)).save(tmp_path / "m.tif")
+    with pytest.raises(vpeft.DataError, match=r"holds the ids \[-1\]"):
+        replace(source, masks=[tmp_path / "m.tif"])[0]
 
 
 # ---- transforms ----

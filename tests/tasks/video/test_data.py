@@ -472,6 +472,19 @@ def test_mistakes_in_the_data_section(folder):
             opened(folder, data=data, video=video)
 
 
+def test_labels_of_lists_belong_to_names(folder):
+    (folder / "classes.txt").write_bytes("\ufeffrun\r\njump\r\n".encode())
+    found = opened(folder)
+    assert found.classes == ("run", "jump")
+    assert found.test.labels == [0, 1]
+    for changed in (opened(folder, data={"classes": ["jump", "run"]}), opened(folder, order=["jump", "sit", "run"])):
+        assert [changed.classes[label] for label in changed.test.labels] == ["run", "jump"]
+    with pytest.raises(DataError, match=r"data\.classes: 'list' also has jump"):
+        opened(folder, data={"classes": ["run"]})
+    with pytest.raises(DataError, match=r"the list 'train' has the class jump, which is not one"):
+        opened(folder, order=["run", "sit"])
+
+
 def test_files_without_a_list(folder):
     found = find_videos([folder])
     assert [os.path.basename(f) for f in found] == ["test0.mp4", "test1.mp4", *(f"train{i}.mp4" for i in range(4))]

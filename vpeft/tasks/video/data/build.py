@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....data.find import find_files, with_ending
+from ....data.find import find_files, walk, with_ending
 from ....data.listing import read_names
 from ....data.splits import (
     Datasets,
@@ -245,13 +245,8 @@ def _check_named(data: Any, lists: dict[str, _Listed], own: Sequence[str] | None
 def frame_folders(folder: Path, template: str) -> list[Path]:
     """The folders at any depth that hold frames of a template, in order."""
     inner = Path(template).parent
-    found = []
-    for p in (folder, *sorted(p for p in folder.rglob("*") if p.is_dir())):
-        if any(part.startswith(".") for part in p.relative_to(folder).parts):
-            continue
-        if (p / inner).is_dir() and any(pattern(template).fullmatch(str(inner / f.name)) for f in (p / inner).iterdir()):
-            found.append(p)
-    return found
+    places = sorted(place for place, _ in walk(folder) if (place / inner).is_dir())
+    return [p for p in places if any(pattern(template).fullmatch(str(inner / f.name)) for f in (p / inner).iterdir())]
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
@@ -279,12 +274,10 @@ def find_videos(paths: Iterable[str | Path], template: str | None = None) -> lis
 
 def _beside(folder: Path, found: Sequence[Path], template: str | None) -> list[Path]:
     """What a folder holds beside its videos; the folders without frames, where videos are folders."""
-    files = [p for p in folder.rglob("*") if p.is_file()]
+    files = [f for _, inside in walk(folder) for f in inside]
     if template is None:
         return sorted(set(files) - set(found))
-    inner = Path(template).parent
-    taken = {p / inner for p in found}
-    return sorted({f.parent for f in files} - taken)
+    return sorted({f.parent for f in files} - {p / Path(template).parent for p in found})
 
 
 def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
