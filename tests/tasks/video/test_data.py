@@ -481,7 +481,7 @@ def test_labels_of_lists_belong_to_names(folder):
         assert [changed.classes[label] for label in changed.test.labels] == ["run", "jump"]
     with pytest.raises(DataError, match=r"data\.classes: 'list' also has jump"):
         opened(folder, data={"classes": ["run"]})
-    with pytest.raises(DataError, match=r"the list 'train' has the class jump, which is not one"):
+    with pytest.raises(DataError, match=r"the split 'train' has the class jump, which is not one"):
         opened(folder, order=["run", "sit"])
 
 
