@@ -73,6 +73,23 @@ def test_saved_bytes_of_the_limit(file):
     assert saved_bytes(limit) == 4 * (3 * block + end) + 8 * 2  # labels
 
 
+def test_what_is_counted_is_freed(file):
+    """A result that its own operation keeps, as a sigmoid's is, lives on where the hook gives back the very tensor."""
+    config = load_bench_config(file)
+    rows, _ = make_rows(config)
+    kept = []
+
+    def squash(module, args, output):
+        output = output.sigmoid()
+        kept.append(output.untyped_storage()._weak_ref())
+        return output
+
+    rows[0].model.blocks[0].register_forward_hook(squash)
+    assert saved_bytes(rows[0]) > 0
+    assert kept
+    assert all(torch.UntypedStorage._expired(ref) for ref in kept)
+
+
 def test_steps_move_no_weight_and_rows_share_their_memory(file):
     config = load_bench_config(file)
     rows, _ = make_rows(config)

@@ -176,6 +176,18 @@ def test_compiled_for_the_device(method, kind):
         assert same([compiled(x).float()], [model(x).float()], 5e-2)
 
 
+@pytest.mark.parametrize("method", ["bitfit", "norm", "fish", "difffit", "ssf"])
+def test_a_norm_of_many_rows(method):
+    """More than 65,536 rows, where torch has other code for a norm whose weight is frozen."""
+    model, handle = adapted(method, "vit")
+    model.to(GPU)
+    x = images(model, 4100).to(GPU)  # the labels of each quarter are those of the whole
+    whole = step(model, handle, x)[1]
+    parts = [step(model, handle, part)[1] for part in x.view(4, -1, *x.shape[1:])]
+    for a, b in zip(whole, (torch.stack(g).mean(0) for g in zip(*parts, strict=True)), strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max() + 1e-6
+
+
 @ON_VIT
 def test_a_copy_lives_on_the_device(method):
     model, _ = adapted(method, "vit")

@@ -37,7 +37,7 @@ def run(tmp_path, name, *options, launcher=()):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precisions_learn(tmp_path, precision):
     folder = run(tmp_path, precision, f"train.precision={precision}", "train.epochs=20", "augment.enabled=false")
-    assert json.loads((folder / "metrics.json").read_text())["test_top1"] > 60
+    assert json.loads((folder / "metrics.json").read_text())["test_top1"] > 50
 
 
 def test_two_runs_are_equal_bit_for_bit(tmp_path):

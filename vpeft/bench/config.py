@@ -61,6 +61,7 @@ class BenchConfig:
     rounds: int = option(10, ge=1, unit="rounds")
     warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
     update: bool = option(True, help="a step includes the optimiser's")
+    compile: bool = option(False, help="by `torch.compile`, every row by itself; the warm-up makes the code")
     experiment: str | None = option(None, free="a file's path")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)

@@ -83,7 +83,7 @@ def saved_bytes(row: Row) -> int:
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in known:
             sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result as it is would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = row.loss()  # held, so that no address is used twice

@@ -83,8 +83,9 @@ def _setting(config: DictConfig) -> str:
     else:
         name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
     update = "with" if config.update else "without"
+    compiled = ", compiled" if config.compile else ""
     return (
-        f"{_subject(config)}, batch {config.batch_size}, {config.precision}, {name}, medians of {config.rounds} "
+        f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {name}, medians of {config.rounds} "
         f"interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
     )
 

@@ -242,6 +242,10 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     ]
     for label, build in zip(labels[3:], builders, strict=True):
         rows.append(build(label, twin(base), batch))
+    if config.compile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(rows))
+        for row in rows:
+            row.model.compile()
     return rows, batch
 
 

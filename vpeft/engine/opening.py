@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from .. import checkpoint
 from ..data.broken import SHOWN, leave_out, tally_of
 from ..data.splits import Datasets
-from ..errors import ConfigError, DataError, some
+from ..errors import CheckpointError, ConfigError, DataError, some
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 
@@ -25,9 +25,17 @@ def open_data(config: DictConfig, task: Task) -> tuple[Datasets, dict[str, Any]]
     """
     data, stats = task.open_data()
     run = Path(config.output) / config.name
-    if not config.overwrite and (run / "state.safetensors").exists() and (run / "last.safetensors").exists():
-        check_order(data, checkpoint.read_header(run / "last.safetensors").metadata["class_names"], str(run))
+    if not config.overwrite and (run / "state.safetensors").exists():
+        check_order(data, _began_with(run / "last.safetensors"), str(run))
     return (leave_out(data) if config.data.skip_broken else data), stats
+
+
+def _began_with(last: Path) -> Sequence[str] | None:
+    """The classes in a run's file; None where it is not there or damaged, which is said when it is needed."""
+    try:
+        return checkpoint.read_header(last).metadata["class_names"]
+    except CheckpointError:
+        return None
 
 
 def only_split(config: DictConfig, split: str) -> DictConfig:

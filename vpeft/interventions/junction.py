@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -252,10 +253,22 @@ def operate(module: nn.Module, tensors: dict[str, Tensor], args: tuple, kwargs: 
         if type(module).forward is nn.Linear.forward:
             return F.linear(args[0], weight, bias)
         if is_plain_norm(module):
-            return F.layer_norm(args[0], module.normalized_shape, weight, bias, module.eps)
+            return normalise(module, args[0], weight, bias)
         if type(module).forward is nn.Conv2d.forward:
             return module._conv_forward(args[0], weight, bias)
     return type(module).forward(with_tensors(module, tensors), *args, **kwargs)
+
+
+def normalise(norm: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a plain LayerNorm computes with these tensors.
+
+    On a GPU torch 2.11 takes the size of the bias' gradient from that of the weight where x has more than 65,536 rows, and
+    fails where the weight has none: there it gets one that nobody keeps.
+    """
+    trained = bias is not None and bias.requires_grad and not weight.requires_grad and torch.is_grad_enabled()
+    if trained and x.is_cuda and x.numel() > 65536 * weight.numel() and not torch.compiler.is_compiling():
+        weight = weight.detach().requires_grad_()
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:

@@ -1,17 +1,19 @@
 """Tensors of the model: replaced while they are used, or trained as they are."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone.attention import separate_bias
-from ..backbone.modules import ModuleRef, made_anew
+from ..backbone.modules import ModuleRef, is_plain_norm, made_anew
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..numerics import at_least_float32
 from ..shards import put, whole
 from .base import Folded, Intervention, replacing
+from .junction import Inner, normalise
 
 
 class ReplaceTensor(Intervention):
@@ -111,8 +113,12 @@ class ExistingTensors(Intervention):
         return set(self.slots)
 
     def install(self) -> None:
-        for _, parameter in self.tensors():
+        for name, parameter in self.tensors():
             parameter.requires_grad_(True)
+            place, leaf = self.slots[name]
+            beside = f"{place.path}.weight".lstrip(".")
+            if leaf == "bias" and beside not in self.slots and is_plain_norm(place.module):
+                self.act_around(place, partial(_with_frozen_weight, place))
 
     @torch.no_grad()
     def on_toggle(self) -> None:
@@ -124,6 +130,11 @@ class ExistingTensors(Intervention):
 
     def fold(self) -> list[Folded]:
         return []
+
+
+def _with_frozen_weight(place: ModuleRef, inner: Inner, x: Tensor) -> Tensor:
+    norm = place.module
+    return normalise(norm, x, norm.weight, norm.bias) if inner.alone else inner(x)
 
 
 def _in_main_memory(tensor: Tensor) -> Tensor:
