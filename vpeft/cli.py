@@ -63,19 +63,25 @@ def _test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 def _predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
     parser.add_argument("paths", nargs="+", metavar="FILE", help="image or video files, or folders of them")
-    parser.add_argument("--topk", type=int, default=5, help="classes to report per file")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--topk", type=int, metavar="N", help="classes to report per file; the five best where left out")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="files at once; 64 where left out")
     parser.add_argument("--checkpoint", metavar="FILE", help="backbone weights, where timm cannot find or download them")
-    parser.add_argument("--json", metavar="FILE", help="also write the predictions here")
+    parser.add_argument("--format", default="text", metavar="FORM", help="of what is printed: text, csv or jsonl")
+    parser.add_argument("--save", metavar="FILE", help="also write each line here as it comes: .csv, .jsonl or .txt")
+    parser.add_argument("--json", metavar="FILE", help="also write the predictions here, one JSON list (or .jsonl: lines)")
     parser.add_argument("--out", metavar="DIR", help="of masks and overlays, where the task has them")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read, and count them")
 
     def run(args: argparse.Namespace) -> None:
-        from .engine.predict import predict
+        from .engine.predict import run as predict
+        from .tasks.protocol import PredictOptions
 
-        predict(
-            args.ckpt, args.paths, topk=args.topk, batch_size=args.batch_size, weights=args.checkpoint,
-            json_file=args.json, out=args.out,
-        )  # fmt: skip
+        options = PredictOptions(args.topk, args.batch_size, args.checkpoint, args.out, args.skip_broken)
+        try:
+            predict(args.ckpt, args.paths, options, json_file=args.json, save=args.save, form=args.format)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return run
 

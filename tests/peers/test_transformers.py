@@ -7,6 +7,7 @@ import vpeft
 from tests.peers.vits import in_transformers, translated
 from tests.support.models import images, randomise
 from tests.support.peers import close, small_vit
+from vpeft.tasks.video.model import joint_vit, load_videomae
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +53,20 @@ def test_biases_norms_and_gains(transformers, method):
         close(gradient, trained[name].grad, f"gradient of {name}")
     for name, gain in made.items():
         close(dict(handle.named_parameters())[name].grad, gain.grad, f"gradient of {name}")
+
+
+def test_videomae_of_transformers_is_read(transformers, tmp_path):
+    """Logits of a saved VideoMAE classifier, from transformers and from our joint ViT with its file."""
+    sizes = {"image_size": 32, "num_frames": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.VideoMAEConfig(**sizes, intermediate_size=128, layer_norm_eps=1e-6, num_labels=5)
+    theirs = transformers.VideoMAEForVideoClassification(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    own = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = joint_vit("vit_tiny_patch16_224", frames=4, **own).eval()
+    assert load_videomae(model, tmp_path / "model.safetensors") == []
+    clip = torch.randn(2, 3, 4, 32, 32)
+    with torch.no_grad():
+        close(model(clip).double(), theirs(clip.transpose(1, 2)).logits.double(), "VideoMAE", 1e-5)

@@ -50,6 +50,7 @@ def bench_decode(
         stats = {"input_size": (3, size, size), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
                  "interpolation": "bicubic", "crop_pct": 1.0}  # fmt: skip
         found = open_files(files, video, stats)
+        found.timelines = [found.timeline(i) for i in range(len(files))]
         found.training, found.transform = True, found.transform.centre
         data = found.subset([i % len(files) for i in range(clips)])
         wanted = [random_clip("dense", t.count, frames, stride) for t in data.timelines]

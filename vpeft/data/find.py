@@ -1,29 +1,32 @@
 """Finding the files that a command is given, inside folders too."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import DataError
 from .images import IMAGE_ENDINGS
 
 
-def with_ending(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike.
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Each folder at any depth below a folder, itself included, and the files in it.
 
     Links to folders are followed. Files and folders whose names begin with a dot are left out: copies and notes of
     programs, such as ``._a.jpg``.
     """
-    found: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         # A link that leads upwards would never end; what lies behind it is found anyway.
         folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
         if real not in seen:
-            found += [Path(place) / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in endings]
+            yield Path(place), [Path(place) / f for f in files if not f.startswith(".")]
         seen.add(real)
-    return sorted(found)
+
+
+def with_ending(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files at any depth below a folder whose names end so, in order; upper and lower case are alike; see ``walk``."""
+    return sorted(f for _, files in walk(folder) for f in files if f.suffix.lower() in endings)
 
 
 def find_files(paths: Iterable[str | Path], inside: Callable[[Path], Sequence[Path]], what: str) -> list[Path]:

@@ -149,4 +149,4 @@ def write_mask(path: Path, mask: np.ndarray, colours: Sequence[tuple[int, int, i
     picture = Image.fromarray(mask.astype(np.uint8), "P")
     # A full palette: with a shorter one PIL would save fewer bits, and lose 255.
     picture.putpalette(coloured(np.arange(256), colours).tobytes())
-    picture.save(path)
+    picture.save(path, format="PNG")

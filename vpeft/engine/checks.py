@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from ..data.splits import Datasets
@@ -18,32 +17,24 @@ from .setup import make_optimizer, make_schedule
 
 
 def check_parts(config: DictConfig) -> None:
-    """Refuse an optimiser, a schedule, an augmentation or tracking that cannot be had.
+    """Refuse an optimiser, a schedule or tracking that cannot be had.
 
     Raises:
         ConfigError: names the key.
     """
     _check_training(config)
-    _check_augmentation(config)
     if config.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb.mode: {config.wandb.mode} needs wandb; pip install wandb, or set wandb.mode=disabled")
 
 
 def check_files(config: DictConfig) -> None:
-    """Refuse a weight file that is not there, or that would not be read.
+    """Refuse to start from a file that is not there.
 
     Raises:
         ConfigError: names the key.
     """
-    _check_file("model.checkpoint", config.model.checkpoint)
-    _check_file("init", config.init)
-    if config.model.checkpoint and not config.model.pretrained:
-        raise ConfigError("model.checkpoint: with model.pretrained=false no weights are read; set it to true")
-
-
-def _check_file(key: str, path: str | None) -> None:
-    if path is not None and not Path(path).is_file():
-        raise ConfigError(f"{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
+    if config.init is not None and not Path(config.init).is_file():
+        raise ConfigError(f"init: {config.init} {'is a folder' if Path(config.init).is_dir() else 'does not exist'}")
 
 
 def _check_training(config: DictConfig) -> None:
@@ -68,19 +59,6 @@ def _check_training(config: DictConfig) -> None:
         make_schedule(config, optimizer, 1)
     except Exception as error:
         raise ConfigError(f"schedule: {schedule.name} cannot be made: {_line(error)}") from error
-
-
-def _check_augmentation(config: DictConfig) -> None:
-    augment = config.augment
-    if not (augment.enabled and augment.auto_augment):
-        return
-    try:
-        create_transform(32, is_training=True, auto_augment=augment.auto_augment)
-    except Exception as error:  # assertions, for the most part
-        raise ConfigError(
-            f"augment.auto_augment: timm has no policy '{augment.auto_augment}' ({_line(error)}); such as rand-m9-mstd0.5, "
-            "augmix-m3, original, v0 or 3a"
-        ) from error
 
 
 def check_data(config: DictConfig, data: Datasets) -> None:

@@ -1,30 +1,101 @@
-"""What predictions have in common: class names, the best classes of each file, one printed line for each."""
+"""What predictions have in common: reading file by file, class names, the best classes of each file."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .. import checkpoint
-from ..errors import CheckpointError
+from ..data.find import find_images, walk
+from ..errors import CheckpointError, ConfigError, DataError, some
+from .protocol import PredictOptions
 
+TOPK = 5  # classes that are reported where nobody asks for another number
 LARGEST_IMAGE = 8192  # pixels a side of what images are resized to: 200 MB of bytes
+logger = logging.getLogger(__name__)
 
 
-class Predictions:
-    """Collects one dict for each file, and prints a line for it as it comes.
+def read_batches(files: Sequence[Any], read: Callable[[Any], Any], options: PredictOptions) -> Iterator[tuple[list, list]]:
+    """Files and what was read of them, ``options.batch_size`` at once, in order.
 
-    Attributes:
-        rows: the dicts so far.
+    A file that cannot be read ends the work, after what was read before it; with ``options.skip_broken`` it is left out
+    and counted.
+
+    Args:
+        files: all of them.
+        read: one file to one input, such as a tensor.
+        options: how predictions are made.
+
+    Raises:
+        DataError: of ``read``; or none of the files could be read.
     """
+    options.watch.total = len(files)
+    kept: list = []
+    inputs: list = []
+    for file in files:
+        try:
+            inputs.append(read(file))
+            kept.append(file)
+        except DataError as error:
+            if not options.skip_broken:
+                if kept:
+                    yield kept, inputs
+                raise
+            leave_out(options, error)
+        options.watch.read += 1
+        options.watch.changed()
+        if len(kept) == options.batch_size:
+            yield kept, inputs
+            kept, inputs = [], []
+    if kept:
+        yield kept, inputs
+    if len(options.watch.broken) == len(files):
+        raise DataError(f"none of {len(files)} files could be read, the first: {options.watch.broken[0]}")
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
 
-    def add(self, row: dict[str, Any], *cells: Any) -> None:
-        """Take a file's dict, and print these cells, with tabs between them."""
-        self.rows.append(row)
-        print(*cells, sep="\t")
+def leave_out(options: PredictOptions, error: Exception) -> None:
+    """Count a file that cannot be predicted, and say so.
+
+    Raises:
+        Exception: the error itself, unless ``options.skip_broken``.
+    """
+    if not options.skip_broken:
+        raise error
+    options.watch.broken.append(str(error))
+    logger.warning("left out: %s", error)
+
+
+def check_finite(file: Any, scores: Tensor) -> None:
+    """Refuse an answer that is no number, which would look like one when the best class is chosen.
+
+    Raises:
+        DataError: names the file.
+    """
+    if not scores.isfinite().all():
+        raise DataError(
+            f"{file}: the model's answer is not a number (NaN or infinite): the file holds such values, or the weights do"
+        )
+
+
+def find_inputs(paths: Iterable[str]) -> list[Path]:
+    """The image files, and the images inside the folders, in the order of their paths; see ``find_images``.
+
+    What else lies in a folder is said in a warning.
+    """
+    paths = list(paths)
+    files = find_images(paths)
+    taken = set(files)
+    for folder in (Path(p) for p in paths if Path(p).is_dir()):
+        left_out(folder, sorted(f for _, inside in walk(folder) for f in inside if f not in taken), "images")
+    return files
+
+
+def left_out(folder: Path, files: Sequence[Path], what: str) -> None:
+    """Say which files of a folder are not looked at."""
+    if files:
+        logger.warning("%s: left out, as no %s: %s", folder, what, some([str(f.relative_to(folder)) for f in files]))
 
 
 def names_of(file: checkpoint.File, count: int) -> list[str]:
@@ -74,20 +145,44 @@ def check_preparation(file: checkpoint.File) -> None:
         )
 
 
-def ranked(file: checkpoint.File, names: Iterable[Any], scores: Iterable[Tensor], topk: int) -> list[dict[str, Any]]:
+def check_topk(file: checkpoint.File, topk: int | None) -> None:
+    """Refuse to report more classes than a checkpoint has, and a checkpoint whose names are not those of its outputs.
+
+    Raises:
+        ConfigError: ``topk`` is too high.
+        CheckpointError: a name for each of some other number of classes.
+    """
+    names, count = file.metadata["class_names"], file.metadata["num_classes"]
+    if names and count and len(names) != count:
+        raise CheckpointError(f"{file.path}: {len(names)} class names for {count} classes")
+    count = len(names) if names else count
+    if topk is not None and count and topk > count:
+        raise ConfigError(f"--topk: {topk} classes asked for, but the checkpoint has {count}")
+
+
+def ranked(
+    file: checkpoint.File, names: Iterable[Any], scores: Iterable[Tensor], options: PredictOptions
+) -> Iterator[dict[str, Any]]:
     """The best classes of each file, as ``{"file": …, "classes": [{"class": …, "probability": …}, …]}``, best first.
 
     Args:
         file: the checkpoint, for the classes' names.
         names: of the files.
         scores: probabilities (C,), one row for each file.
-        topk: classes to report.
+        options: how many classes to report.
+
+    Raises:
+        DataError: probabilities that are no numbers; such a file is left out with ``options.skip_broken``.
     """
-    found = Predictions()
     for name, row in zip(names, scores, strict=True):
+        try:
+            check_finite(name, row)
+        except DataError as error:
+            leave_out(options, error)
+            continue
         classes = names_of(file, len(row))
-        best, index = row.topk(min(topk, len(classes)))
+        if len(classes) != len(row):
+            raise CheckpointError(f"{file.path}: {len(classes)} class names, but the model gives {len(row)} outputs")
+        best, index = row.topk(min(options.topk or TOPK, len(classes)))
         pairs = [{"class": classes[c], "probability": round(p, 6)} for p, c in zip(best.tolist(), index, strict=True)]
-        shown = "  ".join(f"{r['class']} {r['probability']:.3f}" for r in pairs)
-        found.add({"file": str(name), "classes": pairs}, name, shown)
-    return found.rows
+        yield {"file": str(name), "classes": pairs}

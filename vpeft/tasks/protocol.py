@@ -1,6 +1,6 @@
 """What a task is: the one object that the engine works with, whatever is learned."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,21 +47,42 @@ class TaskModel:
         return {"outer": self.model, "criterion": partial(training_loss, self.task)}
 
 
+class PredictWatch:
+    """What a caller of ``Task.predict`` is told beside the rows.
+
+    Attributes:
+        total: how many files there are; None until that is known.
+        read: how many of them were opened so far.
+        broken: why files were left out, one line for each.
+        changed: called when a file was opened.
+    """
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self.read = 0
+        self.broken: list[str] = []
+        self.changed: Callable[[], Any] = lambda: None
+
+
 @dataclass(frozen=True)
 class PredictOptions:
     """How predictions are made.
 
     Attributes:
-        topk: classes to report for each file.
+        topk: classes to report for each file; None for the five best, or all where there are fewer.
         batch_size: files at once.
         weights: a local file of the backbone's weights, where timm's own are neither cached nor to be downloaded.
         out: folder for what is a picture (masks, overlays).
+        skip_broken: leave out files that cannot be read, and count them in ``watch``.
+        watch: what is told while the work goes on.
     """
 
-    topk: int = 5
+    topk: int | None = None
     batch_size: int = 64
     weights: str | None = None
     out: str | Path | None = None
+    skip_broken: bool = False
+    watch: PredictWatch = field(default_factory=PredictWatch)
 
 
 class Task(Step, Protocol):
@@ -73,6 +94,7 @@ class Task(Step, Protocol):
     Attributes:
         no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
             the loop then calls the timm model itself, on one image for each integer label.
+        draws: whether ``predict`` writes pictures into ``PredictOptions.out``; taken to be so where a task does not say.
         class_order: names of the classes in the order of the labels, set before ``open_data`` by who knows a checkpoint's;
             None takes the training split's own.
 
@@ -81,6 +103,7 @@ class Task(Step, Protocol):
     """
 
     no_cache: ClassVar[str | None]
+    draws: ClassVar[bool]
     config: "DictConfig"
     class_order: Sequence[str] | None
 
@@ -125,8 +148,10 @@ class Task(Step, Protocol):
         """Pictures and the like, written into the folder of a run at its end."""
         ...
 
-    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
-        """Apply a checkpoint to files; one plain dict for each, which JSON can hold.
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterable[dict[str, Any]]:
+        """Apply a checkpoint to files; one plain dict for each, which JSON can hold, as they come.
+
+        What can be checked is checked before the first file is read.
 
         Args:
             file: the checkpoint, whose configuration the task was made from.

@@ -1,6 +1,7 @@
 """Segmentation through the engine: train, test, predict, resume, and what is refused before work starts."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import vpeft
 from tests.support.fashion import fashion_root
+from vpeft.cli import main
 from vpeft.data.images import read_mask
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
+from vpeft.tasks.segmentation.pictures import picture_names
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, Scenes, write_scenes
 
 TINY = """
@@ -164,6 +167,47 @@ def test_a_table_of_segmentation(make, tmp_path):
     assert rows[0]["metric"] == "mIoU, %"
     rows = table([tmp_path / "tiny.yaml"], [*SAN, "train.epochs=1", "name=san"], seeds=(0,), out=tmp_path / "san")
     assert rows[0]["merge_error"] == 0
+
+
+def test_pictures_of_predictions(make, tmp_path, capsys, monkeypatch):
+    """Equal stems stay apart, pictures are whole, a broken image is left out and counted, mistakes end before work."""
+    config = make("train.epochs=1", "data.source=scenes", *SAN)
+    train(config)
+    best = str(Path(config.output) / config.name / "best.safetensors")
+    photos = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for name in ("a/x.png", "b/x.png", "b/x.jpg", "y.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(photos / name)
+    (photos / "b" / "broken.png").write_bytes(b"no image")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt", best, str(photos), "--out", str(tmp_path / "one"), "--save", str(tmp_path / "o.csv")])
+    assert "broken.png is not a readable image" in capsys.readouterr().err
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 2, "the heading and a/x.png"
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["a_x_png_mask.png", "a_x_png_overlay.png"]
+    main(["predict", "--ckpt", best, str(photos), "--out", str(tmp_path / "two"), "--skip-broken"])
+    assert "4 of 5 files predicted, 1 left out" in capsys.readouterr().err
+    assert len(list((tmp_path / "two").iterdir())) == 8, "a mask and an overlay for each, and nothing half"
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("vpeft.tasks.segmentation.task.read_image", None)
+    Image.new("RGB", (20, 20)).save(photos / "y_mask.png")
+    for arguments, message in (
+        (["--out", str(tmp_path / "file")], r"--out: '.*file' is no folder that can be made"),
+        (["--topk", "2"], "--topk: each pixel has one class"),
+        (["--out", str(photos)], r"--out: .*y_mask\.png is one of the images"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", "--ckpt", best, str(photos), *arguments])
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_names_of_pictures(tmp_path):
+    files = [Path(p) for p in ("a/x.png", "b/X.png", "x.jpg", "y.png", "y_png.tif", "b/y.png", "z.1.png")]
+    names = picture_names(files, tmp_path)
+    assert names[Path("z.1.png")] == "z.1"
+    assert len({n.lower() for n in names.values()}) == len(files)
+    assert names == picture_names(files, tmp_path)
 
 
 # ---- SAN with text embeddings ----

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from tests.support.videos import frames_of, sequential, write
 from vpeft.data import make_loader
 from vpeft.data.embedded import EXCERPT, FASHION_ROOT, fashion_digest, fashion_mnist
 from vpeft.engine.config import AugmentConfig, DataConfig, VideoConfig
@@ -21,7 +21,8 @@ from vpeft.tasks.video.data import ClipOptions, Clips, build_clips, find_videos,
 from vpeft.tasks.video.data import index as index_module
 from vpeft.tasks.video.data import sampling as s
 from vpeft.tasks.video.data.build import clip_transforms
-from vpeft.tasks.video.data.decode import Timeline, read_folder, read_frames, scan
+from vpeft.tasks.video.data.decode import Timeline, read_frames, scan
+from vpeft.tasks.video.data.folders import read_folder
 from vpeft.tasks.video.data.index import open_index, usable
 from vpeft.tasks.video.data.lists import Video, read_hmdb51, read_list
 from vpeft.tasks.video.data.transforms import Crops, SameForAll
@@ -31,33 +32,6 @@ STATS = {
     "input_size": (3, 16, 16), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear",
     "crop_pct": 1.0, "crop_mode": "center",
 }  # fmt: skip
-
-
-def frames_of(count: int, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
-    """Random blocks, so that neighbouring frames are told apart after lossy coding."""
-    blocks = np.random.default_rng(seed).integers(0, 255, (count, height // 16, width // 16, 3), np.uint8)
-    return blocks.repeat(16, 1).repeat(16, 2)
-
-
-def write(path, frames, *, codec="libx264", gop=6, bframes=2, times=None, options=None):
-    """An encoder of its own, with B-frames and any presentation times."""
-    with av.open(str(path), "w") as container:
-        # Random frames would be key frames, every one, if the encoder looked for cuts.
-        stream = container.add_stream(codec, rate=25, options={"sc_threshold": "0"} | (options or {}))
-        stream.height, stream.width, stream.pix_fmt, stream.gop_size = *frames.shape[1:3], "yuv420p", gop
-        stream.codec_context.max_b_frames = bframes
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
-            picture.pts, picture.time_base = (40 * i if times is None else times[i]), Fraction(1, 1000)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    return path
-
-
-def sequential(path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
 def settings(cls, **changes):
@@ -242,7 +216,7 @@ def test_lists_as_the_field_writes_them(tmp_path):
     assert read_list(file, folders=True) == [Video(str(tmp_path / "x y"), 4, 30), Video(str(tmp_path / "z"), 1, 8)]
     for text, message in (
         ("a.mp4 1\nb.mp4\n", "line 2: expected 'path label'"),
-        ("a.mp4 cat\n", "line 1"),
+        ("a.mp4 1\nb.mp4 cat\n", "line 2: the label 'cat' and the label '1' of line 1"),
         ("\n", "no video"),
     ):
         file.write_text(text)
@@ -507,7 +481,7 @@ def test_labels_of_lists_belong_to_names(folder):
         assert [changed.classes[label] for label in changed.test.labels] == ["run", "jump"]
     with pytest.raises(DataError, match=r"data\.classes: 'list' also has jump"):
         opened(folder, data={"classes": ["run"]})
-    with pytest.raises(DataError, match=r"the list 'train' has the class jump, which is not one"):
+    with pytest.raises(DataError, match=r"the split 'train' has the class jump, which is not one"):
         opened(folder, order=["run", "sit"])
 
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import vpeft
@@ -364,3 +365,55 @@ def test_joint_model_saves_and_loads(tmp_path):
     vpeft.load(fresh, path)
     with torch.no_grad():
         assert torch.equal(fresh(x), model(x))
+
+
+def hugging_face(p: dict, biases: str) -> dict:
+    """The tensors of ``checkpoint`` under the names of transformers' VideoMAE; biases as in its files, or as in memory."""
+    found = {}
+    for name, t in p.items():
+        block, _, part = name.partition(".norm1")[0].rpartition(".") if ".norm1" in name else name.rpartition(".")
+        if ".attn.qkv." in name:
+            for key, rows in zip(("query", "key", "value"), t.chunk(3), strict=True):
+                found[f"{block.removesuffix('.attn.qkv')}.attention.attention.{key}.weight"] = rows
+        elif part in ("q_bias", "v_bias"):
+            inner = part if biases == "file" else {"q_bias": "query.bias", "v_bias": "value.bias"}[part]
+            found[f"{block.removesuffix('.attn')}.attention.attention.{inner}"] = t
+        else:
+            found[name] = t
+    pairs = {
+        "blocks.": "videomae.encoder.layer.", "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after", "head.": "classifier.",
+        "patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
+    }  # fmt: skip
+    for ours, theirs in pairs.items():
+        found = {n.replace(ours, theirs): t for n, t in found.items()}
+    return found
+
+
+@pytest.mark.parametrize("biases", ["file", "memory"])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_videomae_under_other_names(tmp_path, biases, ending):
+    plain = {n: t.float() for n, t in checkpoint().items()}
+    (truth := joint()), torch.save(plain, tmp_path / "plain.pth")
+    load_videomae(truth, tmp_path / "plain.pth")
+    theirs = hugging_face(plain, biases)
+    assert "videomae.encoder.layer.1.attention.attention.key.weight" in theirs
+    for number, tensors in enumerate(
+        (
+            theirs,
+            {f"module.{n}": t for n, t in plain.items()},
+            {f"module.{n}": t for n, t in theirs.items()},
+            {n.removeprefix("videomae."): t for n, t in theirs.items()},
+            theirs | {"mask_token": torch.zeros(1), "decoder.norm.weight": torch.ones(3), "encoder_to_decoder.weight": torch.ones(1)},
+        )
+    ):  # fmt: skip
+        file = tmp_path / f"{number}.{ending}"
+        tensors = {n: t.contiguous() for n, t in tensors.items()}
+        save_file(tensors, file) if ending == "safetensors" else torch.save(tensors, file)
+        model = joint()
+        assert load_videomae(model, file) == []
+        for n, t in truth.state_dict().items():
+            assert torch.equal(model.state_dict()[n], t), (number, n)
+    torch.save({n: t for n, t in theirs.items() if "1.attention.attention.key" not in n}, tmp_path / "half.pth")
+    with pytest.raises(vpeft.CheckpointError, match=r"Hugging Face's VideoMAE, but blocks\.1 has no key\.weight"):
+        load_videomae(joint(), tmp_path / "half.pth")

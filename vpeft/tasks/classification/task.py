@@ -6,7 +6,7 @@ metrics come from ``LabelStep``, which every task with one label for each sample
 A new task is a package like this one, with a line in ``vpeft/tasks/registry.py``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ import torch
 from omegaconf import DictConfig
 from timm.data import create_transform
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ... import checkpoint
 from ...backbone.reading import input_size
-from ...data.find import find_images
-from ...data.images import ImageFiles
+from ...data.images import open_image
 from ...data.splits import Datasets, check_class_count, make_transforms
 from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
 from ..models import build_model, check_augmentation, check_outputs, data_stats
-from ..prediction import check_classifier, ranked
+from ..prediction import check_classifier, check_topk, find_inputs, ranked, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
 from .data import build_datasets, check_source
@@ -39,6 +37,7 @@ class ImageClassification(LabelStep):
     """
 
     no_cache = None
+    draws = False
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -82,14 +81,15 @@ class ImageClassification(LabelStep):
         """Nothing is written beside the run's own files."""
 
     @torch.inference_mode()
-    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per image, best class first."""
-        files = find_images(paths)
+        files = find_inputs(paths)
         check_classifier(file)
-        built = restored(self, file, options.weights)
-        loader = DataLoader(ImageFiles(files, _transform_of(file)), options.batch_size)
-        scores = (row for batch in loader for row in self.scores(built.model, batch.to(built.device)).softmax(-1).cpu())
-        return ranked(file, files, scores, options.topk)
+        check_topk(file, options.topk)
+        built, transform = restored(self, file, options.weights), _transform_of(file)
+        for names, images in read_batches(files, lambda path: transform(open_image(path)), options):
+            scores = self.scores(built.model, torch.stack(images).to(built.device)).softmax(-1).cpu()
+            yield from ranked(file, names, scores, options)
 
 
 def _transform_of(file: checkpoint.File) -> Callable:

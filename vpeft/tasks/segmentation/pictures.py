@@ -1,8 +1,94 @@
-"""The picture that a segmentation run leaves."""
+"""The pictures that segmentation leaves: of a run, and of each predicted image."""
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from ...data.images import overlay, write_mask
+from ...errors import ConfigError
+from ...files import replacing
+from .data import palette
+
+LONGEST_NAME = 200  # characters of a file's name that are kept for its pictures
+
+
+def picture_folder(path: str | Path) -> Path:
+    """A folder for pictures, which is made where it is missing.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written into it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: '{path}' is no folder that can be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--out: no right to write into '{path}'")
+    return path
+
+
+def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
+    """A name for the pictures of each file: its stem; with as much of its path as tells it from files of the same stem.
+
+    Letters count alike in upper and lower case, as they do on some disks.
+
+    Args:
+        files: the images.
+        folder: where the pictures will be.
+
+    Raises:
+        ConfigError: a picture would take the place of one of the images.
+    """
+    files = list(dict.fromkeys(files))
+    common = os.path.commonpath([f.absolute().parent for f in files])
+    below = {f: "_".join(f.absolute().relative_to(common).parts) for f in files}
+    names = {f: f.stem for f in files}
+    for longer in ({f: f.name.replace(".", "_") for f in files}, {f: below[f].replace(".", "_") for f in files}):
+        count = Counter(n.lower() for n in names.values())
+        names = {f: n if count[n.lower()] == 1 else longer[f] for f, n in names.items()}
+    used: set[str] = set()
+    for file, name in names.items():  # what is still alike is numbered
+        number, free = 1, name[:LONGEST_NAME]
+        while free.lower() in used:
+            number, free = number + 1, f"{name[:LONGEST_NAME]}_{number + 1}"
+        used.add(free.lower())
+        names[file] = free
+    images = {f.resolve() for f in files}
+    for name in names.values():
+        for picture in (folder / f"{name}_mask.png", folder / f"{name}_overlay.png"):
+            if picture.resolve() in images:
+                raise ConfigError(f"--out: {picture} is one of the images, and would be replaced; choose another folder")
+    return names
+
+
+def write_pictures(path: Path, image: np.ndarray, mask: np.ndarray, names: Sequence[str], stem: Path) -> dict[str, Any]:
+    """Write ``<stem>_mask.png`` and ``<stem>_overlay.png``, each whole or not at all.
+
+    Args:
+        path: of the image.
+        image: (H, W, 3), uint8.
+        mask: class ids (H, W).
+        names: of the classes.
+        stem: folder and beginning of the pictures' names.
+
+    Returns:
+        ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}``, the largest share first.
+    """
+    colours = palette(len(names))
+    row: dict[str, Any] = {"file": str(path), "mask": f"{stem}_mask.png", "overlay": f"{stem}_overlay.png"}
+    with replacing(row["mask"]) as temporary:
+        write_mask(temporary, mask, colours)
+    with replacing(row["overlay"]) as temporary:
+        Image.fromarray(overlay(image, mask, colours)).save(temporary, format="PNG")
+    shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
+    row["classes"] = {names[i]: round(float(shares[i]), 6) for i in np.argsort(-shares, kind="stable") if shares[i]}
+    return row
 
 
 def draw_overlays(rows: list[tuple], classes: tuple[str, ...], colours: list, path: Path) -> None:

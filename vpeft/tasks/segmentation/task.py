@@ -1,27 +1,26 @@
 """Semantic segmentation: a decode head, or SAN, beside the timm model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from PIL import Image
 from torch import nn
 
 from ... import checkpoint
 from ...backbone.maps import map_count
 from ...backbone.modules import head_places
 from ...backbone.reading import input_size
-from ...data.find import find_images
-from ...data.images import overlay, read_image, write_mask
+from ...data.images import overlay, read_image
 from ...data.splits import Datasets
 from ...errors import ConfigError, DataError, VpeftError
 from ...methods.base import Method
 from ...numerics import eval_mode
 from ..models import build_model, data_stats, refuse_unused
-from ..prediction import Predictions, names_of, preparation
+from ..prediction import check_finite, find_inputs, leave_out, names_of, preparation, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
 from . import model as heads
@@ -29,7 +28,7 @@ from .data import PairTransform, build_segmentation, check_segmentation, palette
 from .features import FeatureMaps
 from .mask_loss import SetLoss
 from .model import SegmentationModel
-from .pictures import draw_overlays
+from .pictures import draw_overlays, picture_folder, picture_names, write_pictures
 from .san import SAN
 from .side_adapter import SideAdapter
 from .step import SegmentationStep
@@ -44,6 +43,7 @@ class SemanticSegmentation(SegmentationStep):
     """
 
     no_cache = "features are stored for task=classification alone; choose that"
+    draws = True
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -210,29 +210,26 @@ class SemanticSegmentation(SegmentationStep):
             draw_overlays(rows, data.classes, colours, folder / "overlays.png")
 
     @torch.inference_mode()
-    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
-        files, out = find_images(paths), Path(options.out or "predictions")
+        if options.topk is not None:
+            raise ConfigError("--topk: each pixel has one class; leave it out")
+        files, described = find_inputs(paths), preparation(file, "mean", "std")
+        out = picture_folder(options.out or "predictions")
+        stems = picture_names(files, out)
         built = restored(self, file, options.weights)
-        described = preparation(file, "mean", "std")
         transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
         names = names_of(file, self.num_classes)
-        colours, found, used = palette(len(names)), Predictions(), set()
-        out.mkdir(parents=True, exist_ok=True)
-        for path in files:
-            image = read_image(path)
+        one = replace(options, batch_size=1)  # images of any sizes
+        for (path,), (image,) in read_batches(files, read_image, one):
             x, _ = transform(image, np.zeros(image.shape[:2], np.uint8))
-            mask = self._found(built, x, image.shape[:2])
-            stem = path.stem if path.stem not in used else f"{path.stem}_{len(used)}"
-            used.add(stem)
-            row = {"file": str(path), "mask": str(out / f"{stem}_mask.png"), "overlay": str(out / f"{stem}_overlay.png")}
-            write_mask(Path(row["mask"]), mask, colours)
-            Image.fromarray(overlay(image, mask, colours)).save(row["overlay"])
-            shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-            row["classes"] = {names[i]: round(float(shares[i]), 6) for i in np.argsort(-shares) if shares[i]}
-            shown = "  ".join(f"{n} {s:.3f}" for n, s in list(row["classes"].items())[:5])
-            found.add(row, row["file"], row["mask"], shown)
-        return found.rows
+            scores = self.scores(built.model, x[None].to(built.device), image.shape[:2])
+            try:
+                check_finite(path, scores)
+            except DataError as error:
+                leave_out(options, error)
+                continue
+            yield write_pictures(path, image, scores.argmax(1)[0].cpu().numpy(), names, out / stems[path])
 
     def _found(self, built: TaskModel, x: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
         """The class ids (H, W) that the model finds in one normalised image (3, h, w)."""

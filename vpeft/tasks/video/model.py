@@ -26,6 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VpeftError
+from ...files import read_tensors
 from ...interventions.base import Intervention
 from ...interventions.hub import running
 from ...numerics import why_not_copied
@@ -261,10 +262,11 @@ def load_videomae(model: VisionTransformer, path: str | Path) -> list[str]:
 
     The separate biases of queries and values become timm's one, with zeros for the keys. Of a pre-trained file the
     encoder is taken (its last norm is not: there is none in front of the mean); a head of other classes is left out.
+    Files of Hugging Face's transformers are read too, and names below a wrapper's such as ``module.``.
 
     Args:
         model: from ``joint_vit``.
-        path: of the file, read with ``weights_only``.
+        path: of the file, safetensors or a pickle, which is read with ``weights_only``.
 
     Returns:
         The names of the model's tensors that the file does not hold, which stay as they were.
@@ -272,7 +274,7 @@ def load_videomae(model: VisionTransformer, path: str | Path) -> list[str]:
     Raises:
         CheckpointError: missing, no plain tensors, or of another model; then nothing was changed.
     """
-    tensors = _unwrapped(Path(path))
+    tensors = _from_hugging_face(_unwrapped(Path(path)), path)
     if any(n.startswith("encoder.") for n in tensors):
         tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
         tensors = {n: t for n, t in tensors.items() if not n.startswith(("norm.", "head."))}
@@ -294,9 +296,51 @@ def load_videomae(model: VisionTransformer, path: str | Path) -> list[str]:
     return sorted(own.keys() - values.keys() - {"pos_embed"})
 
 
+# Parts of names in transformers' VideoMAE, and timm's, in the order in which they are looked for.
+_HUGGING_FACE = {
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.", "encoder.layer.": "blocks.",
+    ".attention.output.dense.": ".attn.proj.", ".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2.",
+    ".layernorm_before.": ".norm1.", ".layernorm_after.": ".norm2.", "classifier.": "head.",
+}  # fmt: skip
+# What a joint ViT has no use for: the decoder of pre-training, a last norm, fixed positions.
+_LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "layernorm.", "position_embeddings", "embeddings.position")
+
+
+def _from_hugging_face(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Tensors under timm's names where they have those of transformers; else as they are."""
+    if not any("encoder.layer." in n for n in tensors):
+        return tensors
+    found, separate = {}, {}
+    for n, t in tensors.items():
+        name = n.removeprefix("videomae.")
+        if name.startswith(_LEFT_BEHIND):
+            continue
+        for theirs, ours in _HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        (separate if ".attention.attention." in name else found)[name] = t
+    for block in {n.partition(".attention.attention.")[0] for n in separate}:
+        own = {n.rpartition(".attention.attention.")[2]: t for n, t in separate.items() if n.startswith(f"{block}.")}
+        missing = [k for k in ("query.weight", "key.weight", "value.weight") if k not in own]
+        if missing:
+            raise CheckpointError(f"{path}: names as of Hugging Face's VideoMAE, but {block} has no {missing[0]}")
+        found[f"{block}.attn.qkv.weight"] = torch.cat([own[f"{k}.weight"] for k in ("query", "key", "value")])
+        q, v = (own.get(f"{k[0]}_bias", own.get(f"{k}.bias")) for k in ("query", "value"))
+        if q is not None and v is not None:
+            found[f"{block}.attn.qkv.bias"] = torch.cat([q, own.get("key.bias", torch.zeros_like(q)), v])
+    return found
+
+
 def _unwrapped(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
+    found = read_tensors(path)[1] if path.suffix == ".safetensors" else _unpickled(path)
+    for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
+        if all(n.startswith(prefix) for n in found):
+            found = {n.removeprefix(prefix): t for n, t in found.items()}
+    return found
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds

@@ -15,7 +15,7 @@ from ...data.splits import Datasets, check_class_count
 from ...errors import ConfigError
 from ...methods.base import Method
 from ..models import build_model, check_augmentation, check_outputs, data_stats, refuse_unused
-from ..prediction import check_classifier, preparation, ranked
+from ..prediction import check_classifier, check_topk, preparation, ranked, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
 from .data import Clips, build_clips, check_video_source, find_videos, open_files
@@ -32,6 +32,7 @@ class ActionRecognition(ClipStep):
     """
 
     no_cache = "features are stored for task=classification alone; choose that"
+    draws = False
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -109,19 +110,14 @@ class ActionRecognition(ClipStep):
             draw_strips(built, shown, data.classes, self.config.video.strips, folder / "clips.png")
 
     @torch.inference_mode()
-    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> list[dict[str, Any]]:
+    def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """One ``{"file": …, "classes": [{"class": …, "probability": …}, …]}`` per video, best class first."""
         video = self.config.video
         files = find_videos(paths, video.template)
         check_classifier(file)
+        check_topk(file, options.topk)
         clips = open_files(files, video, preparation(file, "input_size", "mean", "std", "crop_pct", "interpolation"))
         built = restored(self, file, options.weights)
-        # A file that cannot be read ends the command: what was asked for has no answer.
-        views = (torch.stack([clips.clip(i) for i in part]) for part in _parts(range(len(files)), options.batch_size))
-        scores = (row for batch in views for row in self.scores(built.model, batch).cpu())
-        return ranked(file, files, scores, options.topk)
-
-
-def _parts(indices: range, size: int) -> Iterator[range]:
-    """Consecutive parts of at most ``size``."""
-    return (indices[i : i + size] for i in range(0, len(indices), size))
+        for indices, views in read_batches(range(len(files)), clips.clip, options):
+            scores = self.scores(built.model, torch.stack(views)).cpu()
+            yield from ranked(file, [files[i] for i in indices], scores, options)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....data.find import find_files, with_ending
+from ....data.find import find_files, walk, with_ending
 from ....data.listing import read_names
 from ....data.splits import (
     Datasets,
@@ -20,19 +20,21 @@ from ....data.splits import (
     label_table,
     make_transforms,
     named_splits,
+    thinned,
 )
 from ....errors import DataError, did_you_mean
+from ...prediction import left_out
 from ..motion import MOTIONS, check_motion, make_motion
 from .clips import ClipOptions, Clips
-from .decode import Timeline, count_folder, fits, scan
+from .endings import video_endings
+from .folders import fits, pattern
 from .index import open_index, usable
-from .lists import Video, read_hmdb51, read_list
+from .lists import Video, read_hmdb51, read_list, read_tree
 from .transforms import Crops, SameForAll
 
-SOURCES = ("list", "hmdb51", "motion")
+SOURCES = ("folder", "list", "hmdb51", "motion")
 # Words that tell a class from its mirror image.
 DIRECTIONS = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|counter-?clockwise|anti-?clockwise)\b", re.I)
-VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,16 @@ def check_video_source(data: Any, video: Any) -> None:
     if data.source == "motion":
         check_motion(data.root, video.motion, data.fashion_mnist)
         return
-    check_root(data, "it holds the videos that the lists name")
+    check_root(data, "it holds the videos, in folders of classes or named by lists")
+    if data.source == "folder":
+        for key, split in named_splits(data).items():
+            if not (Path(data.root) / split).is_dir():
+                have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
+                raise DataError(
+                    f"data.{key}_split: '{Path(data.root) / split}' does not exist{did_you_mean(split, have)}; source "
+                    "'folder' expects ROOT/<split>/<class>/<video>"
+                )
+        return
     if video.lists and not Path(video.lists).is_dir():
         raise DataError(f"video.lists: folder '{video.lists}' does not exist")
     if data.source == "list":
@@ -92,6 +103,7 @@ def build_clips(
     lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
     own = next((listed.classes for listed in lists.values() if listed.classes), None)
+    _check_named(data, lists, own)
     classes = order or class_names(data, own, max(v.label for listed in lists.values() for v in listed.videos) + 1)
     for listed in lists.values():
         _relabel(listed, listed.classes or data.classes, tuple(classes))
@@ -149,7 +161,7 @@ def _relabel(listed: _Listed, own: Sequence[str] | None, classes: tuple[str, ...
     """Give the videos of a list the labels of their classes' names; without names its numbers are the labels."""
     worst = max(listed.videos, key=lambda v: v.label)
     check_label(worst.label, own or classes, worst.path)
-    table = label_table(own, classes, f"the list '{listed.split}'") if own else None
+    table = label_table(own, classes, f"the split '{listed.split}'") if own else None
     if table is not None:
         listed.videos = [replace(v, label=table[v.label]) for v in listed.videos]
 
@@ -176,45 +188,104 @@ def _listed(data: Any, video: Any, split: str) -> _Listed:
     if data.source == "hmdb51":
         videos, classes = read_hmdb51(folder, data.root, split, video.fold)
         index = folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
+    elif data.source == "folder":
+        part = Path(data.root) / split
+        videos = read_tree(part, frame_folders(part, video.template) if video.template else None)
+        classes, index = None, Path(data.root) / f"{split}.frames.json"
     else:
         file = list_file(data, video, split)
         videos = read_list(file, data.root, folders=bool(video.template))
         index = file.with_name(f"{file.name}.frames.json")
         classes = MOTIONS if data.source == "motion" else _named_beside(file)
-    return _Listed(split, videos[: data.num_samples], classes, index)
+    videos, classes = _by_number(videos, classes, split)
+    return _Listed(split, [videos[i] for i in thinned(len(videos), data.num_samples)], classes, index)
+
+
+def _by_number(
+    videos: list[Video], classes: tuple[str, ...] | None, split: str
+) -> tuple[list[Video], tuple[str, ...] | None]:
+    """Videos whose labels are the numbers of their classes' names, and these: the given ones, or all labels in order.
+
+    Raises:
+        DataError: a name that is not one of the given classes.
+    """
+    if not isinstance(videos[0].label, str):
+        return videos, classes
+    classes = classes or tuple(sorted({v.label for v in videos}))
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = next((v for v in videos if v.label not in number), None)
+    if unknown:
+        raise DataError(
+            f"the split '{split}': {unknown.path} has the class '{unknown.label}', which classes.txt does not name"
+            f"{did_you_mean(unknown.label, classes)}"
+        )
+    return [replace(v, label=number[v.label]) for v in videos], classes
 
 
 def _named_beside(file: Path) -> tuple[str, ...] | None:
     """Class names of a ``classes.txt`` beside a list, one a line."""
     names = file.with_name("classes.txt")
-    return tuple(read_names(names)) if names.is_file() else None
+    return tuple(read_names(names, "list of class names")) if names.is_file() else None
+
+
+def _check_named(data: Any, lists: dict[str, _Listed], own: Sequence[str] | None) -> None:
+    """Refuse a split of numbers beside one of names, where nothing says which number is which name.
+
+    Raises:
+        DataError: names the split of numbers.
+    """
+    unnamed = next((k for k, v in lists.items() if v.classes is None), None)
+    if own and unnamed and not data.classes:
+        raise DataError(
+            f"data.{unnamed}_split: its labels are numbers, but another split's are names; name the classes in the order of "
+            "their numbers, in data.classes or in a classes.txt beside the lists"
+        )
+
+
+def frame_folders(folder: Path, template: str) -> list[Path]:
+    """The folders at any depth that hold frames of a template, in order."""
+    inner = Path(template).parent
+    places = sorted(place for place, _ in walk(folder) if (place / inner).is_dir())
+    return [p for p in places if any(pattern(template).fullmatch(str(inner / f.name)) for f in (p / inner).iterdir())]
 
 
 def find_videos(paths: Iterable[str | Path], template: str | None = None) -> list[str]:
     """The video files, those inside folders included; with ``template``, the folders that hold frames.
 
+    What else lies in a folder is said in a warning.
+
     Raises:
-        DataError: a path that does not exist, or a folder without videos.
+        DataError: a path that does not exist, a folder without videos, or a file where folders of frames are wanted.
     """
 
     def inside(folder: Path) -> list[Path]:
-        if template is None:
-            return with_ending(folder, VIDEO_ENDINGS)
-        return [p for p in (folder, *sorted(folder.rglob("*"))) if p.is_dir() and count_folder(p, template)]
+        found = frame_folders(folder, template) if template else with_ending(folder, video_endings())
+        if found:
+            left_out(folder, _beside(folder, found, template), "videos")
+        return found
 
-    return [str(p) for p in find_files(paths, inside, f"video ({template or ', '.join(VIDEO_ENDINGS)})")]
+    paths = list(paths)
+    file = next((p for p in paths if template and Path(p).is_file()), None)
+    if file is not None:
+        raise DataError(f"{file} is a file; the model was trained on folders of frames named {template}: give a folder")
+    what = f"folder of frames named {template}" if template else f"video ({', '.join(video_endings())})"
+    return [str(p) for p in find_files(paths, inside, what)]
+
+
+def _beside(folder: Path, found: Sequence[Path], template: str | None) -> list[Path]:
+    """What a folder holds beside its videos; the folders without frames, where videos are folders."""
+    files = [f for _, inside in walk(folder) for f in inside]
+    if template is None:
+        return sorted(set(files) - set(found))
+    return sorted({f.parent for f in files} - {p / Path(template).parent for p in found})
 
 
 def open_files(files: Sequence[str], video: Any, stats: dict) -> Clips:
     """Fixed views of video files (or folders of frames) without labels; a label of -1 stands for each.
 
-    Raises:
-        DataError: a file that cannot be read.
+    A file is looked through when its clip is asked for, and only then can it turn out to be unreadable.
     """
-    folders = video.template
-    videos = [Video(f, -1, count_folder(f, folders) if folders else None) for f in files]
-    timelines = [Timeline(v.frames) if folders else scan(v.path) for v in videos]
-    return Clips(videos, timelines, fixed_crops(video, stats), _options(video))
+    return Clips([Video(f, -1) for f in files], [None] * len(files), fixed_crops(video, stats), _options(video))
 
 
 def _check_flip(classes: tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ....data.broken import Tally
-from .decode import Timeline, read_folder, read_frames
+from .decode import Timeline, read_frames, scan
+from .folders import read_folder, scan_folder
 from .lists import Video
 from .sampling import fixed_clips, random_clip
 
@@ -46,7 +47,7 @@ class Clips(Dataset):
     ``broken`` counts it. Nothing is put in its place.
 
     Args:
-        videos, timelines: of equal length.
+        videos, timelines: of equal length; a timeline that is None is made when the clip is asked for.
         transform: uint8 ``(T, H, W, 3)`` to float ``(3, T, H, W)``, or to ``(crops, 3, T, H, W)`` for the fixed views.
         options: how clips are cut.
         training: random clips, or fixed views.
@@ -56,7 +57,7 @@ class Clips(Dataset):
     def __init__(
         self,
         videos: Sequence[Video],
-        timelines: Sequence[Timeline],
+        timelines: Sequence[Timeline | None],
         transform: Callable[[np.ndarray], Tensor],
         options: ClipOptions,
         *,
@@ -80,18 +81,29 @@ class Clips(Dataset):
         Raises:
             DataError: the video cannot be read.
         """
-        count, o = self.timelines[index].count, self.options
+        count, o = self.timeline(index).count, self.options
         if self.training:
             return self.transform(self._frames(index, random_clip(o.sampling, count, o.length, o.stride)))
         chosen = fixed_clips(o.sampling, count, o.length, o.stride, o.views)
         frames = self._frames(index, chosen.reshape(-1))  # one pass through the file for all views
         return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), o.length, *frames.shape[1:])])
 
+    def timeline(self, index: int) -> Timeline:
+        """How many frames a video has, and when they are shown.
+
+        Raises:
+            DataError: the video cannot be read.
+        """
+        if self.timelines[index] is None:
+            path, template = self.videos[index].path, self.options.template
+            self.timelines[index] = scan_folder(path, template) if template else scan(path)
+        return self.timelines[index]
+
     def _frames(self, index: int, numbers: np.ndarray) -> np.ndarray:
         video = self.videos[index]
         if self.options.template:
             return read_folder(video.path, self.options.template, numbers)
-        return read_frames(video.path, numbers, self.timelines[index])
+        return read_frames(video.path, numbers, self.timeline(index))
 
     def subset(self, indices: Sequence[int], **changes) -> "Clips":
         """Some of the videos, with other settings where given."""

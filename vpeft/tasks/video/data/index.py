@@ -5,14 +5,16 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from ....errors import DataError
 from ....files import write_text
-from .decode import Timeline, check_folder, scan
+from .decode import Timeline, scan
+from .folders import scan_folder
 from .lists import Video
 
-FORMAT = 1
+FORMAT = 2  # the first one knew no folders, and times that a seek does not keep
 logger = logging.getLogger(__name__)
 
 
@@ -21,64 +23,67 @@ def open_index(
 ) -> tuple[list[Timeline | None], list[str]]:
     """The timeline of every video, None where it cannot be used, and why not for each of those.
 
-    What is known of a file holds while its size and time of change are the same.
+    What is known of a file or a folder holds while its size and time of change are the same.
 
     Args:
         videos: of one list.
         file: index beside the list.
         cache: folder for the index where that place cannot be written.
-        template: the videos are folders of frames with these names; nothing is stored for them.
+        template: the videos are folders of frames with these names.
     """
-    if template:
-        found = [_of_folder(v, template) for v in videos]
-    else:
-        places = [file, Path(cache) / file.name] if cache else [file]
-        known = {k: v for p in reversed(places) for k, v in _read(p).items()}
-        paths = list(dict.fromkeys(v.path for v in videos))
-        stale = [p for p in paths if known.get(p, {}).get("stamp") is None or known[p]["stamp"] != _stamp(p)]
-        known |= _scan_all(stale)
-        if stale:
-            _store(known, places)
-        found = [_timeline(known[v.path]) for v in videos]
+    places = [file, Path(cache) / file.name] if cache else [file]
+    known = {k: v for p in reversed(places) for k, v in _read(p).items()}
+    own = {v.path: {"template": template} if template else {} for v in videos}
+    stale = [p for p in own if not _holds(known.get(p, {}), p, own[p])]
+    known |= _scan_all({p: own[p] for p in stale})
+    if stale:
+        _store(known, places)
+    found = [_timeline(known[v.path], v) for v in videos]
     return [t if isinstance(t, Timeline) else None for t in found], [t for t in found if isinstance(t, str)]
 
 
-def _scan_all(paths: list[str]) -> dict[str, dict]:
-    if len(paths) > 1000:
-        logger.warning("counting the frames of %d videos, once", len(paths))
+def _holds(entry: dict, path: str, own: dict) -> bool:
+    """Whether what is known of a video is of the same file, or of the same folder seen by the same template."""
+    if entry.get("stamp") is None or entry.get("template") != own.get("template"):
+        return False
+    return entry["stamp"] == _stamp(path, own)
+
+
+def _scan_all(stale: dict[str, dict]) -> dict[str, dict]:
+    if len(stale) > 1000:
+        logger.warning("counting the frames of %d videos, once", len(stale))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # FFmpeg works outside the interpreter's lock
-        return dict(zip(paths, pool.map(_scan, paths), strict=True))
+        return dict(zip(stale, pool.map(_scan, stale, stale.values()), strict=True))
 
 
-def _scan(path: str) -> dict:
-    stamp = _stamp(path)
+def _scan(path: str, own: dict) -> dict:
+    known = {"stamp": _stamp(path, own), **own}
     try:
-        timeline = scan(path)
+        timeline = scan_folder(path, own["template"]) if own else scan(path)
     except DataError as error:
-        return {"stamp": stamp, "error": str(error)}
-    return {"stamp": stamp, "count": timeline.count, "start": timeline.start, "steps": timeline.steps}
+        return known | {"error": str(error)}
+    return known | {"count": timeline.count, "start": timeline.start, "steps": timeline.steps}
 
 
-def _stamp(path: str) -> list[int] | None:
+def _stamp(path: str, own: dict) -> list[int] | None:
     try:
-        stat = os.stat(path)
+        stat = os.stat(Path(path) / Path(own["template"]).parent if own else path)
     except OSError:
         return None
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _timeline(entry: dict) -> Timeline | str:
+def _timeline(entry: dict, video: Video) -> Timeline | str:
+    """What is known of a video; of a folder the first frames, as many as its list says."""
     if "error" in entry:
         return entry["error"]
-    return Timeline(entry["count"], entry["start"], tuple((s, n) for s, n in entry["steps"]))
-
-
-def _of_folder(video: Video, template: str) -> Timeline | str:
-    try:
-        check_folder(video.path, template, video.frames)
-    except DataError as error:
-        return str(error)
-    return Timeline(video.frames)
+    found = Timeline(entry["count"], entry["start"], tuple((s, n) for s, n in entry["steps"]))
+    if video.frames is None:
+        return found
+    if video.frames > found.count:
+        missing = Path(video.path) / entry["template"].format(found.start + found.count)
+        return f"{missing}: no such frame, but the list says {video.frames} frames, and there are {found.count}"
+    return replace(found, count=video.frames)
 
 
 def _read(file: Path) -> dict[str, dict]:
