@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from .engine.stopping import stoppable
 from .errors import ConfigError, VpeftError
 from .options import check_values, declared
+from .stopping import stoppable
 
 
 def _train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:

@@ -221,7 +221,7 @@ def naming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (VpeftError, *kinds) as error:
-        if isinstance(error, CheckpointError) and str(path) in str(error):
+        if isinstance(error, CheckpointError | WriteError) and str(path) in str(error):
             raise
         text = str(error) or type(error).__name__
         raise CheckpointError(f"{path}: {text if len(text) <= LONGEST_SHOWN else f'{text[:LONGEST_SHOWN]}…'}") from error

@@ -17,8 +17,8 @@ from tests.support.places import ENVIRONMENT, ROOT
 from vpeft.data.images import ImageFiles
 from vpeft.data.loader import SeededDataset, sample_names
 from vpeft.engine.config import load_config
-from vpeft.engine.stopping import stoppable
 from vpeft.engine.train import train
+from vpeft.stopping import stoppable
 
 
 def started(file, *overrides):

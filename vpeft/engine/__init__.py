@@ -4,7 +4,7 @@
 command of that name calls. ``config.py`` reads configurations, ``loop.py`` is the loop, and the others are its parts:
 ``checks.py`` (what is refused first), ``setup.py`` (optimiser, schedule, loaders), ``start.py`` (frozen weights, ``init``),
 ``state.py`` (what a killed run continues from), ``plan.py`` (what is done with a run's folder), ``settings.py`` (which
-settings may differ), ``run.py`` and ``lock.py`` (the folder), ``trouble.py`` and ``stopping.py`` (how a run ends that
+settings may differ), ``run.py`` and ``lock.py`` (the folder), ``trouble.py`` (how a run ends that
 cannot go on),
 ``progress.py`` and ``report.py`` (what people see), ``cache.py`` (stored features).
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..data.loader import sample_names
 from ..errors import VpeftError, WriteError, some
+from ..stopping import asked_to_stop
 from .run import RunFolder
-from .stopping import asked_to_stop
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
