@@ -70,7 +70,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loaders["train"])
         self.scheduler, self.epochs = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
-        self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
+        self.epoch, self.best, self.lost = 0, {"epoch": None, "value": -math.inf}, -math.inf
         self.changes: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
         self.pace = Pace()
@@ -158,6 +158,8 @@ class Trainer:
         is_best = self.config.train.select == "last" or not values or value > self.best["value"]
         if is_best:
             self.best = {"epoch": self.epoch, "value": value}
+            if value > self.lost:
+                self.notes.pop("lost_best", None)
         self.epoch += 1
         if self.run.main:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
@@ -297,6 +299,7 @@ class Trainer:
     def _save(self, is_best: bool, values: dict) -> None:
         """The epoch's checkpoints; the state file comes last, so that it never runs ahead of them."""
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
+        self.run.begin_keeping()
         self._write(("last", "best") if is_best else ("last",), metrics)
         scaler = self.accelerator.scaler
         method = self.handle.method
@@ -348,7 +351,7 @@ class Trainer:
         lost = self._damage("best")
         if lost:
             if self.best["epoch"] != self.epoch - 1:
-                self.notes["lost_best"] = self.best["epoch"] + 1
+                self.notes["lost_best"], self.lost = self.best["epoch"] + 1, self.best["value"]
                 lost += f"; the weights of epoch {self.notes['lost_best']} are lost, the best is chosen from {self.epoch} on"
                 value = row.get(f"val_{self.task.monitor}", float(self.epoch - 1))
                 self.best = {"epoch": self.epoch - 1, "value": value}
@@ -358,9 +361,12 @@ class Trainer:
     def _damage(self, name: str) -> str:
         """What is wrong with a checkpoint of this run, or nothing."""
         try:
-            checkpoint.read(self.run.file(f"{name}.safetensors"))
+            file = checkpoint.read(self.run.file(f"{name}.safetensors"))
         except CheckpointError as error:
             return str(error)
+        epoch, best = (file.metadata["metrics"] or {}).get("epoch"), self.best["epoch"] + 1
+        if name == "best" and epoch not in (None, best):  # killed before the state; the epoch may come out otherwise now
+            return f"{file.path} is of epoch {epoch}, not of epoch {best}"
         return ""
 
     def _load_best(self) -> None:
