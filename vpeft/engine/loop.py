@@ -21,6 +21,7 @@ from ..metadata import FORMAT
 from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
+from .best import keep_training_form, read_best
 from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
 from .opening import skipped
@@ -280,6 +281,7 @@ class Trainer:
         if self.changes:
             self.notes["changed_settings"] = self.changes
         if self.run.main:
+            keep_training_form(self.run, self.handle, metrics=metrics, **self.metadata)
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             draw_curves(self.run, self.task)
@@ -373,7 +375,7 @@ class Trainer:
         """The chosen epoch's values; the last one's, which are at hand, where its file is damaged."""
         average, self.average = self.average, None  # best.safetensors holds the averaged values
         try:
-            file = checkpoint.read(self.run.file("best.safetensors"))
+            file = read_best(self.run, self.best["epoch"] + 1)
         except CheckpointError as error:
             if average:
                 average.swap()

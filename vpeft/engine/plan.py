@@ -21,9 +21,11 @@ from .state import RunState
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 NEXT, READY = ".next", "files.json"  # where a run is written that will replace another; there once it may take its place
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
+TRAINING = "best.training.safetensors"
 FILES = (
     "config.yaml", "environment.json", "log.jsonl", "console.log", "metrics.json", "curves.png", "overlays.png", "clips.png",
-    "weights.safetensors", "backbone.safetensors", *CHECKPOINTS, STATE, PREVIOUS,
+    "weights.safetensors", "backbone.safetensors", *CHECKPOINTS, TRAINING, STATE,
+    PREVIOUS,
 )  # fmt: skip
 
 OURS = {"name", "output", "model", "method", "data", "optim", "schedule", "train"}  # what every run's configuration has

@@ -71,11 +71,11 @@ class RunFolder:
         self.resuming, self.kept = self.plan.goes_on, self.plan.epoch
 
     def _open(self, stale: Holder | None) -> None:
+        self.made = self.made and not any(p.name != LOCK for p in self.path.iterdir())  # else another was faster
         _finish_replacing(self.path)
         self.plan = look(self.config, locked=True)
         if self.plan.state == PREVIOUS:
             os.replace(self.path / PREVIOUS, self.path / STATE)
-        self.made = self.made and not any(p.name != LOCK for p in self.path.iterdir())  # else another was faster
         _drop_next(self.path)  # of a run that came to replace nothing
         if self.plan.kind == "replace":
             self.folder = self.path / NEXT
@@ -190,7 +190,7 @@ class RunFolder:
             self._write_config()
         self.kept = state.epoch
         if self.folder != self.path:
-            write_text(self.file(READY), json.dumps(sorted(p.name for p in self.folder.iterdir())))
+            write_text(self.file(READY), json.dumps([n for n in FILES if self.file(n).exists()]))
             self.ready = True
             self._settle()
 
