@@ -98,7 +98,7 @@ def _is_ours(path: Path) -> bool:
     """Whether files of these names are a run's; other programs write a config.yaml and a metrics.json too."""
     for name, read, known in (
         ("environment.json", json.loads, lambda found: "vpeft" in found["versions"]),
-        ("config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text)), lambda found: OURS <= found.keys()),
+        ("config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text)), lambda found: found.keys() >= OURS),
     ):
         with suppress(Exception):  # missing, damaged, or of any other form
             if known(read((path / name).read_text())):
