@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,3 +52,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"12345678901234567890")
     with pytest.raises(vpeft.CheckpointError, match=r"b\.safetensors is damaged or no safetensors file"):
         read_tensors(tmp_path / "b.safetensors")
+
+
+def test_files_of_tensors_can_be_read_by_whom_other_files_can(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        (tmp_path / "b").write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -105,7 +105,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         plain[name] = own.clone() if storage in seen else own  # safetensors refuses memory that is shared
         seen.add(storage)
     with replacing(path) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode & 0o777
         save_file(plain, temporary, dict(metadata) if metadata else None)
+        temporary.chmod(rights)  # as any other new file's: safetensors may make one that its owner alone can read
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 import vpeft
 from vpeft.engine import run as module
 from vpeft.engine.lock import LOCK, Holder, RunLock
-from vpeft.engine.plan import NEXT, READY
+from vpeft.engine.plan import NEXT, READY, holds_run
 from vpeft.engine.run import RunFolder, settle
 from vpeft.engine.train import train
 from vpeft.files import replacing_folder
@@ -52,6 +52,33 @@ def test_a_folder_that_holds_no_run_is_never_touched(tiny):
     with pytest.raises(vpeft.ConfigError, match="holds no run but other things"):
         train(tiny("name=thesis"))
     assert contents(folder) == before
+
+
+def test_files_of_other_programs_are_no_run_whatever_they_are_called(tiny):
+    """A config.yaml beside a metrics.json is what many programs leave, and .next is what some call a folder."""
+    folder = Path(tiny().output) / "site"
+    (folder / NEXT).mkdir(parents=True)
+    (folder / NEXT / "page.js").write_text("of mine")
+    (folder / "config.yaml").write_text("model: {}\ntrain: {lr: 1}\n")
+    (folder / "metrics.json").write_text("{}")
+    before = contents(folder)
+    for more in ([], ["overwrite=true"]):
+        with pytest.raises(vpeft.ConfigError, match="holds no run but other things"):
+            train(tiny("name=site", *more))
+        assert contents(folder) == before
+    for name in ("config.yaml", "metrics.json"):
+        (folder / name).unlink()
+    train(tiny("name=site", "train.epochs=1"))
+    train(tiny("name=site", "train.epochs=1", "overwrite=true"))
+    assert contents(folder)[f"{NEXT}/page.js"] == b"of mine"
+
+
+def test_a_run_is_known_by_either_of_its_files(tiny, finished):
+    (finished / "environment.json").unlink()
+    assert holds_run(finished)
+    train(tiny("overwrite=true", "train.epochs=1"))
+    (finished / "config.yaml").write_text("{")
+    assert holds_run(finished)
 
 
 @pytest.mark.parametrize("name", [".", "..", "../x", "a/../..", "/tmp/somewhere", "", " ", ".hidden", "a/./b", "..\\x"])
@@ -164,6 +191,26 @@ def test_killed_while_it_gives_way_the_new_run_is_whole(tiny, finished, monkeypa
     assert (finished / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("moved", [0, 3])
+def test_interrupted_while_it_gives_way_the_new_run_is_whole(tiny, finished, monkeypatch, moved):
+    """Ctrl-C among the few moves: what was moved cannot go back, so the rest follows."""
+    real, count = os.replace, iter(range(10**6))
+
+    def stop(source, target):
+        if Path(source).parent.name == NEXT and Path(target).parent == finished and next(count) == moved:
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt, match="without overwrite=true goes on from the state after epoch 1"):
+            train(tiny("overwrite=true", "train.epochs=2", "seed=3"))
+    assert not (finished / NEXT).exists()
+    assert not (finished / LOCK).exists()
+    train(tiny("train.epochs=2", "seed=3"))
+    assert "resuming" in (finished / "console.log").read_text()
+
+
 def test_one_helper_puts_folders_in_place(tmp_path):
     """Of caches and clips: whole or not at all, and nothing but an empty folder gives way."""
     target = tmp_path / "cache"
@@ -245,6 +292,40 @@ def test_a_lock_that_cannot_be_read_is_not_taken_over(tmp_path):
     (tmp_path / LOCK).write_text("{")
     with pytest.raises(vpeft.ConfigError, match=f"remove {tmp_path / LOCK}"):
         RunLock(tmp_path).take()
+
+
+def test_a_lock_that_a_full_disk_leaves_empty_is_none(tmp_path):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from vpeft.engine.lock import RunLock\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "RunLock(Path(sys.argv[1])).take()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert "WriteError" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_odd_values_is_an_unknown_ones(tmp_path):
+    lock_of(tmp_path, pid="seven")
+    with pytest.raises(vpeft.ConfigError, match=f"remove {tmp_path / LOCK}"):
+        RunLock(tmp_path).take()
+
+
+def test_a_start_that_was_too_slow_leaves_what_the_faster_one_made(tiny, monkeypatch):
+    """Between looking whether there is a folder and locking it, another process may begin and end a whole run."""
+    config, real, others = tiny("train.epochs=1"), RunLock.take, []
+
+    def overtaken(self):
+        if not others:
+            others.append(True)
+            train(tiny("train.epochs=1"))
+            others.append(contents(self.file.parent))
+        return real(self)
+
+    monkeypatch.setattr(RunLock, "take", overtaken)
+    with pytest.raises(vpeft.ConfigError, match="holds a finished run"):
+        RunFolder(config)
+    assert contents(Path(config.output) / "run") == others[1]
 
 
 def test_the_lock_goes_with_the_run_however_it_ends(tiny, monkeypatch):

@@ -18,6 +18,7 @@ from vpeft.engine.loop import Trainer
 from vpeft.engine.plan import extended
 from vpeft.engine.predict import predict
 from vpeft.engine.progress import Pace
+from vpeft.engine.run import RunFolder
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import train
 
@@ -96,10 +97,61 @@ def test_an_extension_that_is_interrupted_goes_on(tiny, monkeypatch):
         train(tiny(*options, "train.extend=2"))
 
 
+@pytest.mark.parametrize("method", ["adamix", "prefix"])
+def test_the_chosen_epoch_comes_back_as_training_had_it(tiny, monkeypatch, method):
+    """Some methods' files hold a simpler form than training has: after a kill among the last files, and in an extension."""
+    options = {"adamix": "{bottleneck: 2, experts: 2}", "prefix": "{tokens: 2, form: perceptron, hidden: 4}"}
+    config = tiny(f"method.name={method}", f"method.options={options[method]}", "schedule.name=constant")
+    real, seen = Trainer.evaluate, []
+
+    def first_is_best(self, split):
+        found = real(self, split)
+        if split == "val":
+            seen.append(found["top1"])
+            found["top1"] = -len(seen)
+        return found
+
+    monkeypatch.setattr(Trainer, "evaluate", first_is_best)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    best = weights(config, "best")
+    metrics = train(config)
+    assert metrics["epoch"] == 1
+    assert same(weights(config, "best"), best)
+    extended(config, 1)
+    longer = train(config)
+    assert (longer["epoch"], longer["test_top1"]) == (1, metrics["test_top1"])
+    assert same(weights(config, "best"), best)
+    assert "lost_best" not in longer
+
+
+def killed(*args):
+    raise KeyboardInterrupt
+
+
+def test_an_extension_is_unfinished_before_its_files_change(tiny, monkeypatch):
+    """Else metrics.json would tell of other weights than the files have."""
+    config = tiny("schedule.name=constant")
+    train(config)
+    extended(config, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "keep", killed)
+        with pytest.raises(KeyboardInterrupt, match="goes on from the state after epoch 2"):
+            train(config)
+    assert not (folder_of(config) / "metrics.json").exists()
+    longer = tiny("schedule.name=constant", "train.epochs=3", "name=longer")
+    assert train(tiny("schedule.name=constant"))["epoch"] == train(longer)["epoch"]
+    assert same(weights(config), weights(longer))
+
+
 def test_what_cannot_be_extended(tiny, tiny_file, capsys):
     config = tiny()
     with pytest.raises(vpeft.ConfigError, match=r"--extend: .* holds no run"):
         extended(config, 2)
+    with pytest.raises(vpeft.ConfigError, match="overwrite=true would drop the run that is to be extended"):
+        extended(tiny("overwrite=true"), 2)
     train(tiny("schedule.min_lr=0"))
     for options, why in (
         (["schedule.min_lr=0"], "the cosine schedule ends at a rate of 0"),

@@ -24,6 +24,8 @@ from vpeft import checkpoint
 from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.loop import Trainer
+from vpeft.engine.run import RunFolder
+from vpeft.engine.state import RunState
 from vpeft.engine.train import train
 from vpeft.files import read_tensors
 
@@ -285,6 +287,36 @@ def test_a_best_epoch_that_is_lost_is_said(tiny, monkeypatch):
     assert (metrics["epoch"], metrics["lost_best"]) == (3, 1)
     log = " ".join((Path(config.output) / "run/console.log").read_text().split())
     assert "the weights of epoch 1 are lost, the best is chosen from 2 on" in log
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_best_file_that_ran_ahead_of_the_state_is_not_taken_for_an_earlier_epochs(tiny, monkeypatch, lower):
+    """Killed after the second epoch's files and before its state, and gone on with, perhaps, another rate."""
+    config, real, evaluate = tiny("train.epochs=2"), RunFolder.keep, Trainer.evaluate
+    train(tiny("train.epochs=2", "name=whole"))
+
+    def die(self, state):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+        real(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "keep", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    first = RunState.read(Path(config.output) / "run/state.safetensors").trained
+    if lower:
+        monkeypatch.setattr(Trainer, "evaluate", lambda self, split: evaluate(self, split) | {"top1": -float(self.epoch)})
+    metrics = train(tiny("train.epochs=2", *(("resume=changed", "optim.lr=1e-5") if lower else ())))
+    best = checkpoint.read(Path(config.output) / "run/best.safetensors")
+    assert metrics["epoch"] == best.metadata["metrics"]["epoch"] == (1 if lower else 2)
+    assert "lost_best" not in metrics
+    if lower:
+        assert all(torch.equal(best.tensors[n], t) for n, t in first.items())
+    else:
+        whole = checkpoint.read(Path(config.output) / "whole/best.safetensors")
+        assert all(torch.equal(best.tensors[n], t) for n, t in whole.tensors.items())
+        assert metrics["test_loss"] == whole.metadata["metrics"]["test_loss"]
 
 
 def test_the_last_reading_of_the_best_epoch_compares_its_checksum(tiny, monkeypatch):

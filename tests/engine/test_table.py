@@ -46,6 +46,19 @@ def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_p
         module.table(two_files, out=tmp_path / "table")
 
 
+def test_rows_that_would_be_one_run_are_refused(two_files, tmp_path, monkeypatch):
+    """Else the second configuration's row would show the first one's run, and a seed given twice would count as two."""
+    monkeypatch.setattr(module, "train", lambda config: pytest.fail("trained"))
+    with pytest.raises(vpeft.ConfigError, match=r"low\.yaml and \S+probe\.yaml would both be the run \S+same-seed0"):
+        module.table(two_files, ["name=same"], seeds=(0, 1), out=tmp_path / "table")
+    with pytest.raises(vpeft.ConfigError, match="--seeds: 0 1 0 has a seed twice"):
+        module.table(two_files, seeds=(0, 1, 0), out=tmp_path / "table")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(vpeft.ConfigError, match="--out: nothing can be written"):
+        module.table(two_files, out=tmp_path / "file/table")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_finished_run_with_other_settings_is_refused_before_anything_trains(two_files, tmp_path, monkeypatch):
     common = {"seeds": (0,), "out": tmp_path / "table"}
     module.table(two_files[:1], ["train.epochs=1"], **common)

@@ -205,6 +205,21 @@ def test_init_model_and_the_inferencer_take_every_file(root, averaged, tmp_path,
     assert inferencer.visualizer.dataset_meta["classes"] == CLASSES
 
 
+def test_paths_are_taken_where_their_names_are(root, averaged, tmp_path):
+    from mmengine.runner import load_checkpoint
+    from mmseg.apis import MMSegInferencer, init_model
+
+    work, _, judged = averaged
+    file, own = work / "iter_6.safetensors", tmp_path / "own.py"
+    inferred(root, tmp_path).dump(own)
+    torch.manual_seed(1)
+    model = init_model(own, file, device="cpu")
+    torch.manual_seed(1)
+    for found in (model, MMSegInferencer(model=own, weights=file, device="cpu").model):
+        assert equal(trained_tensors(found), judged[6][0])
+    assert load_checkpoint(model, file)["meta"]["iter"] == 6
+
+
 def test_a_file_that_does_not_fit_is_refused_wherever_it_is_loaded(root, averaged, tmp_path):
     from mmengine.runner import load_checkpoint
     from mmseg.apis import MMSegInferencer, init_model

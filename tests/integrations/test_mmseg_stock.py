@@ -184,6 +184,9 @@ def test_the_command(tmp_path, capsys):
         (UPER, {"method": "fish", "options": {}}, "looks at data"),
         (UPER, {"method": "vp", "options": {}}, "one size"),
         (UPER, {"lr": -1.0}, "--lr"),
+        (UPER, {"lr": float("inf")}, "--lr"),
+        (UPER, {"options": {"name": "ssf"}}, "name=ssf is no option of a method; give --method"),
+        (UPER, {"model": ("resnet18", {})}, "--model: .*; take a ViT or a Swin"),
     ],
 )
 def test_what_cannot_be_rewritten_is_said_and_nothing_written(tmp_path, stock, change, message):

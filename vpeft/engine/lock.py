@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -108,13 +108,16 @@ class RunLock:
                 if stale is not None:
                     self.file.unlink(missing_ok=True)
                 with open(self.file, "x") as f:  # never two, also where folders cannot be held
+                    self.mine = True
                     f.write(json.dumps(asdict(Holder.here()), indent=1))
             except FileExistsError:
                 self.check()
                 raise ConfigError(f"{self.file.parent} is locked by another process; see {self.file}") from None
             except OSError as error:
+                if self.mine:  # an empty one would be taken for an unknown process's
+                    self.mine = False
+                    self.file.unlink(missing_ok=True)
                 raise WriteError(f"{self.file} cannot be written: {error.strerror}") from error
-            self.mine = True
         return stale
 
     def release(self) -> None:
@@ -129,8 +132,7 @@ class RunLock:
     def _holder(self) -> Holder | None:
         try:
             found = Holder(**json.loads(self.file.read_text()))
-            float(found.started)
-            return found
+            return replace(found, host=str(found.host), pid=int(found.pid), started=float(found.started))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError):

@@ -21,6 +21,7 @@ from ..metadata import FORMAT
 from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
+from .best import keep_training_form, read_best
 from .cache import GB, CachedLoader, CacheError, FeatureCache
 from .config import why_no_cache
 from .opening import skipped
@@ -70,7 +71,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loaders["train"])
         self.scheduler, self.epochs = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.average = Average(self.params, config.train.ema) if config.train.ema else None
-        self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
+        self.epoch, self.best, self.lost = 0, {"epoch": None, "value": -math.inf}, -math.inf
         self.changes: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
         self.pace = Pace()
@@ -158,6 +159,8 @@ class Trainer:
         is_best = self.config.train.select == "last" or not values or value > self.best["value"]
         if is_best:
             self.best = {"epoch": self.epoch, "value": value}
+            if value > self.lost:
+                self.notes.pop("lost_best", None)
         self.epoch += 1
         if self.run.main:
             self.run.add_row(row | {"seconds": round(time.perf_counter() - started, 3)})
@@ -278,6 +281,7 @@ class Trainer:
         if self.changes:
             self.notes["changed_settings"] = self.changes
         if self.run.main:
+            keep_training_form(self.run, self.handle, metrics=metrics, **self.metadata)
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             draw_curves(self.run, self.task)
@@ -297,6 +301,7 @@ class Trainer:
     def _save(self, is_best: bool, values: dict) -> None:
         """The epoch's checkpoints; the state file comes last, so that it never runs ahead of them."""
         metrics = {f"val_{k}": v for k, v in values.items()} | {"epoch": self.epoch}
+        self.run.begin_keeping()
         self._write(("last", "best") if is_best else ("last",), metrics)
         scaler = self.accelerator.scaler
         method = self.handle.method
@@ -348,7 +353,7 @@ class Trainer:
         lost = self._damage("best")
         if lost:
             if self.best["epoch"] != self.epoch - 1:
-                self.notes["lost_best"] = self.best["epoch"] + 1
+                self.notes["lost_best"], self.lost = self.best["epoch"] + 1, self.best["value"]
                 lost += f"; the weights of epoch {self.notes['lost_best']} are lost, the best is chosen from {self.epoch} on"
                 value = row.get(f"val_{self.task.monitor}", float(self.epoch - 1))
                 self.best = {"epoch": self.epoch - 1, "value": value}
@@ -358,16 +363,19 @@ class Trainer:
     def _damage(self, name: str) -> str:
         """What is wrong with a checkpoint of this run, or nothing."""
         try:
-            checkpoint.read(self.run.file(f"{name}.safetensors"))
+            file = checkpoint.read(self.run.file(f"{name}.safetensors"))
         except CheckpointError as error:
             return str(error)
+        epoch, best = (file.metadata["metrics"] or {}).get("epoch"), self.best["epoch"] + 1
+        if name == "best" and epoch not in (None, best):  # killed before the state; the epoch may come out otherwise now
+            return f"{file.path} is of epoch {epoch}, not of epoch {best}"
         return ""
 
     def _load_best(self) -> None:
         """The chosen epoch's values; the last one's, which are at hand, where its file is damaged."""
         average, self.average = self.average, None  # best.safetensors holds the averaged values
         try:
-            file = checkpoint.read(self.run.file("best.safetensors"))
+            file = read_best(self.run, self.best["epoch"] + 1)
         except CheckpointError as error:
             if average:
                 average.swap()

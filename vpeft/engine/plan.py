@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
 from ..errors import CheckpointError, ConfigError, VpeftError, some
@@ -20,10 +21,14 @@ from .state import RunState
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 NEXT, READY = ".next", "files.json"  # where a run is written that will replace another; there once it may take its place
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
+TRAINING = "best.training.safetensors"
 FILES = (
     "config.yaml", "environment.json", "log.jsonl", "console.log", "metrics.json", "curves.png", "overlays.png", "clips.png",
-    "weights.safetensors", "backbone.safetensors", *CHECKPOINTS, STATE, PREVIOUS,
+    "weights.safetensors", "backbone.safetensors", *CHECKPOINTS, TRAINING, STATE,
+    PREVIOUS,
 )  # fmt: skip
+
+OURS = {"name", "output", "model", "method", "data", "optim", "schedule", "train"}  # what every run's configuration has
 
 
 @dataclass
@@ -86,7 +91,19 @@ def place(config: DictConfig) -> Path:
 def holds_run(path: Path) -> bool:
     """Whether a folder holds a run, finished or not."""
     others = ("environment.json", "metrics.json", STATE, *CHECKPOINTS)
-    return (path / "config.yaml").is_file() and any((path / n).is_file() for n in others)
+    return (path / "config.yaml").is_file() and any((path / n).is_file() for n in others) and _is_ours(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether files of these names are a run's; other programs write a config.yaml and a metrics.json too."""
+    for name, read, known in (
+        ("environment.json", json.loads, lambda found: "vpeft" in found["versions"]),
+        ("config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text)), lambda found: found.keys() >= OURS),
+    ):
+        with suppress(Exception):  # missing, damaged, or of any other form
+            if known(read((path / name).read_text())):
+                return True
+    return False
 
 
 def look(config: DictConfig, *, locked: bool = False) -> Plan:
@@ -132,6 +149,8 @@ def extended(config: DictConfig, epochs: int) -> None:
     path = place(config)
     if epochs < 1:
         raise ConfigError(f"--extend: {epochs} is impossible; it must be at least 1 (epochs)")
+    if config.overwrite:
+        raise ConfigError("--extend: overwrite=true would drop the run that is to be extended; give one of the two")
     if not holds_run(path):
         raise ConfigError(f"--extend: {path} holds no run; train it first")
     before = stored_config(path).train.extend

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..errors import WriteError
 from ..files import write_text
-from .lock import Holder, RunLock
+from .lock import LOCK, Holder, RunLock
 from .plan import FILES, NEXT, PREVIOUS, READY, STATE, Plan, look, place
 from .state import RunState
 
@@ -55,7 +55,8 @@ class RunFolder:
 
     def __init__(self, config: DictConfig, *, plan: Plan | None = None):
         self.config, self.main, self.begun, self.unwritten = config, plan is None, False, False
-        self.path = self.folder = place(config)
+        self.path, self.ready = place(config), False
+        self.folder = self.path
         self.made, self.lock, self.plan = not self.path.exists(), RunLock(self.path), plan
         self.logger = logging.getLogger(f"vpeft.run.{self.path}")
         if plan is not None:
@@ -70,14 +71,15 @@ class RunFolder:
         self.resuming, self.kept = self.plan.goes_on, self.plan.epoch
 
     def _open(self, stale: Holder | None) -> None:
+        self.made = self.made and not any(p.name != LOCK for p in self.path.iterdir())  # else another was faster
         _finish_replacing(self.path)
         self.plan = look(self.config, locked=True)
         if self.plan.state == PREVIOUS:
             os.replace(self.path / PREVIOUS, self.path / STATE)
-        shutil.rmtree(self.path / NEXT, ignore_errors=True)  # of a run that came to replace nothing
+        _drop_next(self.path)  # of a run that came to replace nothing
         if self.plan.kind == "replace":
             self.folder = self.path / NEXT
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=True)
         if self.plan.goes_on:
             self.unwritten = True  # what is there describes the state that is there
         else:
@@ -104,7 +106,9 @@ class RunFolder:
         if not self.main:
             return
         self._log_to()
-        shutil.rmtree(self.path / NEXT, ignore_errors=True)
+        self._settle()
+        if self.folder != self.path:
+            _drop_next(self.path)
         if self.made and not self.begun:
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
@@ -119,6 +123,7 @@ class RunFolder:
 
     def standing(self) -> str:
         """What is kept, and how to go on, in words."""
+        self._settle()
         again = "the same command without overwrite=true" if self.config.overwrite else "the same command"
         if self.folder != self.path:
             return f"the new run has no state yet; the run in {self.path} is as it was"
@@ -165,8 +170,14 @@ class RunFolder:
         except OSError as error:
             raise WriteError(f"{self.file('log.jsonl')} cannot be written: {error.strerror}") from error
 
+    def begin_keeping(self) -> None:
+        """Call before an epoch's files are written: a run that is being extended is no longer a finished one."""
+        if self.plan.kind == "extend" and self.unwritten:
+            self.file("metrics.json").unlink(missing_ok=True)
+            self._write_config()
+
     def keep(self, state: RunState) -> None:
-        """Write a state, and keep the one before it; a run that was finished or replaced gives way to this one now."""
+        """Write a state, and keep the one before it; a run that is replaced gives way to this one now."""
         file, before = self.file(STATE), self.file(PREVIOUS)
         if file.exists():
             before.unlink(missing_ok=True)
@@ -174,15 +185,18 @@ class RunFolder:
                 os.link(file, before)
             except OSError:  # a file system without links
                 shutil.copyfile(file, before)
-        if self.plan.kind == "extend" and self.unwritten:
-            self.file("metrics.json").unlink(missing_ok=True)
-            self._write_config()
         state.write(file)
         if self.unwritten:
             self._write_config()
         self.kept = state.epoch
         if self.folder != self.path:
-            write_text(self.file(READY), json.dumps(sorted(p.name for p in self.folder.iterdir())))
+            write_text(self.file(READY), json.dumps([n for n in FILES if self.file(n).exists()]))
+            self.ready = True
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take the other run's place, where this one is ready to; also where that was interrupted."""
+        if self.main and self.folder != self.path and (self.ready or self.file(READY).exists()):
             _finish_replacing(self.path)
             self.folder = self.path
 
@@ -223,7 +237,17 @@ def _finish_replacing(path: Path) -> None:
         if name not in names:
             (path / name).unlink(missing_ok=True)
     ready.unlink()
-    (path / NEXT).rmdir()
+    _drop_next(path)
+
+
+def _drop_next(path: Path) -> None:
+    """Remove what is left of a run that never took another one's place, and nothing else."""
+    there = path / NEXT
+    for file in list(there.iterdir()) if there.is_dir() else ():
+        if file.name in FILES or file.name.endswith(".tmp"):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        there.rmdir()
 
 
 def _environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -50,9 +51,13 @@ def table(
     Raises:
         VpeftError: a configuration that cannot work; names it.
     """
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose runs would be one")
+    _check_out(Path(out))
     plans = [(Path(f), [_plan(f, overrides, seed) for seed in seeds]) for f in files]
     if not plans:
         raise ConfigError("table: no configuration given")
+    _check_distinct(plans)
     again = _to_replace([config for _, configs in plans for config in configs])
     rows = []
     for number, (file, configs) in enumerate(plans, 1):
@@ -75,6 +80,27 @@ def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     return config
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place in which no results can be written, before the runs that they are of."""
+    there = next(p for p in (out.parent, *out.parent.parents) if p.exists())
+    if out.name in ("", "..") or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: nothing can be written to {out}.md; give a path such as runs/table")
+
+
+def _check_distinct(plans: list[tuple[Path, list[DictConfig]]]) -> None:
+    """Refuse configurations that would be one run: the second one's row would show the first one's.
+
+    Raises:
+        ConfigError: names both.
+    """
+    seen: dict[Path, Path] = {}
+    for file, configs in plans:
+        path = place(configs[0]).resolve()
+        if path in seen:
+            raise ConfigError(f"table: {seen[path]} and {file} would both be the run {path}; give each another name: …")
+        seen[path] = file
 
 
 def _to_replace(configs: list[DictConfig]) -> set[str]:

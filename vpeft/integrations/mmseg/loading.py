@@ -1,11 +1,13 @@
 """mmengine's ways of loading a checkpoint, for files of ``SaveTrained``: ``init_model``, ``MMSegInferencer``, ``Runner``."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from mmengine.infer import BaseInferencer
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmseg.models import BaseSegmentor
 from torch import Tensor
@@ -66,8 +68,33 @@ def _whole(load: Callable) -> Callable:
     return whole
 
 
+def _find_loader(find: Callable) -> classmethod:
+    """``CheckpointLoader._get_checkpoint_loader``, which knows strings, for paths too."""
+
+    @wraps(find)
+    def found(cls: type, path: Any) -> Callable:
+        return find(cls, os.fspath(path))
+
+    return classmethod(found)
+
+
+def _from_path(make: Callable) -> Callable:
+    """``BaseInferencer.__init__`` with a path in the place of a configuration file's name."""
+
+    @wraps(make)
+    def made(self: Any, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        make(self, os.fspath(model) if isinstance(model, os.PathLike) else model, *args, **kwargs)
+
+    return made
+
+
 def register() -> None:
     """Teach mmengine to read these files, and segmentors to take them; a second call changes nothing."""
     CheckpointLoader.register_scheme(prefixes=r".*\.safetensors$", loader=load_from_vpeft, force=True)
+    find = vars(CheckpointLoader)["_get_checkpoint_loader"].__func__
+    if not hasattr(find, "__wrapped__"):
+        CheckpointLoader._get_checkpoint_loader = _find_loader(find)
+    if not hasattr(BaseInferencer.__init__, "__wrapped__"):
+        BaseInferencer.__init__ = _from_path(BaseInferencer.__init__)
     if not hasattr(BaseSegmentor._load_from_state_dict, "__wrapped__"):
         BaseSegmentor._load_from_state_dict = _whole(BaseSegmentor._load_from_state_dict)

@@ -1,5 +1,6 @@
 """``vpeft mmseg-config``: a stock configuration of mmsegmentation rewritten for an adapted timm backbone."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,10 @@ class Choice:
             raise VpeftError(
                 f"--model: timm has no weights for '{self.model}', and a frozen model of random ones learns little"
             )
-        if not self.lr > 0:
-            raise VpeftError(f"--lr: {self.lr} must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise VpeftError(f"--lr: {self.lr} must be a number above 0")
+        if "name" in self.options:
+            raise VpeftError(f"--options: name={self.options['name']} is no option of a method; give --method")
 
 
 def pairs(where: str, items: Iterable[str]) -> dict[str, Any]:
@@ -202,7 +205,8 @@ def _made(make: Callable, *args: Any, **kwargs: Any) -> Any:
     try:
         return make(*args, **kwargs)
     except TypeError as error:  # of timm's class
-        raise VpeftError(f"--model-kwargs: {error}") from error
+        key = "--model" if "'img_size'" in str(error) else "--model-kwargs"
+        raise VpeftError(f"{key}: {error}{'; take a ViT or a Swin' if key == '--model' else ''}") from error
 
 
 def _normalise(cfg: Config, choice: Choice, size: tuple[int, int] | None) -> list[str]:
