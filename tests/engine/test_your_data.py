@@ -133,6 +133,10 @@ def test_folders_that_are_no_classes(make, folders):
     with pytest.raises(vpeft.DataError, match=r"data\.train_split: the class empty has a folder in 'train', but no image"):
         opened(make())
     (folders / "train/empty").rmdir()
+    (folders / "train/gone").symlink_to(folders / "nowhere")
+    with pytest.raises(vpeft.DataError, match=r"train/gone is a link that leads nowhere \(.*nowhere\)"):
+        opened(make())
+    (folders / "train/gone").unlink()
     try:
         (folders / "train" / "caf\udce9").mkdir()
     except OSError:  # a file system that takes text alone

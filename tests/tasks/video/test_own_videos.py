@@ -36,9 +36,10 @@ def section(cls, **values):
     return OmegaConf.merge(OmegaConf.structured(cls), values)
 
 
-def opened(root, data=None, video=None):
+def opened(root, data=None, video=None, order=None):
     data = section(DataConfig, **({"source": "list", "root": str(root)} | (data or {})))
-    return build_clips(data, section(AugmentConfig), section(VideoConfig, **({"frames": 2} | (video or {}))), STATS)
+    video = section(VideoConfig, **({"frames": 2} | (video or {})))
+    return build_clips(data, section(AugmentConfig), video, STATS, order=order)
 
 
 # ---- how a file says that it is shown ----
@@ -527,6 +528,39 @@ def test_folders_that_are_no_classes(tree, plain):
         opened(root, {"source": "folder"})
     with pytest.raises(DataError, match=r"data\.train_split: '.*trian' does not exist; did you mean 'train'"):
         opened(root, {"source": "folder", "train_split": "trian"})
+
+
+def test_a_test_split_may_lack_videos_of_a_class(tree):
+    root = tree(train=["a", "b", "c"], test=["b", "c"])
+    (root / "test" / "a").mkdir()
+    data = opened(root, {"source": "folder"})
+    assert (data.classes, data.test.labels) == (("a", "b", "c"), [1, 2])
+    (root / "test" / "d").symlink_to("/nowhere/d")
+    with pytest.raises(DataError, match=r"test/d is a link that leads nowhere"):
+        opened(root, {"source": "folder"})
+
+
+def test_numbers_that_training_lacks_are_refused(tree):
+    root = tree(train=["a", "b"], test=["a", "b"])
+    (root / "train.txt").write_text("train/a/v.mp4 0\ntrain/b/v.mp4 1\n")
+    (root / "test.txt").write_text("test/a/v.mp4 1\ntest/b/v.mp4 2\n")
+    with pytest.raises(DataError, match=r"test/b/v\.mp4 has the label 2, but there are 2 classes"):
+        opened(root)
+    assert opened(root, {"num_classes": 3}).classes == ("0", "1", "2")
+    (root / "test.txt").write_text("test/b/v.mp4,b\n")
+    data = opened(root, {"classes": ["a", "b"]})
+    assert (data.classes, data.test.labels) == (("a", "b"), [1])
+
+
+def test_numbers_are_no_order_of_a_checkpoints_names(tree):
+    """A list of numbers beside a checkpoint of names: which is which, nothing says."""
+    root = tree(test=["a", "b"])
+    (root / "test.txt").write_text("test/a/v.mp4 1\ntest/b/v.mp4 0\n")
+    alone = {"train_split": "", "test_split": "test"}
+    with pytest.raises(DataError, match=r"data\.test_split: its labels are numbers, but the checkpoint's are names"):
+        opened(root, alone, order=("a", "b"))
+    assert opened(root, alone, order=("0", "1")).test.labels == [1, 0]
+    assert opened(root, alone | {"classes": ["b", "a"]}, order=("a", "b")).test.labels == [0, 1]
 
 
 # ---- the example ----
