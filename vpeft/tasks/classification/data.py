@@ -105,8 +105,8 @@ def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[st
         label_table(data.classes, order, "data.classes")
     elif named_by(order) and _own_names(data, first) is None:
         raise DataError(
-            f"data.source: the labels of '{data.source}' are numbers, but the checkpoint's are names; name the classes in the "
-            "order of their numbers, in data.classes"
+            f"data.source: the labels of '{data.source}' are numbers, but the checkpoint's are names; name the classes in "
+            "the order of their numbers, in data.classes"
         )
     return tuple(order)
 

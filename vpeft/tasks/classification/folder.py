@@ -28,7 +28,8 @@ class FolderImages(Dataset):
         files, labels: of the images, in natural order.
 
     Raises:
-        DataError: no class, a link that leads nowhere, images beside the classes' folders or deeper than these, or no image at all.
+        DataError: no class, a class's link that leads nowhere, images beside the classes' folders or deeper than these, or no
+            image at all.
     """
 
     def __init__(self, root: Path, transform: Callable[[Image.Image], Any] | None = None):
