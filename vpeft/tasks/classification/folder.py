@@ -28,8 +28,7 @@ class FolderImages(Dataset):
         files, labels: of the images, in natural order.
 
     Raises:
-        DataError: no class, a class's link that leads nowhere, images beside the classes' folders or deeper than these, or no
-            image at all.
+        DataError: no class, a class's link that leads nowhere, images beside the classes' folders or deeper, or no image.
     """
 
     def __init__(self, root: Path, transform: Callable[[Image.Image], Any] | None = None):
