@@ -552,6 +552,30 @@ def test_numbers_that_training_lacks_are_refused(tree):
     assert (data.classes, data.test.labels) == (("a", "b"), [1])
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda entry: entry.pop("count"),
+        lambda entry: entry.update(steps=[[1]]),
+        lambda entry: entry.update(count="9"),
+        lambda entry: (entry.clear(), entry.update(stamp=None, error="no decoder")),
+    ],
+)
+def test_a_damaged_index_is_made_anew(tree, spoil):
+    """And what could not be read once is looked at again, although the file is the same."""
+    root = tree(train=["a"], test=["a"])
+    before = opened(root).test.timelines
+    file = root / "test.txt.frames.json"
+    stored = json.loads(file.read_text())
+    stamp = stored["videos"][str(root / "test/a/v.mp4")]["stamp"]
+    spoil(stored["videos"][str(root / "test/a/v.mp4")])
+    stored["videos"][str(root / "test/a/v.mp4")]["stamp"] = stamp
+    for text in (json.dumps(stored), json.dumps(stored | {"videos": []}), json.dumps(stored | {"videos": {str(root): 3}})):
+        file.write_text(text)
+        assert opened(root).test.timelines == before
+        assert json.loads(file.read_text())["videos"][str(root / "test/a/v.mp4")]["count"] == before[0].count
+
+
 def test_numbers_are_no_order_of_a_checkpoints_names(tree):
     """A list of numbers beside a checkpoint of names: which is which, nothing says."""
     root = tree(test=["a", "b"])

@@ -13,8 +13,13 @@ from .endings import video_endings
 
 HMDB51_PARTS = {"train": "1", "test": "2"}
 # What the columns of a list are called, where its first line is a heading.
-PATH_WORDS = frozenset({"path", "file", "filename", "file_name", "name", "video", "video_path", "video_name", "clip"})
-LABEL_WORDS = frozenset({"label", "labels", "class", "class_name", "category", "target", "id", "class_id"})
+PATH_WORDS = frozenset({
+    "path", "paths", "file", "filename", "file_name", "filepath", "file_path", "name", "id", "video", "video_path",
+    "video_name", "video_id", "clip", "clip_id", "clip_path", "folder", "frame_folder",
+})  # fmt: skip
+LABEL_WORDS = frozenset({
+    "label", "labels", "label_id", "class", "class_name", "classname", "category", "target", "id", "class_id", "action",
+})  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
