@@ -535,6 +535,7 @@ def test_a_test_split_may_lack_videos_of_a_class(tree):
     (root / "test" / "a").mkdir()
     data = opened(root, {"source": "folder"})
     assert (data.classes, data.test.labels) == (("a", "b", "c"), [1, 2])
+    assert data.test.sample_name(0) == str(root / "test/b/v.mp4")
     (root / "test" / "d").symlink_to("/nowhere/d")
     with pytest.raises(DataError, match=r"test/d is a link that leads nowhere"):
         opened(root, {"source": "folder"})
