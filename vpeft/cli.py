@@ -77,11 +77,7 @@ def _predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
         from .tasks.protocol import PredictOptions
 
         options = PredictOptions(args.topk, args.batch_size, args.checkpoint, args.out, args.skip_broken)
-        try:
-            predict(args.ckpt, args.paths, options, json_file=args.json, save=args.save, form=args.format)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+        predict(args.ckpt, args.paths, options, json_file=args.json, save=args.save, form=args.format)
 
     return run
 
@@ -240,7 +236,11 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
             child = parsers.add_parser(name, help=text, description=text)
             if name in argv[:1]:  # what the others' options are read from need not be imported
                 child.set_defaults(run=build(child))
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings on both sides of an option, of which argparse takes the first ones alone
+        args.overrides += rest
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     with stoppable() as stopping:
         try:

@@ -61,3 +61,9 @@ def test_what_is_no_list_is_named(tmp_path):
         read_names(tmp_path / "none.txt")
     (tmp_path / "names.txt").write_bytes('\ufeffcat\r\n"dog, big"\r\n'.encode())
     assert read_names(tmp_path / "names.txt") == ["cat", "dog, big"]
+
+
+def test_spaces_around_quoted_fields_and_marks_of_joined_files(tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_bytes(b'\xef\xbb\xbf\xef\xbb\xbf"a, b.mp4" , "big ""dog"""\n"c.mp4" ;7\n')
+    assert [line.fields(1) for line in read_lines(file)] == [["a, b.mp4", 'big "dog"'], ["c.mp4", "7"]]

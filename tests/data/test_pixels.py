@@ -168,3 +168,28 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, kind):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(DataError, match=r"folder\.png is not a readable image"):
         open_image(tmp_path / "folder.png")
+
+
+def grey_png(path, values: np.ndarray, bits: int) -> None:
+    """A grey PNG file of 1, 2 or 4 bits, which PIL does not write."""
+    text = ["".join(format(int(v), f"0{bits}b") for v in row) for row in values]
+    rows = [b"\0" + bytes(int(t[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(t), 8)) for t in text]
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_keep_their_ids(tmp_path, bits):
+    """PIL stretches grey of 2 and 4 bits to 8: right for images, another class for masks."""
+    ids = np.arange(10).reshape(2, 5) % 2**bits
+    grey_png(tmp_path / "a.png", ids, bits)
+    assert np.array_equal(read_mask(tmp_path / "a.png"), ids)
+    assert np.array_equal(read_image(tmp_path / "a.png")[..., 0], ids * (255 // (2**bits - 1)))
+
+
+def test_a_mask_that_keeps_ids_only_nearly_is_refused(tmp_path):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png", format="JPEG")
+    with pytest.raises(DataError, match=r"a\.png: a JPEG file"):
+        read_mask(tmp_path / "a.png")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -155,6 +156,22 @@ def test_a_closed_pipe_ends_quietly_and_files_are_finished(ckpt, photos, tmp_pat
         assert len(opened) == rows
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 4
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_there_is_and_ends_with_its_own_status(ckpt, photos, tmp_path, monkeypatch, capsys, number):
+    files = [tmp_path / "o.json", tmp_path / "o.csv"]
+    monkeypatch.setattr(engine._Screen, "add", lambda self, row: os.kill(os.getpid(), number) or True)
+    assert run("--ckpt", ckpt, photos, "--json", files[0], "--save", files[1]) == 128 + number
+    assert len(json.loads(files[0].read_text())) == len(files[1].read_text().splitlines()) - 1 == 1
+    assert re.search(r"1 of 5 files predicted; kept in .*\ninterrupted", capsys.readouterr().err)
+
+
+def test_a_full_disk_behind_the_output_is_said_in_a_line(ckpt, photos, monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run("--ckpt", ckpt, photos / "a.png") == 2
+    assert "WriteError: the standard output cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_everything_is_checked_before_a_file_is_read(ckpt, photos, tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.loop import Trainer
 from vpeft.engine.run import RunFolder
+from vpeft.engine.settings import harmful
 from vpeft.engine.state import RunState
 from vpeft.engine.train import train
 from vpeft.files import read_tensors
@@ -161,6 +162,7 @@ def test_settings_that_change_nothing_pass_and_are_named(tiny, tmp_path, monkeyp
     free = [
         "data.workers=1",
         "data.batch_size=50",
+        "data.skip_broken=true",
         "cache.budget_gb=1",
         "wandb.project=other",
         "train.epochs=3",
@@ -169,8 +171,9 @@ def test_settings_that_change_nothing_pass_and_are_named(tiny, tmp_path, monkeyp
     train(tiny(*constant, *free))
     log = " ".join((tmp_path / "runs/run/console.log").read_text().split())
     assert "other settings that do not change the result: " in log
-    for key in ("data.workers 0 -> 1", "data.batch_size 400 -> 50", "train.epochs 2 -> 3", "wandb.project vpeft -> other"):
+    for key in ("data.workers 0 -> 1", "data.batch_size 400 -> 50", "data.skip_broken False -> True", "train.epochs 2 -> 3"):
         assert key in log
+    assert "wandb.project vpeft -> other" in log
     whole = tiny(*constant, "train.epochs=3", "name=whole")
     train(whole)
     assert same(weights(tiny()), weights(whole))
@@ -362,3 +365,10 @@ def test_a_state_of_an_earlier_version_goes_on(after_two):
     OmegaConf.save(text, file.parent / "config.yaml")
     train(config)
     assert same(weights(config), weights(whole))
+
+
+def test_leaving_out_is_harmless_where_nothing_was_left_out():
+    """A finished run may have left something out: then it is another one than that which would end there."""
+    for key in ("data.skip_broken", "video.skip_broken"):
+        assert harmful({key: (True, False)}) == harmful({key: (False, True)}, finished=True) == {}
+        assert harmful({key: (True, False)}, finished=True) == {key: (True, False)}

@@ -115,6 +115,23 @@ def test_the_step_stops_and_names_the_files(tiny_file, folder, monkeypatch, epoc
     assert len((run / "log.jsonl").read_text().splitlines()) == epoch, "the epoch was not played to its end"
 
 
+def test_what_was_left_out_is_not_named(tiny_file, folder):
+    (folder / "train/light/04.png").write_bytes(b"no image")
+    options = [
+        f"data.root={folder}",
+        "data.source=folder",
+        "data.val_size=0",
+        "data.skip_broken=true",
+        "train.batch_size=40",
+    ]
+    config = load_config(tiny_file, [*options, "optim.name=sgd", "optim.lr=1e6", "train.epochs=9", "schedule.name=constant"])
+    with pytest.raises(vpeft.VpeftError, match=r"at step 1 of epoch \d"):
+        train(config)
+    log = (Path(config.output) / "run/console.log").read_text().partition("the batch of step")[2]
+    assert "light/05.png" in log
+    assert "light/04.png" not in log
+
+
 def test_a_rate_that_is_too_high_can_be_lowered_on_the_way(tiny):
     config = tiny("optim.name=sgd", "optim.lr=1e6", "train.epochs=3", "schedule.warmup_epochs=2", "schedule.warmup_lr=0")
     with pytest.raises(vpeft.VpeftError, match=r"(nan|inf) at step \d+ of epoch \d") as raised:

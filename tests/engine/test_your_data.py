@@ -133,6 +133,10 @@ def test_folders_that_are_no_classes(make, folders):
     with pytest.raises(vpeft.DataError, match=r"data\.train_split: the class empty has a folder in 'train', but no image"):
         opened(make())
     (folders / "train/empty").rmdir()
+    (folders / "train/gone").symlink_to(folders / "nowhere")
+    with pytest.raises(vpeft.DataError, match=r"train/gone is a link that leads nowhere \(.*nowhere\)"):
+        opened(make())
+    (folders / "train/gone").unlink()
     try:
         (folders / "train" / "caf\udce9").mkdir()
     except OSError:  # a file system that takes text alone
@@ -146,6 +150,30 @@ def test_natural_order_and_equal_names_in_other_case(make, folders):
     class_folders(folders, {f"many/{n}": 1 for n in ("10", "2", "a", "A", "²")})
     data = opened(make("data.train_split=many", "data.test_split=null"))
     assert data.classes == ("2", "10", "A", "a", "²")
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(make, folders, tmp_path, tiny_file, capsys):
+    config = make()
+    train(config)
+    best, stored = tmp_path / "runs/run/best.safetensors", tmp_path / "runs/run/config.yaml"
+    main(["test", "--cfg", str(stored), f"data.root={tmp_path}", "--ckpt", str(best), f"data.root={folders}"])
+    assert "test_top1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["test", "--cfg", str(stored), "data.val_size=0", "--ckpt", str(best), "data.val_size"])
+    assert "unrecognized arguments: data.val_size" in capsys.readouterr().err
+
+
+def test_numbers_are_no_order_of_a_checkpoints_names(make, folders, monkeypatch):
+    """Labels of a data set without names, beside a checkpoint of names: which is which, nothing says."""
+    config = make("data.val_split=null")
+    config.data.train_split = ""
+    monkeypatch.setattr("vpeft.tasks.classification.data._own_names", lambda data, dataset: None)
+    task = get_task(config)
+    task.class_order = ("stripes", "square")
+    with pytest.raises(vpeft.DataError, match=r"the labels of 'folder' are numbers, but the checkpoint's are names"):
+        task.open_data()
+    config.data.classes = ["square", "stripes"]
+    assert set(task.open_data()[0].test.labels) == {0, 1}
 
 
 def test_a_checkpoint_knows_its_classes_by_name(make, folders, tmp_path):

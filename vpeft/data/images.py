@@ -14,6 +14,8 @@ from ..errors import DataError
 from .pixels import check_single, to_rgb, turned, turned_to_rgb, upright
 
 IGNORED = 255  # the id of what is not labelled
+_LOSSY = ("JPEG", "MPO")
+_FEW_BITS = {"L;2": 2, "L;4": 4}  # of grey, by PIL's raw modes
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".gif", ".jfif", ".jp2", ".avif",
 )  # fmt: skip
@@ -72,9 +74,19 @@ def _read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
     with _opened(path, "mask") as image:
         if image.mode not in ("P", "L", "1", "I") and not image.mode.startswith("I;16"):
             raise DataError(f"a mask holds one class id per pixel (palette or grey), this is a {image.mode} image")
+        if image.format in _LOSSY:
+            raise DataError(f"a {image.format} file, which keeps colours only nearly, and so other class ids; write PNG")
         check_single(image)
+        step = _stretch(image)
         image, turn = upright(image)
-        return np.asarray(image).astype(np.int64), turn is not None
+        return np.asarray(image).astype(np.int64) // step, turn is not None
+
+
+def _stretch(image: Image.Image) -> int:
+    """What PIL multiplies grey values of 2 or 4 bits by, to make 8 of them."""
+    kind = image.tile[0].args if image.tile else ""
+    bits = _FEW_BITS.get(kind if isinstance(kind, str) else next(iter(kind or ()), ""))
+    return 255 // (2**bits - 1) if bits else 1
 
 
 def read_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:

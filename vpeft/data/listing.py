@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,14 @@ class Line:
         return None
 
     def _quoted(self, separator: str) -> list[str]:
-        try:
-            found = next(csv.reader([self.text], delimiter=separator, skipinitialspace=True, strict=True))
-        except csv.Error:  # a quote that belongs to a name
-            return []
-        return [part.strip() for part in found]
+        tight = re.sub(rf'" +(?={re.escape(separator)})', '"', self.text)  # csv knows no space between quote and separator
+        for text in (self.text, tight):
+            try:
+                found = next(csv.reader([text], delimiter=separator, skipinitialspace=True, strict=True))
+                return [part.strip() for part in found]
+            except csv.Error:  # a quote that belongs to a name
+                continue
+        return []
 
 
 def read_text(path: str | Path, what: str = "list") -> str:
@@ -85,7 +89,7 @@ def read_text(path: str | Path, what: str = "list") -> str:
 def _text(text: str, path: Path, what: str) -> str:
     if "\0" in text:
         raise DataError(f"{path}: not a readable {what}: it holds bytes that are no text")
-    return text
+    return text.lstrip("\ufeff")  # of files that were put together, each with its mark
 
 
 def read_lines(path: str | Path, what: str = "list") -> list[Line]:

@@ -122,6 +122,11 @@ def class_names(data: Any, own: Sequence[str] | None, count: int | None = None) 
     raise DataError(f"data.num_classes: '{data.source}' names no classes; say how many there are")
 
 
+def named_by(order: Sequence[str] | None) -> bool:
+    """Whether a checkpoint's classes have names, and not the numbers that stand for those of unnamed data."""
+    return order is not None and list(order) != [str(i) for i in range(len(order))]
+
+
 def check_names(names: Sequence[str], where: str) -> None:
     """Refuse names of classes that are empty, stand twice, or could not be written into a file.
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from omegaconf import DictConfig
 
 from .. import checkpoint
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, WriteError, did_you_mean
 from ..files import naming
 from ..tasks.prediction import check_preparation
 from ..tasks.protocol import PredictOptions, PredictWatch
@@ -140,7 +140,11 @@ class _Screen:
         self.bar.start()
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Print a row; False where nobody reads any more."""
+        """Print a row; False where nobody reads any more.
+
+        Raises:
+            WriteError: it goes to a full disk.
+        """
         from rich.segment import Segment, Segments
 
         if self.closed:
@@ -156,6 +160,9 @@ class _Screen:
         except BrokenPipeError:
             self.closed = True
             _silence()
+        except OSError as error:
+            _silence()
+            raise WriteError(f"the standard output cannot be written: {error.strerror or error}") from error
         return not self.closed
 
     def __exit__(self, *error: object) -> None:

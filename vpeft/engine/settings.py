@@ -11,13 +11,15 @@ from .config import from_container
 
 Changes = dict[str, tuple[Any, Any]]  # what is stored and what is asked for, by key
 
-# Where a run lies, who watches, how fast it is loaded and drawn: not what comes out.
+# Where a run lies, who watches, how fast it is loaded and drawn: not what comes out. A run that left out nothing had nothing
+# to leave out, and one that ended at a broken sample can only go on without it.
 HARMLESS = frozenset(
     {
-        "name", "output", "resume", "overwrite", "data.workers", "data.batch_size", "data.download", "cache.mode",
-        "cache.budget_gb", "cache.folder", "seg.overlays", "video.strips", "video.cache",
+        "name", "output", "resume", "overwrite", "data.workers", "data.batch_size", "data.download", "data.skip_broken",
+        "cache.mode", "cache.budget_gb", "cache.folder", "seg.overlays", "video.strips", "video.cache", "video.skip_broken",
     }
 )  # fmt: skip
+SKIPPING = ("data.skip_broken", "video.skip_broken")
 WATCHING = "wandb."
 STREAMS = ("wds", "hfids", "tfds")  # which cut their samples into shares of workers and batches
 # The rate after so many steps does not depend on how many there will be.
@@ -57,7 +59,9 @@ def harmful(changes: Changes, *, finished: bool = False, config: DictConfig | No
         config: what is asked for.
     """
     free = set(HARMLESS)
-    if not finished:
+    if finished:  # a run that left something out has no result without it
+        free -= {k for k in SKIPPING if not changes.get(k, (None, True))[1]}
+    else:
         free.add("train.patience")
         if config is not None and config.schedule.name in OPEN_ENDED:
             free.add("train.epochs")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.broken import tally_of
 from ..data.loader import sample_names
 from ..errors import VpeftError, WriteError, some
 from ..stopping import asked_to_stop
@@ -75,7 +76,9 @@ def _names(loader: Any, step: int, inputs: Tensor) -> list[str]:
     if not hasattr(sampler, "global_size"):
         return [f"batch {step + 1} of the stream"]
     items = next(itertools.islice(iter(sampler), step, None))
-    names = sample_names(loader.dataset, [index for _, index in items])
+    tally = tally_of(getattr(loader.dataset, "dataset", None))
+    left_out = () if tally is None else tally.reasons
+    names = sample_names(loader.dataset, [index for _, index in items if index not in left_out])
     if len(names) == len(inputs) and inputs.is_floating_point():
         bad = [n for n, x in zip(names, inputs, strict=True) if not torch.isfinite(x).all()]
         names = bad or names

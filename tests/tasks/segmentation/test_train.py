@@ -19,6 +19,7 @@ from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
+from vpeft.errors import ConfigError
 from vpeft.tasks.segmentation.pictures import picture_names
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, Scenes, write_scenes
 
@@ -208,6 +209,10 @@ def test_names_of_pictures(tmp_path):
     assert names[Path("z.1.png")] == "z.1"
     assert len({n.lower() for n in names.values()}) == len(files)
     assert names == picture_names(files, tmp_path)
+    (tmp_path / "y_mask.png").write_text("drawn by hand")
+    with pytest.raises(ConfigError, match=r"--out: .*y_mask\.png lies beside the images, and would be replaced"):
+        picture_names([tmp_path / "y.png"], tmp_path)
+    assert picture_names([tmp_path / "other/y.png"], tmp_path), "of an earlier call"
 
 
 # ---- SAN with text embeddings ----

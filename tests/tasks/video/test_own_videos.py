@@ -36,9 +36,10 @@ def section(cls, **values):
     return OmegaConf.merge(OmegaConf.structured(cls), values)
 
 
-def opened(root, data=None, video=None):
+def opened(root, data=None, video=None, order=None):
     data = section(DataConfig, **({"source": "list", "root": str(root)} | (data or {})))
-    return build_clips(data, section(AugmentConfig), section(VideoConfig, **({"frames": 2} | (video or {}))), STATS)
+    video = section(VideoConfig, **({"frames": 2} | (video or {})))
+    return build_clips(data, section(AugmentConfig), video, STATS, order=order)
 
 
 # ---- how a file says that it is shown ----
@@ -527,6 +528,64 @@ def test_folders_that_are_no_classes(tree, plain):
         opened(root, {"source": "folder"})
     with pytest.raises(DataError, match=r"data\.train_split: '.*trian' does not exist; did you mean 'train'"):
         opened(root, {"source": "folder", "train_split": "trian"})
+
+
+def test_a_test_split_may_lack_videos_of_a_class(tree):
+    root = tree(train=["a", "b", "c"], test=["b", "c"])
+    (root / "test" / "a").mkdir()
+    data = opened(root, {"source": "folder"})
+    assert (data.classes, data.test.labels) == (("a", "b", "c"), [1, 2])
+    assert data.test.sample_name(0) == str(root / "test/b/v.mp4")
+    (root / "test" / "d").symlink_to("/nowhere/d")
+    with pytest.raises(DataError, match=r"test/d is a link that leads nowhere"):
+        opened(root, {"source": "folder"})
+
+
+def test_numbers_that_training_lacks_are_refused(tree):
+    root = tree(train=["a", "b"], test=["a", "b"])
+    (root / "train.txt").write_text("train/a/v.mp4 0\ntrain/b/v.mp4 1\n")
+    (root / "test.txt").write_text("test/a/v.mp4 1\ntest/b/v.mp4 2\n")
+    with pytest.raises(DataError, match=r"test/b/v\.mp4 has the label 2, but there are 2 classes"):
+        opened(root)
+    assert opened(root, {"num_classes": 3}).classes == ("0", "1", "2")
+    (root / "test.txt").write_text("test/b/v.mp4,b\n")
+    data = opened(root, {"classes": ["a", "b"]})
+    assert (data.classes, data.test.labels) == (("a", "b"), [1])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda entry: entry.pop("count"),
+        lambda entry: entry.update(steps=[[1]]),
+        lambda entry: entry.update(count="9"),
+        lambda entry: (entry.clear(), entry.update(stamp=None, error="no decoder")),
+    ],
+)
+def test_a_damaged_index_is_made_anew(tree, spoil):
+    """And what could not be read once is looked at again, although the file is the same."""
+    root = tree(train=["a"], test=["a"])
+    before = opened(root).test.timelines
+    file = root / "test.txt.frames.json"
+    stored = json.loads(file.read_text())
+    stamp = stored["videos"][str(root / "test/a/v.mp4")]["stamp"]
+    spoil(stored["videos"][str(root / "test/a/v.mp4")])
+    stored["videos"][str(root / "test/a/v.mp4")]["stamp"] = stamp
+    for text in (json.dumps(stored), json.dumps(stored | {"videos": []}), json.dumps(stored | {"videos": {str(root): 3}})):
+        file.write_text(text)
+        assert opened(root).test.timelines == before
+        assert json.loads(file.read_text())["videos"][str(root / "test/a/v.mp4")]["count"] == before[0].count
+
+
+def test_numbers_are_no_order_of_a_checkpoints_names(tree):
+    """A list of numbers beside a checkpoint of names: which is which, nothing says."""
+    root = tree(test=["a", "b"])
+    (root / "test.txt").write_text("test/a/v.mp4 1\ntest/b/v.mp4 0\n")
+    alone = {"train_split": "", "test_split": "test"}
+    with pytest.raises(DataError, match=r"data\.test_split: its labels are numbers, but the checkpoint's are names"):
+        opened(root, alone, order=("a", "b"))
+    assert opened(root, alone, order=("0", "1")).test.labels == [1, 0]
+    assert opened(root, alone | {"classes": ["b", "a"]}, order=("a", "b")).test.labels == [0, 1]
 
 
 # ---- the example ----

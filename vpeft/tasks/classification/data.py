@@ -21,6 +21,7 @@ from ...data.splits import (
     cut_validation,
     label_table,
     make_transforms,
+    named_by,
     named_splits,
     thinned,
 )
@@ -102,6 +103,11 @@ def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[st
         return class_names(data, _own_names(data, first))
     if data.classes:
         label_table(data.classes, order, "data.classes")
+    elif named_by(order) and _own_names(data, first) is None:
+        raise DataError(
+            f"data.source: the labels of '{data.source}' are numbers, but the checkpoint's are names; name the classes in "
+            "the order of their numbers, in data.classes"
+        )
     return tuple(order)
 
 

@@ -1,6 +1,7 @@
 """Images in folders, ``ROOT/<split>/<class>/<image>``: which files there are, and what they are labelled."""
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,13 @@ class FolderImages(Dataset):
         files, labels: of the images, in natural order.
 
     Raises:
-        DataError: no class, images beside the classes' folders or deeper than these, or no image at all.
+        DataError: no class, a class's link that leads nowhere, images beside the classes' folders or deeper, or no image.
     """
 
     def __init__(self, root: Path, transform: Callable[[Image.Image], Any] | None = None):
+        dead = next((p for p in _shown(root) if p.is_symlink() and not p.exists()), None)
+        if dead is not None:
+            raise DataError(f"{dead} is a link that leads nowhere ({os.readlink(dead)}); mend or remove it")
         found = {p.name: _images(p) for p in _shown(root) if p.is_dir()}
         _check_places(root, found)
         self.empty = tuple(sorted(name for name, files in found.items() if not files))

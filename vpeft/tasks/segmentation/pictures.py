@@ -43,7 +43,7 @@ def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
         folder: where the pictures will be.
 
     Raises:
-        ConfigError: a picture would take the place of one of the images.
+        ConfigError: a picture would take the place of one of the images, or of a file beside them.
     """
     files = list(dict.fromkeys(files))
     common = os.path.commonpath([f.absolute().parent for f in files])
@@ -59,11 +59,13 @@ def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
             number, free = number + 1, f"{name[:LONGEST_NAME]}_{number + 1}"
         used.add(free.lower())
         names[file] = free
-    images = {f.resolve() for f in files}
+    images, homes = {f.resolve() for f in files}, {f.resolve().parent for f in files}
     for name in names.values():
         for picture in (folder / f"{name}_mask.png", folder / f"{name}_overlay.png"):
             if picture.resolve() in images:
                 raise ConfigError(f"--out: {picture} is one of the images, and would be replaced; choose another folder")
+            if folder.resolve() in homes and picture.exists():  # a mask that people drew may lie there under this name
+                raise ConfigError(f"--out: {picture} lies beside the images, and would be replaced; choose another folder")
     return names
 
 

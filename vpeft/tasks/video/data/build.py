@@ -19,6 +19,7 @@ from ....data.splits import (
     cut_validation,
     label_table,
     make_transforms,
+    named_by,
     named_splits,
     thinned,
 )
@@ -100,11 +101,11 @@ def build_clips(
     check_video_source(data, video)
     if data.source == "motion":
         make_motion(data.root, video.motion, data.fashion_mnist)
-    lists = {split: _listed(data, video, name) for split, name in named_splits(data).items()}
+    lists = {split: _listed(data, video, name, training=split == "train") for split, name in named_splits(data).items()}
     # Labels first: counting the frames of a large data set takes long.
-    own = next((listed.classes for listed in lists.values() if listed.classes), None)
-    _check_named(data, lists, own)
-    classes = order or class_names(data, own, max(v.label for listed in lists.values() for v in listed.videos) + 1)
+    _check_named(data, lists, order)
+    first = next(iter(lists.values()))  # of training, where it is opened: its names or numbers say which classes there are
+    classes = order or class_names(data, first.classes, max(v.label for v in first.videos) + 1)
     for listed in lists.values():
         _relabel(listed, listed.classes or data.classes, tuple(classes))
     if augment.enabled and video.flip:
@@ -183,14 +184,14 @@ def _options(video: Any, skip: bool = False) -> ClipOptions:
     return ClipOptions(video.frames, video.stride, video.sampling, video.views, video.template, skip)
 
 
-def _listed(data: Any, video: Any, split: str) -> _Listed:
+def _listed(data: Any, video: Any, split: str, *, training: bool) -> _Listed:
     folder = Path(video.lists or data.root)
     if data.source == "hmdb51":
         videos, classes = read_hmdb51(folder, data.root, split, video.fold)
         index = folder / f"hmdb51_{split}_fold{video.fold}.frames.json"
     elif data.source == "folder":
         part = Path(data.root) / split
-        videos = read_tree(part, frame_folders(part, video.template) if video.template else None)
+        videos = read_tree(part, frame_folders(part, video.template) if video.template else None, training=training)
         classes, index = None, Path(data.root) / f"{split}.frames.json"
     else:
         file = list_file(data, video, split)
@@ -228,16 +229,17 @@ def _named_beside(file: Path) -> tuple[str, ...] | None:
     return tuple(read_names(names, "list of class names")) if names.is_file() else None
 
 
-def _check_named(data: Any, lists: dict[str, _Listed], own: Sequence[str] | None) -> None:
-    """Refuse a split of numbers beside one of names, where nothing says which number is which name.
+def _check_named(data: Any, lists: dict[str, _Listed], order: Sequence[str] | None) -> None:
+    """Refuse a split of numbers beside one of names, or a checkpoint's, where nothing says which number is which name.
 
     Raises:
         DataError: names the split of numbers.
     """
     unnamed = next((k for k, v in lists.items() if v.classes is None), None)
-    if own and unnamed and not data.classes:
+    other = "another split's" if any(v.classes for v in lists.values()) else named_by(order) and "the checkpoint's"
+    if other and unnamed and not data.classes:
         raise DataError(
-            f"data.{unnamed}_split: its labels are numbers, but another split's are names; name the classes in the order of "
+            f"data.{unnamed}_split: its labels are numbers, but {other} are names; name the classes in the order of "
             "their numbers, in data.classes or in a classes.txt beside the lists"
         )
 

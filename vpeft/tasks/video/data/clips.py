@@ -88,6 +88,10 @@ class Clips(Dataset):
         frames = self._frames(index, chosen.reshape(-1))  # one pass through the file for all views
         return torch.cat([self.transform(part) for part in frames.reshape(len(chosen), o.length, *frames.shape[1:])])
 
+    def sample_name(self, index: int) -> str:
+        """The path of a video."""
+        return self.videos[index].path
+
     def timeline(self, index: int) -> Timeline:
         """How many frames a video has, and when they are shown.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ....errors import DataError
 from ....files import write_text
@@ -87,12 +88,25 @@ def _timeline(entry: dict, video: Video) -> Timeline | str:
 
 
 def _read(file: Path) -> dict[str, dict]:
-    """The entries of an index; none where there is no file, or one that this version did not write."""
+    """The whole entries of an index; none where there is no file, or one that this version did not write.
+
+    What could not be read is looked at again: a right or a decoder may be there now, which no time of change tells.
+    """
     try:
         stored = json.loads(file.read_text())
-        return stored["videos"] if stored["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = stored["videos"].items() if stored["format"] == FORMAT else ()
+        return {path: entry for path, entry in found if _is_whole(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether an entry says a timeline: a damaged one is made anew."""
+    try:
+        numbers = [entry["count"], entry["start"] or 0, *(n for step in entry["steps"] for n in step)]
+        return entry["count"] > 0 and all(type(n) is int for n in numbers) and {len(s) for s in entry["steps"]} <= {2}
+    except (KeyError, TypeError):
+        return False
 
 
 def _store(entries: dict[str, dict], places: Sequence[Path]) -> None:

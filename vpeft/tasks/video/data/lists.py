@@ -1,6 +1,7 @@
 """The list files that video data sets come with, and folders of videos by class."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,13 @@ from .endings import video_endings
 
 HMDB51_PARTS = {"train": "1", "test": "2"}
 # What the columns of a list are called, where its first line is a heading.
-PATH_WORDS = frozenset({"path", "file", "filename", "file_name", "name", "video", "video_path", "video_name", "clip"})
-LABEL_WORDS = frozenset({"label", "labels", "class", "class_name", "category", "target", "id", "class_id"})
+PATH_WORDS = frozenset({
+    "path", "paths", "file", "filename", "file_name", "filepath", "file_path", "name", "id", "video", "video_path",
+    "video_name", "video_id", "clip", "clip_id", "clip_path", "folder", "frame_folder",
+})  # fmt: skip
+LABEL_WORDS = frozenset({
+    "label", "labels", "label_id", "class", "class_name", "classname", "category", "target", "id", "class_id", "action",
+})  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -136,16 +142,20 @@ def read_hmdb51(splits: str | Path, root: str | Path, part: str, fold: int = 1) 
     return found, classes
 
 
-def read_tree(folder: Path, holders: Sequence[Path] | None = None) -> list[Video]:
+def read_tree(folder: Path, holders: Sequence[Path] | None = None, *, training: bool = True) -> list[Video]:
     """Videos of a folder with one folder for each class, ``<class>/…/<video>``, labelled by these folders' names.
 
     Args:
         folder: of one split.
         holders: the videos, where they are folders of frames; files by their endings where None.
+        training: each folder is a class that must have videos; other splits may lack some.
 
     Raises:
-        DataError: no folder of a class, or one without videos.
+        DataError: no folder of a class, one without videos, no video at all, or a link that leads nowhere.
     """
+    dead = next((p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.exists()), None)
+    if dead is not None:
+        raise DataError(f"{dead} is a link that leads nowhere ({os.readlink(dead)}); mend or remove it")
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise DataError(f"{folder} holds no folder; source 'folder' expects one for each class: <split>/<class>/<video>")
@@ -157,6 +167,6 @@ def read_tree(folder: Path, holders: Sequence[Path] | None = None) -> list[Video
         elif holders is None and path.parent == folder:
             raise DataError(f"{path} lies beside the folders of the classes, in none of them")
     empty = [name for name, paths in inside.items() if not paths]
-    if empty:
+    if empty and (training or len(empty) == len(inside)):
         raise DataError(f"{folder}: {len(empty)} folders of classes hold no video: {some(empty)}")
     return [Video(str(path), name) for name in classes for path in inside[name]]
