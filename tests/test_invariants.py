@@ -26,6 +26,7 @@ from tests.support.models import (
 from vpeft.methods import METHODS, create
 
 sweep = pytest.mark.parametrize(("method", "kind"), SWEEP)
+short_sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 on_vit = pytest.mark.parametrize("method", [m for m, k in CASES if k == "vit"])
 
 
@@ -146,7 +147,7 @@ def test_save_load_is_bit_identical(method, kind, tmp_path):
     assert path.stat().st_size < 8 * own + 40_000
 
 
-@sweep
+@short_sweep
 def test_state_dict_round_trip_is_strict(method, kind):
     model = make(kind)
     handle = attached(model, method)
@@ -171,7 +172,7 @@ def test_state_dict_round_trip_is_strict(method, kind):
             second.load_state_dict(state | {name: torch.zeros(1, 2, 3)})
 
 
-@sweep
+@short_sweep
 def test_deepcopy_is_independent(method, kind):
     model = make(kind)
     handle = attached(model, method)
@@ -191,7 +192,7 @@ def test_deepcopy_is_independent(method, kind):
     assert not hasattr(twin, "vpeft")
 
 
-@sweep
+@short_sweep
 def test_pickling(method, kind):
     model = make(kind)
     randomise(attached(model, method))
@@ -202,10 +203,7 @@ def test_pickling(method, kind):
     assert torch.equal(run(again, x), run(model, x))
 
 
-COMPILED = {
-    "adaptformer", "aim", "bitfit", "convpass", "dora", "dtl", "e2vpt", "evp", "fact_tt", "gps", "lora", "lst", "mam", "mona",
-    "prefix", "ssf", "unipelt", "vpt_deep", "vqt",
-}  # fmt: skip
+COMPILED = {"adaptformer", "dtl", "fact_tt", "gps", "lora", "prefix", "ssf", "vpt_deep"}
 
 
 @pytest.mark.parametrize(
@@ -357,7 +355,7 @@ def test_switching_off_gives_the_bare_model(method, kind):
     assert torch.equal(run(model, x), adapted)
 
 
-@sweep
+@short_sweep
 def test_two_methods_coexist_and_save_separately(method, kind, tmp_path):
     model = make(kind)
     x = images(model)

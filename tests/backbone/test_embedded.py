@@ -32,6 +32,7 @@ def neighbour_accuracy(model: nn.Module) -> float:
     return float(np.mean(train.labels[nearest] == test.labels[:400]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_features_carry_over_to_digits(name):
     torch.manual_seed(0)

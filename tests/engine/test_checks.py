@@ -104,7 +104,8 @@ main(sys.argv[1:])
 def test_a_disk_that_is_full_says_what_is_kept(tiny_file, tmp_path):
     """The system refuses to let files grow, from the second epoch's state on."""
     command = [sys.executable, "-c", FULL, "train", "--cfg", tiny_file, "train.epochs=3"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as this process goes on with
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | threads, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()
     assert len(last) == 1, done.stderr

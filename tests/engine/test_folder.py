@@ -164,7 +164,7 @@ def test_killed_before_its_first_state_the_old_run_is_whole(tiny, finished, monk
     assert b"seed: 4" in contents(finished)["config.yaml"]
 
 
-@pytest.mark.parametrize("moved", [0, 1, 4, 100])
+@pytest.mark.parametrize("moved", [0, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_while_it_gives_way_the_new_run_is_whole(tiny, finished, monkeypatch, moved):
     real, count = os.replace, iter(range(10**6))
 

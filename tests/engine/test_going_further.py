@@ -42,9 +42,9 @@ def same(a, b):
     ("schedule", "whole"),
     [
         ("constant", "train.epochs=4"),
-        ("step", "train.epochs=4"),
+        pytest.param("step", "train.epochs=4", marks=pytest.mark.slow),
         ("cosine", "schedule.cooldown_epochs=2"),
-        ("poly", "schedule.cooldown_epochs=2"),
+        pytest.param("poly", "schedule.cooldown_epochs=2", marks=pytest.mark.slow),
     ],
 )
 def test_an_extended_run_is_the_longer_one_bit_for_bit(tiny, tiny_file, capsys, schedule, whole):

@@ -8,7 +8,7 @@ import vpeft
 from tests.support.models import attached, images, make, randomise
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", ["adaptformer", "dtl", "vpt_shallow", "vqt", "fish", "unipelt", "lora"])
 def test_one_graph_serves_many_forwards(method, grad):
     model = make("vit")

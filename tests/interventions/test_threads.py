@@ -125,7 +125,15 @@ def test_threads_train_at_the_same_time(method, kind):
             assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-10) for a, b in zip(mine, alone, strict=True))
 
 
-@pytest.mark.parametrize("method", ["adaptformer", "dtl", "vpt_shallow", "vqt", "fish", "unipelt", "st_adapter", "dora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "adaptformer",
+        "dtl",
+        "fish",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("vpt_shallow", "vqt", "unipelt", "st_adapter", "dora")),
+    ],
+)
 def test_a_compiled_model_gives_each_thread_its_own(method):
     model = make("vit")
     handle = attached(model, method)
