@@ -29,9 +29,9 @@ def fresh(code: str) -> str:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import vpeft", "from vpeft.tasks.video import FramewiseModel", "import vpeft.tasks, vpeft.data, vpeft.engine",
-     "import vpeft.cli, vpeft.bench, vpeft.docs, vpeft.integrations",
-     "import vpeft.tasks.classification, vpeft.tasks.segmentation, vpeft.files, vpeft.numerics",
+    ["import vpeft", "from vpeft.tasks.video import FramewiseModel",
+     "import vpeft.tasks, vpeft.data, vpeft.engine, vpeft.cli, vpeft.bench, vpeft.docs, vpeft.integrations, "
+     "vpeft.tasks.classification, vpeft.tasks.segmentation, vpeft.files, vpeft.numerics",
      "from vpeft.cli import main; main(['methods'])"],
 )  # fmt: skip
 def test_import_is_light(statement):

@@ -9,7 +9,16 @@ from tests.support.models import attached, images, make, randomise
 
 
 @pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("method", ["adaptformer", "dtl", "vpt_shallow", "vqt", "fish", "unipelt", "lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "adaptformer",
+        "dtl",
+        "fish",
+        "lora",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("vpt_shallow", "vqt", "unipelt")),
+    ],
+)
 def test_one_graph_serves_many_forwards(method, grad):
     model = make("vit")
     handle = attached(model, method)
