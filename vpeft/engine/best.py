@@ -5,7 +5,7 @@ from typing import Any
 from .. import checkpoint
 from ..errors import CheckpointError
 from ..tuning.handle import Handle
-from .plan import CHECKPOINTS, TRAINING
+from .plan import BEST, TRAINING
 from .run import RunFolder
 
 
@@ -40,4 +40,4 @@ def read_best(run: RunFolder, epoch: int) -> checkpoint.File:
             return file
     except CheckpointError:  # most runs have none
         pass
-    return checkpoint.read(run.file(CHECKPOINTS[0]))
+    return checkpoint.read(run.file(BEST))

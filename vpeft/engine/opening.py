@@ -15,6 +15,7 @@ from ..data.splits import Datasets
 from ..errors import CheckpointError, ConfigError, DataError, some
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
+from .plan import LAST, STATE
 
 
 def open_data(config: DictConfig, task: Task) -> tuple[Datasets, dict[str, Any]]:
@@ -25,8 +26,8 @@ def open_data(config: DictConfig, task: Task) -> tuple[Datasets, dict[str, Any]]
     """
     data, stats = task.open_data()
     run = Path(config.output) / config.name
-    if not config.overwrite and (run / "state.safetensors").exists():
-        check_order(data, _began_with(run / "last.safetensors"), str(run))
+    if not config.overwrite and (run / STATE).exists():
+        check_order(data, _began_with(run / LAST), str(run))
     return (leave_out(data) if config.data.skip_broken else data), stats
 
 

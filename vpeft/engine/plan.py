@@ -20,7 +20,8 @@ from .state import RunState
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 NEXT, READY = ".next", "files.json"  # where a run is written that will replace another; there once it may take its place
-CHECKPOINTS = ("best.safetensors", "last.safetensors")
+BEST, LAST = "best.safetensors", "last.safetensors"
+CHECKPOINTS = (BEST, LAST)
 TRAINING = "best.training.safetensors"
 FILES = (
     "config.yaml", "environment.json", "log.jsonl", "console.log", "metrics.json", "curves.png", "overlays.png", "clips.png",
