@@ -8,6 +8,7 @@ from .tuning.attaching import attach, get_handle
 from .tuning.description import describe
 from .tuning.handle import Handle
 from .tuning.loading import load
+from .tuning.routing import route, train_side_by_side
 
 __version__ = "0.1.0"
 
@@ -17,5 +18,6 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
     "VpeftError", "attach", "clips", "describe", "get_handle", "list_methods", "load",
+    "route", "train_side_by_side",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

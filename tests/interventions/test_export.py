@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vpeft
 from tests.support.models import CASES, attached, images, make, randomise
-from vpeft.interventions.hub import hub_of
+from vpeft.interventions.lookup import hub_of
 from vpeft.tasks.video.model import FramewiseModel
 
 BATCHES = (1, 3, 5)

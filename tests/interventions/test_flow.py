@@ -10,7 +10,7 @@ from torch.utils.weak import TensorWeakRef
 
 import vpeft
 from tests.support.models import SHORT_SWEEP, attached, images, make, randomise
-from vpeft.interventions.hub import running
+from vpeft.interventions.lookup import running
 
 sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 

@@ -14,7 +14,8 @@ from tests.support.hubs import Chain, chain, close, failing, hub_on, put, small,
 from tests.support.models import images
 from vpeft.backbone.modules import ModuleRef
 from vpeft.interventions.base import Intervention
-from vpeft.interventions.hub import Hub, as_it_acts, hub_of, hubs, running, untouched
+from vpeft.interventions.hub import Hub
+from vpeft.interventions.lookup import as_it_acts, hub_of, hubs, running, untouched
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,7 @@ import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds
 from tests.support.models import attached, calibrated, images, make, randomise
 from tests.support.reference import Reference
-from vpeft.interventions.hub import running
+from vpeft.interventions.lookup import running
 from vpeft.interventions.weights import ReplaceTensor
 from vpeft.methods.pixel_raw import first_come_map, greedy_map, mode_map
 

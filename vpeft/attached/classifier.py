@@ -42,6 +42,22 @@ class Classifier:
         if hasattr(model, "num_classes"):
             model.num_classes = self.num_classes
 
+    def seen_by(self, model: nn.Module) -> nn.Module:
+        """The model as if this were its classifier: a second object that shares all else; the model is not touched."""
+        seen = _twin(model)
+        for path, module in self.modules.items():
+            *way, leaf = path.split(".")
+            owner = seen
+            for part in way:
+                owner._modules[part] = _twin(owner._modules[part])
+                owner = owner._modules[part]
+            owner._modules[leaf] = module
+            if hasattr(owner, "num_classes"):
+                owner.num_classes = self.num_classes
+        if hasattr(seen, "num_classes"):
+            seen.num_classes = self.num_classes
+        return seen
+
     def is_same(self, other: "Classifier") -> bool:
         """The very same modules at the same places."""
         paths = self.modules.keys() == other.modules.keys()
@@ -95,6 +111,13 @@ def classifier_like(model: nn.Module, own: Classifier, wanted: WantedClassifier 
     if wanted is None or wanted.classes in (None, has) or own.shapes() == wanted.shapes:
         return own.twin()
     return fresh_classifier(model, wanted.classes)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
 
 
 def _copied(module: nn.Module) -> nn.Module:

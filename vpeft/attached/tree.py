@@ -33,6 +33,7 @@ class Tree(nn.Module):
         heads: modules outside the model that train with it, by name.
         enabled: it was not switched off by ``disable``.
         resting: while it is switched off, which of its parameters train once it is on again.
+        beside: it is switched off, and trains all the same, for routed forwards.
         calibrated: it has looked at data.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
     """
@@ -42,7 +43,7 @@ class Tree(nn.Module):
         self.name, self.method, self.sites, self.hub = name, method, sites, hub
         self.classifier = Classifier.of(sites.model)
         self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
-        self.enabled, self.calibrated = True, False
+        self.enabled, self.beside, self.calibrated = True, False, False
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None
@@ -94,6 +95,7 @@ class Tree(nn.Module):
 
     def switch(self, on: bool) -> None:
         """Let its parts act, or not; the classifier is another matter."""
+        self.train_beside(False)
         if on != self.enabled:
             reshard(self.model)  # what is written into whole parameters that a forward left there would be lost
             self.enabled = on
@@ -107,9 +109,26 @@ class Tree(nn.Module):
 
     def let_train(self, value: bool) -> None:
         """Let the method's parameters train or not, from now on and, while it is switched off, once it is on again."""
-        if not self.enabled:
+        if not (self.enabled or self.beside):
             self.resting = dict.fromkeys(self.resting, value)
             return
+        self._let_train(value)
+
+    def train_beside(self, on: bool) -> None:
+        """While it is switched off: let it train for routed forwards, or no longer."""
+        if on == self.beside:
+            return
+        if not on:
+            self.resting = {n: p.requires_grad for n, p in self.trained()}
+            self._let_train(False)
+        for existing in self.existing:
+            existing.train_beside(on)
+        self.beside = on
+        if on:
+            for name, parameter in self.trained():
+                parameter.requires_grad_(self.resting.get(name, True))
+
+    def _let_train(self, value: bool) -> None:
         for _, parameter in self.trained():
             parameter.requires_grad_(value)
 

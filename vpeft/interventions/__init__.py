@@ -31,8 +31,8 @@ from .attention import ComputedKeysValues, PrefixKeysValues
 from .base import Folded, Intervention
 from .branch import AddToBranch
 from .context import Clip, Grid, clips
-from .hub import running
 from .linear import AddToLinear
+from .lookup import running
 from .output import ForPooling, MapOutput
 from .side import SideFeatures, SideOutput, Tap
 from .tokens import JoinWindows, PromptTokens

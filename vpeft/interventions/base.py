@@ -158,6 +158,16 @@ class Intervention(nn.Module):
         """Names of what it replaces in the model while enabled, and no other enabled method may replace as well."""
         return set()
 
+    def why_not_routed(self) -> str | None:
+        """Why it cannot act on some samples of a batch alone (see ``vpeft.route``), or None where it can.
+
+        What acts on tokens, inputs and outputs can: its functions are called with these samples' rows.
+        """
+        return None
+
+    def prepare_routing(self) -> None:
+        """Called before routed forwards, for what is then done at modules that is not done else."""
+
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         """Why these values of its ``resizable`` tensors, about to be loaded, do not fit together or here; or None."""
         return None

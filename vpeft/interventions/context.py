@@ -10,7 +10,7 @@ from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from .base import Folded, Intervention
-from .hub import hubs
+from .lookup import hubs
 
 
 class Watch(Intervention):

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Key = tuple[int, str, int]  # whose, which, of which rows
+
 
 class Flow:
     """One forward under way: made when it starts, gone when it ends or fails, of one thread alone (see ``Hub``).
@@ -18,6 +20,9 @@ class Flow:
         checkpointed: blocks will run again in backward.
         exported: torch.export follows it.
         task: the backward pass whose blocks run again in it, or None.
+        plan: which rows are whose, where each sample uses its own handle; None where all use those that act.
+        routed: there is a plan, or these are rows of one part of it.
+        span: which rows of a routed batch are under way, since a handle may have several: state is theirs alone.
     """
 
     def __init__(
@@ -28,10 +33,13 @@ class Flow:
         starter: nn.Module | None = None,
         outer: "Flow | None" = None,
         checkpointed: bool = False,
+        plan: Any = None,
+        routed: bool = False,
     ):
+        self.plan, self.routed, self.span = plan, routed, 0
         self.acting, self.facts = acting, facts or {}
-        self.state: dict[tuple[int, str], Any] = {}
-        self.carried: set[tuple[int, str]] = set()
+        self.state: dict[Key, Any] = {}
+        self.carried: set[Key] = set()
         self.starter, self.outer, self.checkpointed = starter, outer, checkpointed
         self.called: set[str] = set()  # of the starter's own functions, those that were called
         self.busy = False  # one of them runs
@@ -41,22 +49,22 @@ class Flow:
 
     def put(self, owner: object, name: str, value: Any, *, carried: bool = False) -> None:
         """Keep something for a later hook of this forward; ``carried`` beyond the features, for the classifier's side."""
-        self.state[id(owner), name] = value
+        self.state[id(owner), name, self.span] = value
         if carried:
-            self.carried.add((id(owner), name))
+            self.carried.add((id(owner), name, self.span))
 
     def get(self, owner: object, name: str) -> Any:
         """What was put; None where nothing was."""
-        return self.state.get((id(owner), name))
+        return self.state.get((id(owner), name, self.span))
 
     def pop(self, owner: object, name: str) -> Any:
         """What was put, which is then forgotten; None where nothing was."""
-        return self.state.pop((id(owner), name), None)
+        return self.state.pop((id(owner), name, self.span), None)
 
     def after_features(self) -> "Flow | None":
         """What the classifier's side goes on with, or None where it needs nothing."""
         kept = {key: value for key, value in self.state.items() if key in self.carried}
-        return self._with(kept) if kept else None
+        return self._with(kept) if kept or self.routed else None
 
     def snapshot(self) -> "Flow":
         """Its present state without graphs: the same values, which require a gradient where these do."""
@@ -66,8 +74,8 @@ class Flow:
         """A flow that goes on from this one's state, which stays as it is."""
         return self._with(dict(self.state))
 
-    def _with(self, state: dict[tuple[int, str], Any]) -> "Flow":
-        flow = Flow(self.acting, self.facts)
+    def _with(self, state: dict[Key, Any]) -> "Flow":
+        flow = Flow(self.acting, self.facts, plan=self.plan, routed=self.routed)
         flow.state, flow.carried = state, set(self.carried)
         return flow
 

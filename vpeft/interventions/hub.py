@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import MethodError
 from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, as_ordered, exchanged, unhook, with_tensors
+from .rows import Part, RowPlan, check_same, in_parts, sorted_inputs
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -51,7 +52,7 @@ class Hub:
         self.top = Junction(self, model, stands_in=False)
         self.own: dict[str, Any] = {}
         self.checkpointing = [m for m in model.modules() if hasattr(m, "grad_checkpointing")]
-        heads = tuple(f"{place.path}." for place in classifier_modules(model))
+        self.heads = heads = tuple(f"{place.path}." for place in classifier_modules(model))
         self.places: dict[nn.Module, tuple[nn.Module, str, str]] = {}
         for path, module in model.named_modules():
             if not f"{path}.".startswith(heads):
@@ -129,10 +130,14 @@ class Hub:
         for owner in junction.owners() if junction is not None else ():
             junction.remove(owner)
 
+    def path(self, module: nn.Module) -> str:
+        """A module's path in the model, for messages."""
+        return self.places[module][2] if module in self.places else type(module).__name__
+
     def untouched(self, module: nn.Module, besides: str | None = None) -> bool:
         """Whether a module computes what its class does: nobody acts there (``besides`` may), and no one else hooks it."""
         junction = self.junctions.get(module)
-        if not _hooked_only_by(module, self, junction):
+        if not hooked_only_by(module, self, junction):
             return False
         return junction is None or not (junction.owners() - {besides}) & set(self.acting_now())
 
@@ -167,11 +172,15 @@ class Hub:
 
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
+        outer = self.now()
+        plan = getattr(self.local, "plan", None) if outer is None or outer.plan is not None else None
+        routed = plan is not None or (outer is not None and outer.routed)
+        acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
-            self._check_in_place()
+            self._check_in_place(acting, routed)
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
-        return Flow(self.acting, facts, starter=starter, outer=self.now(), checkpointed=checkpointed)
+        return Flow(acting, facts, starter=starter, outer=outer, checkpointed=checkpointed, plan=plan, routed=routed)
 
     def _begin(self, starter: nn.Module, args: tuple, kwargs: dict) -> None:
         """A module's call starts a forward, which ``_end`` ends."""
@@ -190,6 +199,11 @@ class Hub:
         """
         before = getattr(self.local, "flow", None)
         flow = self._new()
+        if flow.plan is not None and flow.outer is None:
+            raise MethodError(
+                "route: what ran was a part of the model by itself, which does not know whose its rows are; call the model, "
+                "or its forward_features, forward_intermediates and forward_head"
+            )
         if acting is not None:
             flow.acting = acting
         said = flow.facts if flow.outer is None else flow.outer.facts
@@ -210,24 +224,26 @@ class Hub:
         finally:
             self.local.facts = before
 
-    def _check_in_place(self) -> None:
+    def _check_in_place(self, acting: tuple[str, ...], routed: bool) -> None:
         """Refuse a model in which a module at which something is to be done was exchanged for another one.
+
+        Of classifiers a routed forward takes each handle's own, wherever it is.
 
         Raises:
             MethodError: names it, and the handles whose effect would be lost.
         """
-        if self.acting not in self.watched:
-            self.watched[self.acting] = self._watch()
-        for module, parent, name, path in self.watched[self.acting]:
-            if parent._modules.get(name) is not module:
-                owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(self.acting)}
-                raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or self.acting)))
+        if acting not in self.watched:
+            self.watched[acting] = self._watch(set(acting))
+        for module, parent, name, path in self.watched[acting]:
+            if parent._modules.get(name) is not module and not (routed and f"{path}." in self.heads):
+                owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(acting)}
+                raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or acting)))
 
-    def _watch(self) -> list[tuple[nn.Module, nn.Module, str, str]]:
-        """The modules at which the handles that act do something, and what they are in."""
+    def _watch(self, acting: set[str]) -> list[tuple[nn.Module, nn.Module, str, str]]:
+        """The modules at which these handles do something, and what they are in."""
         found: dict[nn.Module, tuple[nn.Module, nn.Module, str, str]] = {}
         for module, junction in self.junctions.items():
-            if junction.owners() & set(self.acting):
+            if junction.owners() & acting:
                 while module in self.places and module not in found:
                     found[module] = (module, *self.places[module])
                     module = self.places[module][0]
@@ -235,17 +251,22 @@ class Hub:
 
     # ---- hooks ----
 
-    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._gather()
         flow = self.now()
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
             self._begin(model, args, kwargs)
+            if self.local.flow.plan is not None:
+                return sorted_inputs(self.local.flow, args, kwargs)
+        return None
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         flow = self.now()
         if flow is not None and flow.starter is module:
             self.local.flow = flow.outer
+            if flow.plan is not None and output is not None and STARTS[-1] not in flow.called:
+                raise MethodError(f"route: {type(module).__name__} has a forward that does not call its forward_head")
 
     def _enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         flow = self.now()
@@ -259,6 +280,8 @@ class Hub:
             return
         task = torch._C._current_graph_task_id()
         if task == -1:  # a block called by itself
+            with self.running():  # refuses where that cannot be
+                pass
             self._begin(block, args, kwargs)
         else:
             self._enter_again(args[0] if args else kwargs["x"], task)
@@ -321,20 +344,41 @@ class Hub:
         self._gather()
         before = getattr(self.local, "flow", None)
         flow = self._new() if carried is None else carried.again()
+        check_same(flow.plan, getattr(self.local, "plan", None), carried is not None)
         self.local.flow = flow
         try:
+            if flow.plan is not None:
+                args, kwargs = sorted_inputs(flow, args, kwargs)
             output = self._function(name, flow)(*args, **kwargs)
+            if flow.plan is not None and name != STARTS[-1]:
+                output = flow.plan.leave(output)
         finally:
             self.local.flow = before
         features = output[0] if isinstance(output, tuple) else output
-        if flow.carried and isinstance(features, Tensor) and not torch.compiler.is_compiling():
+        if (flow.carried or flow.routed) and isinstance(features, Tensor) and not torch.compiler.is_compiling():
             self._carry(features, flow)
         return output
 
     def _function(self, name: str, flow: Flow) -> Callable:
+        if flow.plan is not None and name == STARTS[-1]:
+            return partial(self._heads_of_spans, flow, flow.plan)
+        return self._function_of(self.model, name, flow)
+
+    def _heads_of_spans(self, flow: Flow, plan: RowPlan, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
+        models = iter([span.model for span in plan.spans])
+
+        def head(part: Part) -> Any:
+            return self._function_of(next(models), STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
+
+        return plan.outputs(in_parts(flow, plan.parts(), head))
+
+    def _function_of(self, model: nn.Module, name: str, flow: Flow) -> Callable:
         tensors = self.top.tensors(flow)
         if name not in self.own:
-            return partial(getattr(type(self.model), name), with_tensors(self.model, tensors))
+            return partial(getattr(type(self.model), name), with_tensors(model, tensors))
+        if flow.routed and name == STARTS[-1]:
+            raise MethodError(f"route: the model's {name} is not timm's, and would not use each sample's own classifier")
         if tensors:
             raise MethodError(f"the model's {name} is not timm's: {', '.join(tensors)} cannot be replaced in it")
         return self.own[name]
@@ -345,38 +389,9 @@ class Hub:
             self.carried[features] = kept
 
 
-def hub_of(model: nn.Module) -> Hub | None:
-    """The hub of a model with methods attached, or None."""
-    return getattr(getattr(model, CONTAINER, None), "hub", None)
-
-
-def hubs(module: nn.Module) -> list[Hub]:
-    """The hubs of all models with methods attached in a module."""
-    found = map(hub_of, module.modules())
-    return [hub for hub in found if hub is not None]
-
-
-def running(model: nn.Module, **facts: Any) -> AbstractContextManager:
-    """Under it this thread runs one forward of a timm model, whole or in parts; see ``Hub.running``."""
-    hub = hub_of(model)
-    return nullcontext() if hub is None else hub.running(**facts)
-
-
-def untouched(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module of a model computes what its class does; see ``Hub.untouched``."""
-    hub = hub_of(model)
-    return _hooked_only_by(module) if hub is None else hub.untouched(module)
-
-
-def _hooked_only_by(module: nn.Module, *known: object) -> bool:
+def hooked_only_by(module: nn.Module, *known: object) -> bool:
+    """Whether nothing but these objects hooks a module or stands in place of its forward."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if "forward" in vars(module):
         hooks.append(vars(module)["forward"])
     return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
-
-
-def as_it_acts(model: nn.Module) -> nn.Module:
-    """A model with the tensors of its own that it has in the forward under way, for who reads them beside its forward."""
-    hub = hub_of(model)
-    flow = None if hub is None else hub.now()
-    return model if flow is None else with_tensors(model, hub.top.tensors(flow))

@@ -1,7 +1,7 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from ..backbone.attention import pad_pairs
 from ..backbone.modules import is_plain_norm
 from ..errors import MethodError
 from .flow import Flow
+from .rows import Part, in_parts, joined
 
 
 class Forwards(Protocol):
@@ -25,6 +26,9 @@ class Forwards(Protocol):
 
     def end_last(self, module: nn.Module) -> None:
         """A hook was added to a module: where a forward ends with that module, it must end behind it."""
+
+    def path(self, module: nn.Module) -> str:
+        """A module's path in the model, for messages."""
 
 
 class Inner:
@@ -81,6 +85,8 @@ class Junction:
         self.joined: list[tuple[str, Callable, nn.Module]] = []
         self.replaced: list[tuple[str, str, Callable]] = []
         self.padded: list[tuple[str, int, int]] = []
+        self.trained: list[tuple[str, str, Callable]] = []
+        self.alone: list[str] = []
 
     # ---- what interventions ask for ----
 
@@ -118,14 +124,22 @@ class Junction:
         self.padded.append((owner, prefix, tokens))
         self.module._get_rel_pos_bias = self._bias
 
+    def train_here(self, owner: str, leaf: str, value: Callable) -> None:
+        """In a routed forward ``value(acts)`` is the module's tensor ``leaf`` for rows on which the handle acts, or not."""
+        self.trained.append((owner, leaf, value))
+
+    def run_alone(self, owner: str) -> None:
+        """In a routed forward the module runs by itself for the handle's rows, with what is done before and after it."""
+        self.alone.append(owner)
+
     def remove(self, owner: str) -> None:
         """Take off all that one handle does here."""
-        lists = (self.before, self.after, self.around, self.joined, self.replaced, self.padded)
-        for entries in lists:
+        for entries in self._lists():
             entries[:] = [entry for entry in entries if entry[0] != owner]
+        self.alone[:] = [name for name in self.alone if name != owner]
         unhook(self.module, self, pre=not self.before, post=not self.after)
         own = vars(self.module)
-        if not (self.around or self.joined or self.replaced) and getattr(own.get("forward"), "__self__", None) is self:
+        if not self._changes_operation and getattr(own.get("forward"), "__self__", None) is self:
             del self.module.forward
         if not self.padded and getattr(own.get("_get_rel_pos_bias"), "__self__", None) is self:
             del self.module._get_rel_pos_bias
@@ -133,12 +147,23 @@ class Junction:
     @property
     def empty(self) -> bool:
         """Nobody does anything here."""
-        return not (self.before or self.after or self.around or self.joined or self.replaced or self.padded)
+        return not any(self._lists())
 
     def owners(self) -> set[str]:
         """Names of the handles that do something here."""
-        lists = (self.before, self.after, self.around, self.joined, self.replaced, self.padded)
-        return {entry[0] for entries in lists for entry in entries}
+        return {entry[0] for entries in self._lists()[:-1] for entry in entries}
+
+    def _lists(self) -> tuple[list, ...]:
+        return self.before, self.after, self.around, self.joined, self.replaced, self.padded, self.trained
+
+    @property
+    def _changes_operation(self) -> bool:
+        return bool(self.around or self.joined or self.replaced or self.trained or self.alone)
+
+    def prepare_routing(self) -> None:
+        """Stand in place of the module's operation where a routed forward needs that."""
+        if self.trained or self.alone:
+            self._stand_in()
 
     # ---- hooks ----
 
@@ -149,6 +174,13 @@ class Junction:
                 return self._enter(module, args, kwargs)
         if module is not self.module:
             return self._taken_over(module, flow)
+        if flow.plan is None:
+            return self._changed_inputs(flow, args, kwargs)
+        if self._run_alone_in(flow):
+            return args, kwargs  # ``_run`` does it
+        return self._inputs_in_parts(flow, args, kwargs)
+
+    def _changed_inputs(self, flow: Flow, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         for owner, change in self.before:
             if owner in flow.acting:
                 changed = change(args, kwargs)
@@ -163,6 +195,11 @@ class Junction:
                 return self._leave(module, args, kwargs, output)
         if module is not self.module:
             return self._taken_over(module, flow)
+        if flow.plan is None:
+            return self._changed_output(flow, args, output)
+        return output if self._run_alone_in(flow) else self._output_in_parts(flow, args, output)
+
+    def _changed_output(self, flow: Flow, args: tuple, output: Any) -> Any:
         for owner, change in self.after:
             if owner in flow.acting:
                 changed = change(args, output)
@@ -191,6 +228,9 @@ class Junction:
         if flow is None:
             with self.hub.running():
                 return self._run(*args, **kwargs)
+        return self._operated(flow, args, kwargs) if flow.plan is None else self._operated_in_parts(flow, args, kwargs)
+
+    def _operated(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> Any:
         inner = Inner(self.module, self.tensors(flow))
         if self.padded:
             flow.put(self, "tensors", inner.tensors)
@@ -208,6 +248,12 @@ class Junction:
     def tensors(self, flow: Flow) -> dict[str, Tensor]:
         """What stands in place of the module's own tensors in this forward, by name; changes follow each other."""
         found: dict[str, Tensor] = {}
+        # What those hold who act goes before the originals of one that does not and yet has its values in the model.
+        trained = sorted(self.trained, key=lambda entry: entry[0] in flow.acting) if flow.routed else ()
+        for owner, leaf, value in trained:
+            own = value(owner in flow.acting)
+            if own is not None:
+                found[leaf] = own
         for owner, leaf, change in self.replaced:
             if owner in flow.acting:
                 found[leaf] = change(found[leaf] if leaf in found else self.module._parameters[leaf])
@@ -223,6 +269,52 @@ class Junction:
             if owner in flow.acting:
                 bias = pad_pairs(bias, prefix, tokens)
         return bias
+
+    # ---- a forward in which each sample uses its own handle ----
+
+    def _parts(self, flow: Flow, owners: Iterable[str]) -> list[Part]:
+        """The parts of the batch on which these handles act or not; none where they act on no row."""
+        acting = frozenset(owners).intersection(flow.acting)
+        return flow.plan.parts(acting) if acting else []
+
+    def _run_alone_in(self, flow: Flow) -> bool:
+        return not set(self.alone).isdisjoint(flow.acting)
+
+    def _inputs_in_parts(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        plan, parts = flow.plan, self._parts(flow, (owner for owner, _ in self.before))
+        if not parts:
+            return args, kwargs
+        found = in_parts(flow, parts, lambda part: self._changed_inputs(flow, *plan.call_of(args, kwargs, part)))
+        path, names = self.hub.path(self.module), list(dict.fromkeys(k for _, kw in found for k in kw))
+        first = tuple(joined(list(of_one), path) for of_one in zip(*(a for a, _ in found), strict=True))
+        return first, {k: joined([kw[k] for _, kw in found], path) for k in names}
+
+    def _output_in_parts(self, flow: Flow, args: tuple, output: Any) -> Any:
+        plan, parts = flow.plan, self._parts(flow, (owner for owner, _ in self.after))
+        if not parts:
+            return output
+
+        def run(part: Part) -> Any:
+            own = plan.call_of(args, {}, part)[0] if args else ()
+            return self._changed_output(flow, own, plan.rows_of(output, part))
+
+        return joined(in_parts(flow, parts, run), self.hub.path(self.module))
+
+    def _operated_in_parts(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> Any:
+        plan, alone = flow.plan, self._run_alone_in(flow)
+        acting = {owner for entries in (self.around, self.joined, self.replaced) for owner, *_ in entries}
+        parts = plan.parts() if self.trained or alone else self._parts(flow, acting)
+        if not parts:
+            return self._operated(flow, args, kwargs)
+
+        def run(part: Part) -> Any:
+            own = plan.call_of(args, kwargs, part)
+            if not alone:
+                return self._operated(flow, *own)
+            changed = self._changed_inputs(flow, *own)
+            return self._changed_output(flow, changed[0], self._operated(flow, *changed))
+
+        return joined(in_parts(flow, parts, run), self.hub.path(self.module))
 
 
 def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:

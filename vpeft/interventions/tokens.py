@@ -43,6 +43,7 @@ class PromptTokens(Intervention):
         self.act_before(self.block, self._insert)
         # The last one's tokens are the first to go: two methods' tokens in one block stand inside each other.
         self.act_after(self.block, self._remove, first=True)
+        self.hub.at(self.block.module).run_alone(self.owner)  # samples may have different numbers of tokens
         attn = self.block.attn.module
         if getattr(attn, "relative_position_bias_table", None) is not None and hasattr(attn, "_get_rel_pos_bias"):
             self.hub.at(attn).pad_bias(self.owner, self.prefix, self.tokens)

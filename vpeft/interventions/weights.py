@@ -1,6 +1,6 @@
 """Tensors of the model: replaced while they are used, or trained as they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -61,6 +61,9 @@ class ReplaceTensor(Intervention):
         with replacing(self.place):
             self.hub.at(self.place.module).replace(self.owner, self.leaf, self)
 
+    def why_not_routed(self) -> str | None:
+        return f"it changes {self.tensor_name} itself, which would need another weight for each sample"
+
     def fold(self) -> list[Folded]:
         return [Folded(self.place, {self.leaf: self(at_least_float32(self.frozen.detach())).detach()})]
 
@@ -85,22 +88,61 @@ class ExistingTensors(Intervention):
         # The set of values that the model does not hold: the originals while the trained ones are in use, the trained ones
         # while not. Kept in main memory, since a whole backbone can be behind it.
         self.in_use = True
+        self.beside: dict[str, nn.Parameter] = {}
+        self.routable = False
         self.inactive = {name: _in_main_memory(p) for name, p in self.tensors()}
 
     def tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and live parameters."""
+        """Names and live parameters: the model's, or those that train beside it."""
         for name, (place, leaf) in self.slots.items():
-            yield name, getattr(place.module, leaf)
+            yield name, self.beside[name] if self.beside else getattr(place.module, leaf)
 
     def values(self) -> dict[str, Tensor]:
         """The trained values, in use or not."""
-        return {n: p.detach() for n, p in self.tensors()} if self.in_use else dict(self.inactive)
+        return {n: p.detach() for n, p in self.tensors()} if self.in_use or self.beside else dict(self.inactive)
 
     @torch.no_grad()
     def set_value(self, name: str, value: Tensor) -> None:
         """Replace one trained value."""
         place, leaf = self.slots[name]
-        put(getattr(place.module, leaf) if self.in_use else self.inactive[name], value)
+        live = self.beside[name] if self.beside else getattr(place.module, leaf)
+        put(live if self.in_use or self.beside else self.inactive[name], value)
+
+    def train_beside(self, on: bool) -> None:
+        """While not in use: let the trained values be parameters of their own, for routed forwards, or no longer."""
+        if on and not self.beside:
+            for name, (place, leaf) in self.slots.items():
+                like = getattr(place.module, leaf)
+                self.beside[name] = nn.Parameter(self.inactive[name].to(like.device, like.dtype, copy=True))
+        elif not on:
+            self.inactive |= {name: _in_main_memory(p) for name, p in self.beside.items()}
+            self.beside = {}
+
+    def routed_value(self, name: str, acts: bool) -> Tensor | None:
+        """A tensor's value for rows on which this handle acts, or does not; None where the model holds it already."""
+        if acts == self.in_use:
+            return None
+        if self.beside:
+            return self.beside[name]
+        place, leaf = self.slots[name]
+        return self.inactive[name].to(getattr(place.module, leaf).device)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "ExistingTensors":
+        for parameter in self.beside.values():
+            parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
+
+    def prepare_routing(self) -> None:
+        if not self.routable:
+            self.routable = True
+            for name, (place, leaf) in self.slots.items():
+                self.hub.at(place.module).train_here(self.owner, leaf, partial(self.routed_value, name))
+
+    def why_not_routed(self) -> str | None:
+        wide = next((name for name, tensor in self.tensors() if tensor.ndim > 1), None)
+        if wide is None:
+            return None
+        return f"it trains {wide} of the model itself, which would need another weight for each sample"
 
     @property
     def inert(self) -> bool:

@@ -11,7 +11,7 @@ from ...backbone.maps import has_class_token, map_count, read_maps
 from ...backbone.modules import is_norm
 from ...backbone.reading import dry_forward, input_size, never_called
 from ...errors import MethodError, UnsupportedModelError, VpeftError, did_you_mean
-from ...interventions.hub import running
+from ...interventions.lookup import running
 from ...tuning.container import container_of
 from ...tuning.handle import Handle
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...backbone.maps import grid_of
 from ...errors import UnsupportedModelError
-from ...interventions.hub import as_it_acts
+from ...interventions.lookup import as_it_acts
 
 
 def check_plain_vit(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...backbone.blocks import keys_and_values, rows_through_block
 from ...backbone.sites import Sites
 from ...errors import ConfigError, DataError, VpeftError
-from ...interventions.hub import running, untouched
+from ...interventions.lookup import running, untouched
 from .mask_loss import IGNORED, SetLoss
 from .plain_vit import check_plain_vit, finished_rows, image_tokens
 from .side_adapter import SideAdapter

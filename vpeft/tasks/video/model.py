@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, UnsupportedModelError, VpeftError
 from ...files import read_tensors
 from ...interventions.base import Intervention
-from ...interventions.hub import running
+from ...interventions.lookup import running
 from ...numerics import why_not_copied
 
 

@@ -1,0 +1,170 @@
+"""Batches of mixed tasks: one forward in which each sample uses its own handle and its own head."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..attached.tree import Tree
+from ..backbone.modules import CONTAINER
+from ..errors import MethodError, did_you_mean, shown, some
+from ..interventions.rows import RowPlan, Span
+from .container import Container, container_of
+from .handle import Handle
+
+_PREPARING = threading.Lock()
+Task = str | Handle | Sequence[str] | None
+
+
+@contextmanager
+def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iterator[nn.Module]:
+    """``with route(model, ["pets", "cars", "pets"]): model(images)`` lets each image use its own handle and head.
+
+    Image b is computed as if handle ``tasks[b]`` alone were enabled; which handles are enabled outside of it does not
+    matter. It holds for the forwards of this thread: of the model, of ``forward_features``, ``forward_intermediates`` and
+    ``forward_head``. Hooks of your own see the samples sorted by task. In training see ``train_side_by_side``.
+
+    Args:
+        model: a timm model with methods attached, or a module that holds one.
+        tasks: for each image (of clips, for each clip) a handle or its name; None for the bare model and its own head;
+            several names for a stack, whose last one's head is used.
+        pad: fill heads of different widths up with minus infinity, so that the outputs are one tensor (B, classes).
+
+    Returns:
+        Under it, a forward gives one tensor where all heads are equally wide, or with ``pad``; else a list of one output
+        for each image.
+
+    Raises:
+        MethodError: an unknown name, a method without a form for single samples (with the reason), a merged handle; in the
+            forward, another number of images than of tasks.
+    """
+    container = _container_in(model)
+    plan = _plan(container, tasks, pad)
+    _prepare(container)
+    hub = container.hub
+    before = getattr(hub.local, "plan", None)
+    hub.local.plan = plan
+    try:
+        yield model
+    finally:
+        hub.local.plan = before
+
+
+def train_side_by_side(model: nn.Module, names: Iterable[str | Handle] | None = None) -> list[Handle]:
+    """Let several handles train at once, each on its own samples of routed batches (see ``route``).
+
+    They are switched off, so that a forward that is not routed is the bare model's, and yet their parameters require
+    gradients: give ``handle.param_groups`` of all to an optimiser. ``handle.enable()`` or ``handle.disable()`` ends it for
+    that handle.
+
+    Args:
+        model: a timm model with methods attached, or a module that holds one.
+        names: of the handles; None for all.
+
+    Raises:
+        MethodError: as ``route``; then nothing was changed.
+    """
+    container = _container_in(model)
+    wanted = list(container.trees) if names is None else [_name(n) for n in names]
+    _check_tasks(container, [(n,) for n in wanted])
+    handles = [Handle(container.hub.model, name) for name in wanted]
+    for handle in handles:
+        handle.disable()
+    for handle in handles:
+        handle.root.train_beside(True)
+    return handles
+
+
+def _prepare(container: Container) -> None:
+    """Let the modules that a routed forward runs in parts be ready for it, once."""
+    with _PREPARING:  # another thread waits until they are
+        for intervention in (i for tree in container.trees.values() for i in tree.interventions):
+            if intervention.why_not_routed() is None:
+                intervention.prepare_routing()
+        for junction in list(container.hub.junctions.values()):
+            try:
+                junction.prepare_routing()
+            except TypeError as error:
+                raise MethodError(f"route: {container.hub.path(junction.module)}: {error}") from error
+
+
+def _container_in(model: nn.Module) -> Container:
+    if not isinstance(model, nn.Module):
+        raise MethodError(f"route: expected a model, got {type(model).__name__}")
+    found = [c for m in model.modules() if (c := container_of(m)) is not None and m._modules.get(CONTAINER) is c]
+    if len(found) != 1:
+        raise MethodError(
+            f"route: {len(found) or 'no'} models with methods attached are in this {type(model).__name__}; give one"
+        )
+    return found[0]
+
+
+def _name(task: str | Handle) -> str:
+    name = task.name if isinstance(task, Handle) else task
+    if not isinstance(name, str):
+        raise MethodError(f"route: {shown(task)} is no handle and no name of one")
+    return name
+
+
+def _names(task: Task) -> tuple[str, ...]:
+    if task is None:
+        return ()
+    if isinstance(task, str | Handle):
+        return (_name(task),)
+    if not isinstance(task, list | tuple):
+        raise MethodError(f"route: {shown(task)} is no handle, no name of one, and no list of these")
+    return tuple(_name(name) for name in task)
+
+
+def _plan(container: Container, tasks: Iterable[Task], pad: bool) -> RowPlan:
+    if isinstance(tasks, str | Handle) or not isinstance(tasks, Iterable):
+        raise MethodError(f"route: expected one task for each image, in a list; got {shown(tasks)}")
+    wanted = [_names(task) for task in tasks]
+    if not wanted:
+        raise MethodError("route: no task was given; give one for each image of the batch")
+    _check_tasks(container, wanted)
+    model, kinds = container.hub.model, list(dict.fromkeys(wanted))
+    order = sorted(range(len(wanted)), key=lambda row: kinds.index(wanted[row]))
+    spans, start = [], 0
+    for names in kinds:
+        stop = start + wanted.count(names)
+        classifier = container.trees[names[-1]].classifier if names else container.own_classifier
+        spans.append(Span(names, start, stop, len(spans) + 1, classifier.seen_by(model)))
+        start = stop
+    return RowPlan(spans, order, pad)
+
+
+def _check_tasks(container: Container, wanted: list[tuple[str, ...]]) -> None:
+    trees = container.trees
+    container.adopt_classifier()
+    for merged in (tree for tree in trees.values() if tree.unmerged is not None):
+        raise MethodError(f"route: '{merged.name}' is merged into the weights that all samples share; unmerge() it first")
+    for tree in trees.values():
+        reason = next((w for e in tree.existing if e.in_use and (w := e.why_not_routed())), None)
+        if reason:
+            raise MethodError(f"route: '{tree.name}' is enabled, and {reason}; disable() it first")
+    for names in dict.fromkeys(wanted):
+        for name in names:
+            if name not in trees:
+                raise MethodError(f"route: {shown(name)} is not attached{did_you_mean(name, trees)}")
+            reason = _why_not(trees[name])
+            if reason:
+                raise MethodError(f"route: '{name}' ({trees[name].method.name}) has no form for single samples: {reason}")
+        if len(set(names)) != len(names):
+            raise MethodError(f"route: {names} names a handle twice")
+        _check_stack([trees[name] for name in names])
+
+
+def _why_not(tree: Tree) -> str | None:
+    if tree.heads:
+        return f"its heads ({some(sorted(tree.heads))}) are modules outside of the model, which see the whole batch"
+    return next((why for i in tree.interventions if (why := i.why_not_routed()) is not None), None)
+
+
+def _check_stack(trees: list[Tree]) -> None:
+    owners: dict[str, str] = {}
+    for tree in trees:
+        for name in (n for i in tree.interventions for n in i.owned_names()):
+            if owners.setdefault(name, tree.name) != tree.name:
+                raise MethodError(f"route: '{owners[name]}' and '{tree.name}' have both their own values of {name}")
