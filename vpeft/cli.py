@@ -138,6 +138,18 @@ def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
     return run
 
 
+def _bench_route(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration: backbone, tasks, batch and rows")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .bench.routing import bench_route
+
+        bench_route(args.cfg, args.overrides)
+
+    return run
+
+
 def _motion_clips(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     from .tasks.video.config import MotionConfig
 
@@ -213,6 +225,7 @@ COMMANDS = {
     "docs": (_docs, "write the pages in docs/ that a program can write"),
     "motion-clips": (_motion_clips, "write video files whose label is how a garment moves"),
     "mmseg-config": (_mmseg_config, "rewrite a configuration of mmsegmentation for an adapted backbone"),
+    "bench-route": (_bench_route, "measure batches of mixed tasks beside separate forwards"),
     "bench-decode": (_bench_decode, "measure how many clips per second are decoded"),
     "pretrain": (_pretrain, "train one of the embedded backbones from random weights"),
 }

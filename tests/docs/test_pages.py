@@ -73,7 +73,7 @@ def test_compatibility_page_has_every_method_and_architecture():
 
 
 def test_configuration_page_has_every_key_once_with_what_it_may_be():
-    experiments, benchmarks = page("configuration.md").split("# Benchmarks")
+    experiments, benchmarks, routing = re.split(r"^# Benchmarks.*$", page("configuration.md"), flags=re.M)
     for line in (
         "| `train.epochs` | `int` | `20` | 1 or more epochs |  |",
         "| `train.precision` | `str` | `fp32` | `fp32`, `bf16` or `fp16` | of forward and backward |",
@@ -82,6 +82,7 @@ def test_configuration_page_has_every_key_once_with_what_it_may_be():
     ):
         assert experiments.count(line) == 1, line
     assert benchmarks.count("| `rows[].label` | `str \\| None` | `null` |") == 1
+    assert routing.count("| `tasks` | `int` | `8` | 1 or more tasks |  |") == 1
 
 
 def test_category_page_lists_options_with_their_bounds_and_meaning():

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 import vpeft
-from vpeft.bench.config import BenchConfig
+from vpeft.bench.config import BenchConfig, RoutingConfig
 from vpeft.engine.config import Config, check_options
 from vpeft.errors import MethodError
 from vpeft.methods import METHODS
@@ -137,7 +137,7 @@ def keys(schema: type, path: str = ""):
             yield from keys(section, f"{path}{this.name}.")
 
 
-@pytest.mark.parametrize("schema", [Config, BenchConfig])
+@pytest.mark.parametrize("schema", [Config, BenchConfig, RoutingConfig])
 def test_every_key_says_what_it_may_be(schema):
     found = dict(keys(schema))
     assert len(found) > 15

@@ -67,6 +67,35 @@ class BenchConfig:
     rows: list[BenchRow] = field(default_factory=list)
 
 
+@dataclass
+class RoutingConfig:
+    """One table of mixed-task batches, `vpeft bench-route --cfg FILE`.
+
+    Each row attaches its method once for every task. ``rounds`` times, its passes are measured one after another; every
+    number is a median over the rounds, every ratio the median of the ratios within the rounds. A row
+    ``huggingface_lora`` is measured in the rounds of the row before it. ``clock="cpu"`` counts the processor time of this
+    process instead of the time that passes.
+    """
+
+    name: str = option("routing", free="the table's name")
+    output: str = option("runs/bench", free="a folder's path")
+    seed: int = option(0, ge=0, le=SEED)
+    device: str = option("cpu", free="a device of torch")
+    dtype: str = option("float32", choices=("float32", "float64"), help="of the weights and the images")
+    precision: str = option("fp32", choices=PRECISIONS)
+    clock: str = option("wall", choices=("wall", "cpu"))
+    threads: int | None = option(None, ge=1, le=4096, unit="threads")
+    tasks: int = option(8, ge=1, unit="tasks")
+    batch_size: int = option(32, ge=1, unit="samples", help="of which each task has every `tasks`-th")
+    num_classes: int = option(100, ge=1, unit="classes")
+    widths: list[int] = option([], ge=1, unit="classes", help="of the tasks' heads in turn; `num_classes` where empty")
+    rounds: int = option(5, ge=1, unit="rounds")
+    warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
+    training: bool = option(False, help="measure a training step too, of all tasks side by side")
+    model: BenchModel = field(default_factory=BenchModel)
+    rows: list[BenchRow] = field(default_factory=list)
+
+
 def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Read and check a YAML file with its bases and ``key.sub=value`` overrides.
 
@@ -79,6 +108,30 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
         check_model_name(config)
     else:
         config.model.name = load_config(config.experiment).model.name
+    _check_device(config)
+    return config
+
+
+def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read and check a YAML file of ``vpeft bench-route`` with its bases and overrides.
+
+    Raises:
+        ConfigError: with the key's path, what was found, and the nearest valid name or value.
+    """
+    config = read_config(RoutingConfig, file, overrides)
+    check_options(config)
+    check_model_name(config)
+    _check_device(config)
+    if config.tasks > config.batch_size:
+        raise ConfigError(f"tasks: {config.tasks} tasks do not all have a sample in a batch of {config.batch_size}")
+    if config.dtype == "float64" and config.precision != "fp32":
+        raise ConfigError(f"precision: dtype=float64 is computed as it is; {config.precision} would undo it")
+    if config.rows[0].name == PEFT:
+        raise ConfigError(f"rows: '{PEFT}' is measured beside the row before it, and has none")
+    return config
+
+
+def _check_device(config: DictConfig) -> None:
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
@@ -91,4 +144,3 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
         raise ConfigError("precision: fp16 needs a GPU; bf16 works on the CPU")
     if not config.rows:
         raise ConfigError("rows: nothing to measure")
-    return config

@@ -76,17 +76,20 @@ def markdown(config: DictConfig, results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _setting(config: DictConfig) -> str:
+def device_named(config: DictConfig) -> str:
+    """What was measured on, and by which clock."""
     device = torch.device(config.device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+
+
+def _setting(config: DictConfig) -> str:
     update = "with" if config.update else "without"
     compiled = ", compiled" if config.compile else ""
     return (
-        f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {name}, medians of {config.rounds} "
-        f"interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
+        f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {device_named(config)}, "
+        f"medians of {config.rounds} interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
     )
 
 

@@ -30,3 +30,23 @@ class Result:
     saved: int | None
     peak: int | None
     ratios: dict[str, float]
+
+
+@dataclass
+class RoutingResult:
+    """One row of the table; times in seconds, by pass.
+
+    Attributes:
+        label: its name.
+        parameters: of one task, the head's left out.
+        times: medians over the rounds.
+        ratios: throughputs in proportion to the single-task batch, by pass; ``mixed/above``: the mixed batch's in
+            proportion to that of the row above.
+        difference: the largest one between an output of the mixed batch and that of its task's separate forward.
+    """
+
+    label: str
+    parameters: int
+    times: dict[str, float]
+    ratios: dict[str, float]
+    difference: float

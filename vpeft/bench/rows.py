@@ -233,7 +233,7 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
-    base, batch = _experiment(config) if config.experiment else _classifier(config)
+    base, batch = _experiment(config) if config.experiment else classifier(config)
     base.model.to(config.device).eval()
     rows: list[Row] = [
         MethodRow(FULL, twin(base), batch, create("full"), config.update),
@@ -254,8 +254,8 @@ def _frozen(subject: TaskModel) -> TaskModel:
     return subject
 
 
-def _classifier(config: DictConfig) -> tuple[TaskModel, Batch]:
-    """A timm model and a random batch."""
+def classifier(config: DictConfig) -> tuple[TaskModel, Batch]:
+    """The timm model of a table, and a random batch."""
     torch.manual_seed(config.seed)
     m = config.model
     kwargs = {**m.kwargs, **({"img_size": m.img_size} if m.img_size else {})}

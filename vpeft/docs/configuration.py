@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
-from ..bench.config import BenchConfig
+from ..bench.config import BenchConfig, RoutingConfig
 from ..engine.config import Config
 from ..options import Declared, allowed, declared, readable, section_of
 
@@ -23,6 +23,7 @@ def configuration_page() -> str:
     """The whole page as Markdown."""
     lines = [HEAD, "# Experiments", *_section(Config, "")]
     lines += ["", "# Benchmarks", "", "`vpeft bench --cfg FILE`.", *_section(BenchConfig, "")]
+    lines += ["", "# Benchmarks of routing", "", "`vpeft bench-route --cfg FILE`.", *_section(RoutingConfig, "")]
     return "\n".join(lines) + "\n"
 
 
