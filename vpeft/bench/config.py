@@ -91,6 +91,7 @@ class RoutingConfig:
     widths: list[int] = option([], ge=1, unit="classes", help="of the tasks' heads in turn; `num_classes` where empty")
     rounds: int = option(5, ge=1, unit="rounds")
     warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
+    separate: bool = option(True, help="measure separate forwards too")
     training: bool = option(False, help="measure a training step too, of all tasks side by side")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)

@@ -68,9 +68,9 @@ def measure_routing(config: DictConfig) -> Iterator[RoutingResult]:
         base, batch = classifier(config)
         base.model.to(config.device, getattr(torch, config.dtype)).eval()
         batch.images = batch.images.to(getattr(torch, config.dtype))
-        for label, method in zip(labels, methods, strict=True):
+        for method in methods:
             if method is not None:
-                _check_routable(label, method, base.model)
+                _check_routable(method, base.model)
         for group in _groups(config, labels, methods):
             yield from _measured(config, batch, [make(base, batch, config) for make in group])
     finally:
@@ -84,9 +84,9 @@ def _method(row: DictConfig) -> Method:
         raise ConfigError(f"rows: {error}") from error
 
 
-def _check_routable(label: str, method: Method, base: nn.Module) -> None:
+def _check_routable(method: Method, base: nn.Module) -> None:
     model = copy.deepcopy(base)
-    with route(model, [attach(model, method, name=label)]):
+    with route(model, [attach(model, method, name="task")]):
         pass
 
 
@@ -131,7 +131,8 @@ class Mixed:
     def make(self, base: TaskModel) -> None:
         self.model = copy.deepcopy(base.model)
         self.handles = [self.attached(self.model, i) for i in range(self.config.tasks)]
-        self.copies = [twin(base).model for _ in self.names]
+        needed = len(self.names) if self.config.separate or self.config.training else 0
+        self.copies = [twin(base).model for _ in range(needed)]
         self.alone = [self.attached(model, i) for i, model in enumerate(self.copies)]
         for handle in self.handles:
             handle.disable()
@@ -153,13 +154,14 @@ class Mixed:
     @property
     def parameters(self) -> int:
         """Of one task, the head's left out."""
-        return sum(p.numel() for p in self.alone[0].parameters())
+        return sum(p.numel() for p in self.handles[0].parameters())
 
     # In evaluation.
 
     def passes(self) -> Passes:
         """By name, in the order in which they are timed."""
-        return {"single": self.single, "routed": self.routed, "switched": self.switched, "copies": self.on_copies}
+        two = {"single": self.single, "routed": self.routed}
+        return two | {"switched": self.switched, "copies": self.on_copies} if self.config.separate else two
 
     @torch.no_grad()
     def single(self) -> Tensor:
@@ -265,7 +267,8 @@ class PeftMixed(Mixed):
         return sum(p.numel() for p in own)
 
     def passes(self) -> Passes:
-        return {"single": self.single, "routed": self.routed, "switched": self.switched}
+        two = {"single": self.single, "routed": self.routed}
+        return two | {"switched": self.switched} if self.config.separate else two
 
     def steps(self) -> Passes:
         return {}  # it refuses mixed batches in training
@@ -297,8 +300,8 @@ Times = dict[tuple[str, str], float]
 
 
 def _measured(config: DictConfig, batch: Batch, rows: list[Mixed]) -> Iterator[RoutingResult]:
-    times = _rounds(config, batch, [(row.label, row.passes()) for row in rows])
     differences = {row.label: row.difference() for row in rows}
+    times = _rounds(config, batch, [(row.label, row.passes()) for row in rows])
     steps = _rounds(config, batch, [(row.label, row.steps()) for row in rows]) if config.training else []
     for i, row in enumerate(rows):
         found = _throughputs(row.label, times, "single") | _throughputs(row.label, steps, "step_single")
