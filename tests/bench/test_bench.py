@@ -7,6 +7,7 @@ import types
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 
 import vpeft
 from tests.support.fashion import fashion_root
@@ -149,6 +150,15 @@ def test_twin_shares_memory_and_nothing_else():
 def test_refused_while_reading(file, override, message):
     with pytest.raises(vpeft.ConfigError, match=message):
         load_bench_config(file, [override])
+
+
+def test_lists_among_the_models_keywords(file):
+    """timm's Swin takes lists of its own kind only, not a configuration's."""
+    small = "{img_size: 48, patch_size: 4, window_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 4]}"
+    config = load_bench_config(file, ["model.name=swin_tiny_patch4_window7_224"])
+    config.model.kwargs = OmegaConf.create(small)
+    base, batch = bench_rows.classifier(config)
+    assert base.model(batch.images).shape == (2, 5)
 
 
 def test_processor_time_needs_one_thread(file):

@@ -89,7 +89,8 @@ def _setting(config: DictConfig) -> str:
     compiled = ", compiled" if config.compile else ""
     return (
         f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {device_named(config)}, "
-        f"medians of {config.rounds} interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, timm {timm.__version__}"
+        f"medians of {config.rounds} interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, "
+        f"timm {timm.__version__}"
     )
 
 

@@ -61,6 +61,7 @@ def measure_routing(config: DictConfig) -> Iterator[RoutingResult]:
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
+    groups = _groups(config, labels, methods)
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -71,7 +72,7 @@ def measure_routing(config: DictConfig) -> Iterator[RoutingResult]:
         for method in methods:
             if method is not None:
                 _check_routable(method, base.model)
-        for group in _groups(config, labels, methods):
+        for group in groups:
             yield from _measured(config, batch, [make(base, batch, config) for make in group])
     finally:
         torch.set_num_threads(threads)

@@ -258,7 +258,7 @@ def classifier(config: DictConfig) -> tuple[TaskModel, Batch]:
     """The timm model of a table, and a random batch."""
     torch.manual_seed(config.seed)
     m = config.model
-    kwargs = {**m.kwargs, **({"img_size": m.img_size} if m.img_size else {})}
+    kwargs = {**OmegaConf.to_container(m.kwargs), **({"img_size": m.img_size} if m.img_size else {})}
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
     base = timm.create_model(m.name, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
