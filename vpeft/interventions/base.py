@@ -35,6 +35,10 @@ class Intervention(nn.Module):
     It acts at the junctions of modules (``act_before``, ``act_after``, ``act_around``), through bound methods of its own:
     these survive ``copy.deepcopy`` and pickling. What it keeps from one hook to a later one is in ``flow``, never in itself.
 
+    In a routed batch (``vpeft.route``) a change is called for each handle's rows. Beside one that ``act_after`` names there
+    may be another, ``NAME_together(members, plan, args, output)``: the output of all rows in one product, from one
+    intervention for each of the plan's spans, or None where that cannot be.
+
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.

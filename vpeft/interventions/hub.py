@@ -14,8 +14,9 @@ from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpoi
 from ..errors import MethodError
 from ..shards import gather_uncalled
 from .flow import Flow
-from .junction import Junction, as_ordered, exchanged, unhook, with_tensors
-from .rows import Part, RowPlan, check_same, in_parts, sorted_inputs
+from .junction import Junction, as_ordered, exchanged, unhook
+from .operation import with_tensors
+from .rows import Part, RowPlan, check_same, in_parts, plan_for, sorted_inputs
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -98,21 +99,21 @@ class Hub:
 
     def at(self, module: nn.Module) -> Junction:
         """The junction of a module."""
-        self._changed()
+        self.changed()
         if module is self.model:
             return self.top
         if module not in self.junctions:
             self.junctions[module] = Junction(self, module)
         return self.junctions[module]
 
-    def _changed(self) -> None:
-        """What is done at the modules is not what it was."""
+    def changed(self) -> None:
+        """What is done at the modules is not what it was: compiled graphs and plans made before do not hold."""
         self.watched.clear()
         self.edition = str(int(self.edition) + 1)
 
     def remove(self, owner: str) -> None:
         """Take off all that one handle does, at every junction."""
-        self._changed()
+        self.changed()
         for module, junction in [*self.junctions.items(), (self.model, self.top)]:
             junction.remove(owner)
             if junction.empty:
@@ -173,7 +174,11 @@ class Hub:
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
         outer = self.now()
-        plan = getattr(self.local, "plan", None) if outer is None or outer.plan is not None else None
+        plan = plan_for(outer, getattr(self.local, "plan", None), self.edition)
+        if plan is not None and plan.edition != self.edition:
+            raise MethodError(
+                "route: methods were attached, detached or merged, or got other heads, under it; enter it anew"
+            )
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
@@ -201,8 +206,7 @@ class Hub:
         flow = self._new()
         if flow.plan is not None and flow.outer is None:
             raise MethodError(
-                "route: what ran was a part of the model by itself, which does not know whose its rows are; call the model, "
-                "or its forward_features, forward_intermediates and forward_head"
+                f"route: a part of the model ran by itself, not knowing whose its rows are; call it, or {STARTS}"
             )
         if acting is not None:
             flow.acting = acting

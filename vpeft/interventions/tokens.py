@@ -10,7 +10,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..numerics import unregistered
 from .base import Intervention
-from .junction import Inner
+from .operation import Inner
 
 
 class PromptTokens(Intervention):

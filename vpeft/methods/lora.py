@@ -12,6 +12,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.linear import AddToLinear
+from ..interventions.rows import RowPlan
 from ..numerics import at_least_float32
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, slots, which_blocks
@@ -97,6 +98,16 @@ class LoraLinear(AddToLinear):
         if not self.on_input:
             h = self.drop(h)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)
+
+    def together(self, members: list["LoraLinear"], plan: RowPlan, x: Tensor, y: Tensor) -> Tensor | None:
+        # Faster than slices at every size that was measured (one to eight samples a task, two to 32 tasks).
+        pairs = [m.factors() for m in members]
+        own = type(self).forward is not LoraLinear.forward or type(self).update is not LoraLinear.update
+        if own or len({a.shape for a, _ in pairs}) > 1 or (self.training and any(m.drop.p for m in members)):
+            return None
+        a = plan.of_each([a for a, _ in pairs])
+        b = plan.of_each([m.scale * b for m, (_, b) in zip(members, pairs, strict=True)])
+        return torch.baddbmm(plan.samples(y), torch.bmm(plan.samples(x), a.mT), b.mT).view_as(y)
 
     def product(self) -> Tensor:
         """scale * B A of the whole linear, in float32 or better."""

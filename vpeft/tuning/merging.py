@@ -29,6 +29,7 @@ def merge(tree: Tree, others: list[Tree]) -> None:
         folds = _folds(tree)
     _check_alone(tree, folds, others)
     tree.unmerged = []
+    tree.hub.changed()
     try:
         for fold in folds:
             _write(fold, tree.unmerged)
