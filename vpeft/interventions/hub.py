@@ -205,9 +205,7 @@ class Hub:
         before = getattr(self.local, "flow", None)
         flow = self._new()
         if flow.plan is not None and flow.outer is None:
-            raise MethodError(
-                f"route: a part of the model ran by itself, not knowing whose its rows are; call it, or {STARTS}"
-            )
+            raise MethodError(f"route: a part of the model by itself cannot know whose its rows are; call it, or {STARTS}")
         if acting is not None:
             flow.acting = acting
         said = flow.facts if flow.outer is None else flow.outer.facts
@@ -261,8 +259,7 @@ class Hub:
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
             self._begin(model, args, kwargs)
-            if self.local.flow.plan is not None:
-                return sorted_inputs(self.local.flow, args, kwargs)
+            return sorted_inputs(self.local.flow, args, kwargs)
         return None
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -351,8 +348,7 @@ class Hub:
         check_same(flow.plan, getattr(self.local, "plan", None), carried is not None)
         self.local.flow = flow
         try:
-            if flow.plan is not None:
-                args, kwargs = sorted_inputs(flow, args, kwargs)
+            args, kwargs = sorted_inputs(flow, args, kwargs)
             output = self._function(name, flow)(*args, **kwargs)
             if flow.plan is not None and name != STARTS[-1]:
                 output = flow.plan.leave(output)
@@ -370,10 +366,10 @@ class Hub:
 
     def _heads_of_spans(self, flow: Flow, plan: RowPlan, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
-        models = iter([span.model for span in plan.spans])
 
         def head(part: Part) -> Any:
-            return self._function_of(next(models), STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
+            seen = plan.spans[part.number - 1].model
+            return self._function_of(seen, STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
 
         return plan.outputs(in_parts(flow, plan.parts(), head))
 

@@ -236,6 +236,8 @@ def sorted_inputs(flow: Flow, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     Raises:
         MethodError: another number of rows than of tasks; or what recomputes blocks would not find the plan.
     """
+    if flow.plan is None:
+        return args, kwargs
     if flow.checkpointed and reentrant_checkpointing():
         raise MethodError("route: switch reentrant activation checkpointing off: timm.layers.set_reentrant_ckpt(False)")
     x = args[0] if args else next(iter(kwargs.values()))
