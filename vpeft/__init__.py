@@ -6,6 +6,7 @@ from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
 from .tuning.attaching import attach, get_handle
 from .tuning.description import describe
+from .tuning.fusing import fuse
 from .tuning.handle import Handle
 from .tuning.loading import load
 
@@ -16,6 +17,6 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "attach", "clips", "describe", "get_handle", "list_methods", "load",
+    "VpeftError", "attach", "clips", "describe", "fuse", "get_handle", "list_methods", "load",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip
