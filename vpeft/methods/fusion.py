@@ -72,10 +72,12 @@ class Mixture:
             absent: how many more there are that have none in this block: each passes on what it gets.
         """
         self.adapters, self.absent, self.whole = nn.ModuleDict(adapters), absent, method.residual == "before"
-        self.query, self.key = nn.Linear(block.width, block.width), nn.Linear(block.width, block.width, bias=False)
-        nn.init.normal_(self.query.weight, std=_STD)
-        nn.init.normal_(self.key.weight, std=_STD)
-        nn.init.zeros_(self.query.bias)
+        self.query = nn.Linear(block.width, block.width)
+        self.key = nn.Linear(block.width, block.width, bias=method.dropout > 0)  # it shifts all scores alike: see the class
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, std=_STD)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         self.value = ValueMatrix(block.width) if method.value else nn.Identity()
         self.drop = nn.Dropout(method.dropout)
 
@@ -85,9 +87,11 @@ class Mixture:
         z = torch.stack(changes, -2)
         if self.whole:
             z = z + v.unsqueeze(-2)
-        # (W_q v + b) . (W_k z_i) = (W_k^T (W_q v + b)) . z_i, and W_v moves out of the sum: three products whatever N is.
-        query = F.linear(self.query(v), self.key.weight.T)
-        scores = (z @ query.unsqueeze(-1)).squeeze(-1)
+        # q . (W_k z_i) = (W_k^T q) . z_i, and W_v moves out of the sum: three products whatever N is.
+        query = self.query(v)
+        scores = (z @ F.linear(query, self.key.weight.T).unsqueeze(-1)).squeeze(-1)
+        if self.key.bias is not None:
+            scores = scores + query @ self.key.bias.unsqueeze(-1)
         shares = self.drop(scores).softmax(-1).to(z.dtype)
         return self.value((shares.unsqueeze(-2) @ z).squeeze(-2))
 
@@ -130,7 +134,7 @@ class AdapterFusion(Method):
     At a place where the adapters read v (D channels; of ``post``, the block's output), with z_i = g_i(v) what adapter i
     adds to v there,
 
-    - s = softmax over i of (W_q v + b_q) . (W_k z_i), for each token
+    - s = softmax over i of (W_q v + b_q) . W_k z_i, for each token
     - v becomes v + W_v (sum of s_i z_i)
 
     *The paper*: the query is the output of the feed-forward part, keys and values come from the adapters' outputs; W_v
@@ -140,18 +144,19 @@ class AdapterFusion(Method):
     on its diagonal and 1e-6 beside it; 0.01 |I - W_v|² of each place is added to the loss; dropout is on the scores. Where
     adapters have drop path of their own, it acts on z_i in training.
 
-    Left out of it: the bias of W_k, which the softmax cancels (D numbers for each place that can learn nothing), the
-    temperature that every forward lowers, in evaluation too, and ``query_before_ln``. Its mean to keep W_v from weight decay
-    fails (the names do not match); here it is never decayed. For parallel adapters the released code adds the stream a
-    second time; here it stands once.
+    Its W_k has a bias too, which shifts all scores of a token alike: the softmax cancels it, it can learn nothing, and it is
+    left out here unless ``dropout`` sets some scores to 0. Left out are also the temperature that every forward lowers, in
+    evaluation too, and ``query_before_ln``. The released trainer means to keep W_v from weight decay and fails (the names do
+    not match); here it is never decayed. For parallel adapters the released code adds the stream a second time; here it
+    stands once.
 
     In a block that adapter i does not have (size 0, ``blocks``), its z_i is 0: it passes v on, as it does alone, so that all
     shares on one adapter are that adapter everywhere. (The released code leaves it out of the softmax there.) A block that
     none has stays as it is.
 
-    Parameters that train, for each place of width D: 3 D² + D; static 2 D² + D. ViT-B/16, one place in each of 12 blocks:
-    21,242,880 (21,252,096 with the released code's bias of W_k); Houlsby's two places twice that. Frozen: those of the
-    adapters.
+    Parameters that train, for each place of width D: 3 D² + D, static 2 D² + D, and D more with dropout. ViT-B/16, one place
+    in each of 12 blocks: 21,242,880 (21,252,096 with the released code's bias of W_k); Houlsby's two places twice that.
+    Frozen: those of the adapters.
 
     Args:
         adapters: for each of them its name, and a mapping of ``method`` (``adapter``, ``houlsby``, ``pfeiffer`` or
@@ -163,7 +168,7 @@ class AdapterFusion(Method):
             released ``residual_before`` is this at ``intermediate`` and ``houlsby``; at ``post`` it adds the second
             branch's output to z_i, not v.
         regularization: weight of the penalty on W_v; released 0.01.
-        dropout: on the scores.
+        dropout: on the scores, before the softmax.
     """
 
     adapters: dict[str, Any] = option(
