@@ -64,21 +64,24 @@ def test_a_fusion_of_other_sizes_does_not_fit_the_file(tmp_path):
 
 
 def test_the_target_has_images_of_its_own(tool, tmp_path):
-    tool.write_images(tmp_path, seed=0, shots=3)
-    train_images = digits(None, "train").images
+    targets = [tool.write_images(tmp_path, seed, shots=3) for seed in (0, 1)]
+    train_images, labels = digits(None, "train").images, digits(None, "train").labels
 
-    def numbers(task, split):
-        found = {int(p.stem): p for p in (tmp_path / task / split).rglob("*.png")}
-        return found, set(found)
+    def numbers(folder, split):
+        return {int(p.stem): p for p in (folder / split).rglob("*.png")}
 
-    sources = [numbers(task, "train")[1] for task in tool.SOURCES]
+    sources = [set(numbers(tmp_path / task, "train")) for task in tool.TASKS]
     assert sources[0] == sources[1] == sources[2]
-    few, val = numbers("target", "train"), numbers("target", "val")
-    assert (len(sources[0]), len(few[1]), len(val[1])) == (400, 30, 100)
-    assert len(sources[0] | few[1] | val[1]) == 530
-    for number, path in few[0].items():
-        assert np.array_equal(np.asarray(Image.open(path)), train_images[number])
-        assert digits(None, "train").labels[number] == int(path.parent.name)
-    assert {p.name for p in (tmp_path / "thirds/test").iterdir()} == {"rest0", "rest1", "rest2"}
-    for path in list((tmp_path / "parity/test").rglob("*.png"))[:50]:
-        assert ("even", "odd")[digits(None, "test").labels[int(path.stem)] % 2] == path.parent.name
+    drawn = []
+    for target in targets:
+        few, val = numbers(target, "train"), set(numbers(target, "val"))
+        assert (len(sources[0]), len(few), len(val)) == (300, 30, 100)
+        assert len(sources[0] | set(few) | val) == 430
+        for number, path in few.items():
+            assert np.array_equal(np.asarray(Image.open(path)), train_images[number])
+            assert labels[number] == int(path.parent.name)
+        drawn.append(set(few))
+    assert drawn[0] != drawn[1]
+    for number, path in numbers(tmp_path / "parity", "train").items():
+        assert ("even", "odd")[labels[number] % 2] == path.parent.name
+    assert len(numbers(targets[0], "test")) == 797

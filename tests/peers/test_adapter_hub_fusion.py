@@ -108,6 +108,21 @@ def test_residual_at_the_branch(transformers, adapters, model, residual):
     check(other, attached(model, "adapter_fusion", adapters=ours, residual=residual))
 
 
+def test_their_residual_before_at_pfeiffers_place(transformers, adapters, model):
+    """It is the second branch's output, not what the adapters read: ours has another function there, as its page says."""
+    fusion = adapters.DynamicAdapterFusionConfig(residual_before=True)
+    other = fused_peer(transformers, adapters, model, [adapters.SeqBnConfig(**REDUCED)] * 3, fusion)
+    output, seen = other.vit.encoder.layer[1].output, []
+    output.register_forward_hook(lambda module, args, result: seen.append((*args, result)))
+    other(images(model))
+    hidden, u, result = seen[0]
+    m, layer = output.dense(hidden), output.output_adapters
+    mixing = layer.adapter_fusion_layer[",".join(NAMES)]
+    a = torch.stack([layer.adapters[n].adapter_up(layer.adapters[n].adapter_down(u + m)) + m for n in NAMES], -2)
+    shares = (mixing.query(u + m).unsqueeze(-2) * mixing.key(a)).sum(-1, keepdim=True).softmax(-2)
+    close(result, u + mixing.value((shares * a).sum(-2)), "output of a block")
+
+
 def test_drop_path_of_the_adapters_in_training(transformers, adapters, model):
     """The same samples' adapters are dropped, before keys and values are taken of them."""
     config = adapters.AdapterPlusConfig(stochastic_depth=0.4, **REDUCED)
