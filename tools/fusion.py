@@ -5,7 +5,7 @@
 
 Sources are groupings of scikit-learn's digits: even or odd, the rest by three, below five or not; together they say which
 digit it is, none of them does alone. The target: all ten digits, from a few images of each class that no source has seen.
-The source adapters, the same for all seeds, learn from 300 of the 1,000 training images. Of the others each seed draws
+The source adapters, the same for all seeds, learn from 200 of the 1,000 training images. Of the others each seed draws
 ``--shots`` of each class to train the target, and ten of each for validation: there the last epoch decides on a row's rate
 (by the first seed) and on the best single adapter (by each seed). What is chosen is tested once, on the 797 test images.
 Finished runs are not repeated.
@@ -34,7 +34,7 @@ TASKS = {
     "thirds": lambda digit: ("rest0", "rest1", "rest2")[digit % 3],
     "halves": lambda digit: ("low", "high")[digit >= 5],
 }
-SOURCE_IMAGES = 300
+SOURCE_IMAGES = 200
 VAL_SHOTS = 10
 RATES = (3e-3, 1e-2)
 SOURCE = {"optim.lr": 1e-2, "train.epochs": 5}  # the rate of configs/digits/pfeiffer.yaml
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/fusion"), help="folder of images and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the target's images and training")
-    parser.add_argument("--shots", type=int, default=5, help="training images of each of the target's classes")
+    parser.add_argument("--shots", type=int, default=3, help="training images of each of the target's classes")
     parser.add_argument("--epochs", type=int, default=10, help="of the target")
     args = parser.parse_args()
     targets = {seed: write_images(args.out / "images", seed, args.shots) for seed in args.seeds}
@@ -110,7 +110,6 @@ def main() -> None:
     }
     start, options = fused(args.out, files)
     rows = {
-        "classifier alone": ("head", {}),
         "fresh adapter": ("adapters", {}),
         **{f"adapter of {task}": ("adapters", {"init": file}) for task, file in files.items()},
         "fusion of the three": ("fusion", {"init": start}),

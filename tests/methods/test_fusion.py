@@ -390,6 +390,9 @@ def test_what_is_no_list_of_adapters(files, tmp_path):
     refused(model, [handle, "b"], "checksums of a fusion come from the adapters", checksums={})
     refused(model, [handle, "b"], r"adapter_fusion\.dropout: 1 is impossible", dropout=1)
     refused(make("vit"), [handle, paths["b"]], "'a' is attached to another model")
+    with torch.device("meta"):
+        empty = make("vit")
+    refused(empty, [vpeft.attach(empty, "pfeiffer", name="e")] * 2, "'e' is on the meta device and has no values")
     gone = trained(model, "gone")
     gone.detach()
     refused(model, [handle, gone], "'gone' was detached")

@@ -142,7 +142,7 @@ class AdapterFusion(Method):
     ``dynamic`` configuration, this method's defaults): keys and values are taken before the adapters' residual addition,
     v is added behind the mixture; scores are not divided by the root of D; W_q, W_k start N(0, 0.02²), b_q 0, W_v with ones
     on its diagonal and 1e-6 beside it; 0.01 |I - W_v|² of each place is added to the loss; dropout is on the scores. Where
-    adapters have drop path of their own, it acts on z_i in training.
+    adapters have drop path of their own, it acts on z_i in training; here their dropout too.
 
     Its W_k has a bias too, which shifts all scores of a token alike: the softmax cancels it, it can learn nothing, and it is
     left out here unless ``dropout`` sets some scores to 0. Left out are also the temperature that every forward lowers, in

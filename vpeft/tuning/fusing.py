@@ -49,7 +49,7 @@ def fuse(
     Raises:
         MethodError: fewer than two, two of one name, handles of another model, adapters of a kind that cannot be fused or
             that stand at different places. The model is then as it was.
-        CheckpointError: a file that is damaged, foreign, or made for another backbone.
+        CheckpointError: a file that is damaged, foreign, made for another backbone, or of a kind that cannot be fused.
     """
     heads = {} if heads is None else heads
     check_arguments(model, name, heads)
@@ -112,6 +112,8 @@ def _of_handle(model: nn.Module, handle: Handle) -> TrainedAdapter:
     if handle.model is not model:
         raise MethodError(f"fuse: '{handle.name}' is attached to another model; save it and give the file")
     method, tensors = handle.method.exported(tree)
+    if any(t.is_meta for t in tensors.values()):
+        raise MethodError(f"fuse: '{handle.name}' is on the meta device and has no values to copy")
     try:
         _check(model, method, tensors)
     except VpeftError as error:
