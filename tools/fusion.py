@@ -36,7 +36,7 @@ TASKS = {
 }
 SOURCE_IMAGES = 200
 VAL_SHOTS = 10
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 SOURCE = {"optim.lr": 1e-2, "train.batch_size": 20}  # the rate of configs/digits/pfeiffer.yaml
 
 
@@ -98,13 +98,10 @@ def fused(out: Path, files: dict[str, Path]) -> tuple[Path, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/fusion"), help="folder of images and runs, of one choice of epochs"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/fusion"), help="folder of images and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the target's images and training")
-    parser.add_argument("--shots", type=int, default=3, help="training images of each of the target's classes")
+    parser.add_argument("--shots", type=int, default=5, help="training images of each of the target's classes")
     parser.add_argument("--epochs", type=int, default=10, help="of the target")
-    parser.add_argument("--source-epochs", type=int, default=5)
     args = parser.parse_args()
     targets = {seed: write_images(args.out / "images", seed, args.shots) for seed in args.seeds}
     files = {
