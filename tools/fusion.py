@@ -36,7 +36,7 @@ TASKS = {
 }
 SOURCE_IMAGES = 200
 VAL_SHOTS = 10
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SOURCE = {"optim.lr": 1e-2, "train.batch_size": 20}  # the rate of configs/digits/pfeiffer.yaml
 
 
