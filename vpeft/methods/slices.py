@@ -41,10 +41,10 @@ class Slices(dict):
         super().__init__(dict.fromkeys(sources))
         self.sources, self.table = sources, table
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | None:
         module, leaf, size = self.sources[name]
         whole = getattr(module, self.table)[leaf]
-        return whole if whole.shape == size else whole[tuple(map(slice, size))]
+        return whole if whole is None or whole.shape == size else whole[tuple(map(slice, size))]
 
     def __setitem__(self, name: str, value: Any) -> None:
         now = self[name]
@@ -52,7 +52,7 @@ class Slices(dict):
             raise MethodError(f"{name} is a slice of a supernet's tensor, which cannot be exchanged")
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self.sources else default
 
     def values(self) -> list[Tensor]:
         return [self[name] for name in self]
@@ -190,20 +190,18 @@ class SubNetwork(Intervention):
                 except AttributeError:
                     raise MethodError(f"{where} is not there at the largest sizes") from None
                 for table in ("_parameters", "_buffers"):
-                    sources = {
-                        n: _source(whole, table, n, t, where) for n, t in getattr(module, table).items() if t is not None
-                    }
-                    empty = [n for n, t in getattr(module, table).items() if t is None]
-                    if empty and sources:
-                        raise MethodError(f"{where}: {empty[0]} is not there")
-                    if sources or table == "_parameters":
-                        setattr(module, table, Slices(sources, table))
+                    own = getattr(module, table)
+                    setattr(module, table, Slices({n: _source(whole, table, n, t, where) for n, t in own.items()}, table))
         return [(path, part) for _, path, part in found]
 
 
-def _source(large: nn.Module, table: str, name: str, small: Tensor, where: str) -> Source:
+def _source(large: nn.Module, table: str, name: str, small: Tensor | None, where: str) -> Source:
     """Where a tensor of a sub-network is taken from."""
     whole = getattr(large, table).get(name)
+    if small is None and whole is None:  # as a linear's bias that is left out
+        return large, name, ()
+    if small is None:
+        raise MethodError(f"{where}.{name} is not there in each size")
     if whole is None or whole.ndim != small.ndim or any(a > b for a, b in zip(small.shape, whole.shape, strict=True)):
         has = "none" if whole is None else f"one of {tuple(whole.shape)}"
         raise MethodError(f"{where}.{name} of {tuple(small.shape)} is no slice: at the largest sizes there is {has}")

@@ -91,9 +91,9 @@ class Supernet(Method):
     without the module in deeper blocks, has leading slices of the large tensors: the first rows of A, the first prompts.
     It computes what the same methods compute when they are attached at its sizes with the slices as their values.
 
-    In training a random sub-network acts, the same for the whole batch and in all processes; ``handle.after_step()`` draws the
-    next. What is drawn depends on ``seed`` and on the number of updates, which the file holds, so that a resumed run draws the
-    same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts, unless
+    In training a random sub-network acts, the same for the whole batch and in all processes; ``handle.after_step()`` draws
+    the next. What is drawn depends on ``seed`` and on the number of updates, which the file holds, so that a resumed run
+    draws the same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts, unless
     ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a sub-network
     does not have them, as in the released code.
 
@@ -255,8 +255,8 @@ def parameters(tree: Tree, architecture: Mapping[str, Sequence[int]]) -> int:
 def part_sizes(part: Any) -> Iterator[int]:
     """Numbers of each parameter of a sub-network's part."""
     for module in part.modules():
-        for _, _, size in module._parameters.sources.values():
-            yield math.prod(size)
+        for name, (_, _, size) in module._parameters.sources.items():
+            yield math.prod(size) if module._parameters[name] is not None else 0
 
 
 def winner(method: Supernet, architecture: Mapping[str, Sequence[int]]) -> Compose:
