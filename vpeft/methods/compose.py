@@ -12,6 +12,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, shown
 from ..interventions.base import Intervention
 from ..interventions.context import Watch
+from ..interventions.weights import ExistingTensors
 from ..options import option
 from .base import Method, Paper, create, register
 
@@ -72,25 +73,28 @@ class Apart:
         self.where = where
         self.taken: dict[str, tuple[str, int]] = {}
 
-    def add(self, number: int, method: Method, path: str, module: nn.Module) -> None:
-        """One module of a part.
+    def add(self, number: int, method: Method, path: str, module: nn.Module) -> str:
+        """One module of a part: the path where it may stand; another one where it has nothing to save under its own.
 
         Raises:
             MethodError: another part has tensors of the same names, the same tensors of the model, or puts another
                 classifier there too.
         """
-        names = [f"{path}.{name}".rstrip(".") for name, _ in module.named_modules()]
+        names = []
+        if isinstance(module, ExistingTensors) and self.taken.get(path, ("", number))[1] != number:
+            path = f"{path}_{number}"
         if isinstance(module, Intervention):
-            names += [f"the model's {name}" for name in module.owned_names()]
+            names += [f"the model's {name}" for name in sorted(module.owned_names())]
             if type(module).exchange_classifier is not Intervention.exchange_classifier or module.outputs is not None:
                 names.append("the model's classifier")
-        for name in names:
+        for name in [*names, *(f"{path}.{name}".rstrip(".") for name, _ in module.named_modules())]:
             other, owner = self.taken.setdefault(name, (method.name, number))
             if owner != number:
                 raise MethodError(
                     f"{self.where}[{number}] ({method.name}) and [{owner}] ({other}) both have {name}: they cannot act "
                     "together; leave one out, or give them other places"
                 )
+        return path
 
 
 @register("compose", Paper("Several methods of this library at once", "vpeft", "", "hybrid"), where="wherever its parts act")
@@ -134,7 +138,7 @@ class Compose(Method):
         for number, method in enumerate(self.methods):
             acts = False
             for path, module in method.build(sites):
-                apart.add(number, method, path, module)
+                path = apart.add(number, method, path, module)
                 acts = acts or (isinstance(module, Intervention) and not isinstance(module, Watch))
                 module.composed_in = number  # see ``_views``
                 yield path, module

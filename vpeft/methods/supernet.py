@@ -93,9 +93,9 @@ class Supernet(Method):
 
     In training a random sub-network acts, the same for the whole batch and in all processes; ``handle.after_step()`` draws
     the next. What is drawn depends on ``seed`` and on the number of updates, which the file holds, so that a resumed run
-    draws the same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts, unless
-    ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a sub-network
-    does not have them, as in the released code.
+    draws the same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts,
+    unless ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a
+    sub-network does not have them, as in the released code.
 
     The search is over sizes; its winner is trained anew, as a ``compose`` of the modules at these sizes.
 
