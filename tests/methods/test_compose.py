@@ -31,7 +31,8 @@ def together(kind: str, parts: list[dict]):
     for number, part in enumerate(parts):
         options = {k: v for k, v in part.items() if k != "method"}
         handles.append(vpeft.attach(other, part["method"], name=f"part{number}", **options))
-    for single in handles:
+    handles[-1].disable()
+    for single in handles:  # the last one's classifier is the model's
         single.enable()
         single.load_state_dict({n: state[n] for n in single.state_dict()})
     handles[-1].load_state_dict(handle.head_state_dict(), strict=False)

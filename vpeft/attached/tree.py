@@ -70,8 +70,8 @@ class Tree(nn.Module):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """All of them, in the order of their names' first appearance."""
-        return [m for m in self.modules() if isinstance(m, Intervention)]
+        """All of them, in the order of their turns, else of their names' first appearance."""
+        return sorted((m for m in self.modules() if isinstance(m, Intervention)), key=lambda m: m.turn)
 
     @property
     def existing(self) -> list[ExistingTensors]:

@@ -1,6 +1,6 @@
 """``compose``: several methods of the library as one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,35 @@ def part_method(part: Any, where: str, without: tuple[str, ...] = ()) -> Method:
 def as_part(method: Method) -> Part:
     """The mapping that names a method with all its options."""
     return {"method": method.name} | method.options()
+
+
+Built = tuple[int, str, nn.Module]
+
+
+def in_turn(built: Iterable[Built]) -> list[Built]:
+    """Let parts act one after another, each in the order that it has alone: that of the tree of its names.
+
+    Args:
+        built: the number of the part, the path and the module of each thing that they build.
+    """
+    found, trees = list(built), {}
+    for number, path, module in found:
+        node = trees.setdefault(number, {})
+        for name in path.split("."):
+            node = node.setdefault(name, {})
+        node[""] = module
+    for turn, module in enumerate(m for number in sorted(trees) for m in _walk(trees[number])):
+        if isinstance(module, Intervention):
+            module.turn = turn
+    return found
+
+
+def _walk(node: dict[str, Any]) -> Iterator[nn.Module]:
+    if "" in node:
+        yield from node[""].modules()
+    for name, inner in node.items():
+        if name:
+            yield from _walk(inner)
 
 
 class Apart:
@@ -134,15 +163,16 @@ class Compose(Method):
         return all(method.trains_head for method in self.methods)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        apart = Apart(f"{self.name}.parts")
+        apart, acting = Apart(f"{self.name}.parts"), set()
+        built = ((n, path, part) for n, method in enumerate(self.methods) for path, part in method.build(sites))
+        for number, path, module in in_turn(built):
+            path = apart.add(number, self.methods[number], path, module)
+            if isinstance(module, Intervention) and not isinstance(module, Watch):
+                acting.add(number)
+            module.composed_in = number  # see ``_views``
+            yield path, module
         for number, method in enumerate(self.methods):
-            acts = False
-            for path, module in method.build(sites):
-                path = apart.add(number, method, path, module)
-                acts = acts or (isinstance(module, Intervention) and not isinstance(module, Watch))
-                module.composed_in = number  # see ``_views``
-                yield path, module
-            if not acts:
+            if number not in acting:
                 raise MethodError(f"{apart.where}[{number}]: {method.name} has no place to act on with these options")
 
     # ---- what its parts do once they are attached ----

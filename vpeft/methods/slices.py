@@ -1,6 +1,6 @@
 """What a supernet is made of: parts whose tensors are slices of larger ones, and what lets one set of them act."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -12,9 +12,9 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..shards import is_shard
+from .compose import Built
 from .space import Architecture, SearchSpace
 
-Built = tuple[int, str, nn.Module]
 Source = tuple[nn.Module, str, tuple[int, ...]]
 
 
@@ -23,8 +23,8 @@ class Parts(Protocol):
 
     sites: Sites
 
-    def parts(self, architecture: Architecture) -> Iterator[Built]:
-        """The number of the module, the path and the part, of each that acts."""
+    def parts(self, architecture: Architecture) -> list[Built]:
+        """Of each part that acts, the number of its module, its path, and itself."""
 
 
 class Slices(dict):
@@ -162,10 +162,10 @@ class SubNetwork(Intervention):
         parts = [part for _, part in built]
         places = _places_of(self.hub, self.owner)
         self.hub.remove(self.owner)
-        for part in parts:
-            if isinstance(part, Intervention):
-                part.hub, part.owner = self.hub, self.owner
-                part.install()
+        interventions = [m for part in parts for m in part.modules() if isinstance(m, Intervention)]
+        for part in sorted(interventions, key=lambda i: i.turn):
+            part.hub, part.owner = self.hub, self.owner
+            part.install()
         _put_back(self.owner, places)
         self.small, self.acting = [] if wanted is None else parts, wanted
 
@@ -178,7 +178,7 @@ class SubNetwork(Intervention):
             MethodError: a method's tensors at these sizes are no slices of the large ones.
         """
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            found = list(self.make.parts(architecture))
+            found = self.make.parts(architecture)
         for number, path, part in found:
             large = self.large.get(path)
             if large is None:
