@@ -11,7 +11,6 @@ from ..backbone.modules import CONTAINER, LAST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
-from ..shards import is_shard
 from .compose import Built
 from .space import Architecture, SearchSpace
 
@@ -205,8 +204,6 @@ def _source(large: nn.Module, table: str, name: str, small: Tensor | None, where
     if whole is None or whole.ndim != small.ndim or any(a > b for a, b in zip(small.shape, whole.shape, strict=True)):
         has = "none" if whole is None else f"one of {tuple(whole.shape)}"
         raise MethodError(f"{where}.{name} of {tuple(small.shape)} is no slice: at the largest sizes there is {has}")
-    if is_shard(whole):
-        raise MethodError(f"{where}.{name} is in shards (fully_shard), of which a supernet cannot take slices")
     return large, name, tuple(small.shape)
 
 
