@@ -37,6 +37,7 @@ class Intervention(nn.Module):
 
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
+        unmergeable: nothing of the method that it belongs to can be merged, for the reason that its ``fold`` gives.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         from_weights: its tensors start from values that were computed from the model's weights.
@@ -48,6 +49,7 @@ class Intervention(nn.Module):
     """
 
     mergeable: bool = False
+    unmergeable: bool = False
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False

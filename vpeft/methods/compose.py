@@ -91,6 +91,11 @@ def _walk(node: dict[str, Any]) -> Iterator[nn.Module]:
             yield from _walk(inner)
 
 
+def exchanges_classifier(part: Intervention) -> bool:
+    """Whether it puts another classifier in the place of the model's."""
+    return type(part).exchange_classifier is not Intervention.exchange_classifier
+
+
 class Apart:
     """Refuses parts that cannot be one method: it is told of all that each of them builds.
 
@@ -114,7 +119,7 @@ class Apart:
             path = f"{path}_{number}"
         if isinstance(module, Intervention):
             names += [f"the model's {name}" for name in sorted(module.owned_names())]
-            if type(module).exchange_classifier is not Intervention.exchange_classifier or module.outputs is not None:
+            if exchanges_classifier(module) or module.outputs is not None:
                 names.append("the model's classifier")
         for name in [*names, *(f"{path}.{name}".rstrip(".") for name, _ in module.named_modules())]:
             other, owner = self.taken.setdefault(name, (method.name, number))

@@ -11,7 +11,7 @@ from ..backbone.modules import CONTAINER, LAST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
-from .compose import Built
+from .compose import Built, exchanges_classifier
 from .space import Architecture, SearchSpace
 
 Source = tuple[nn.Module, str, tuple[int, ...]]
@@ -77,6 +77,7 @@ class SubNetwork(Intervention):
     """
 
     inert = True
+    unmergeable = True
 
     def __init__(self, make: Parts, space: SearchSpace, seed: int):
         super().__init__(LAST)
@@ -101,8 +102,8 @@ class SubNetwork(Intervention):
     def take(self, path: str, part: nn.Module) -> None:
         """A part at its largest size."""
         self.large[path] = part
-        if isinstance(part, Intervention):
-            part.mergeable = False
+        if isinstance(part, Intervention) and exchanges_classifier(part):
+            raise MethodError(f"{path}: its classifier's size would change with its own; a supernet has one for all")
 
     # ---- which one acts ----
 
@@ -161,7 +162,7 @@ class SubNetwork(Intervention):
         parts = [part for _, part in built]
         places = _places_of(self.hub, self.owner)
         self.hub.remove(self.owner)
-        interventions = [m for part in parts for m in part.modules() if isinstance(m, Intervention)]
+        interventions = {m for part in parts for m in part.modules() if isinstance(m, Intervention)}
         for part in sorted(interventions, key=lambda i: i.turn):
             part.hub, part.owner = self.hub, self.owner
             part.install()

@@ -26,7 +26,7 @@ def merge(tree: Tree, others: list[Tree], partial: bool = False) -> None:
         raise MethodError(f"'{tree.name}' is merged already")
     if not tree.enabled:
         raise MethodError(f"'{tree.name}' is disabled; enable() it before merging")
-    parts = [i for i in tree.interventions if i.mergeable or not partial]
+    parts = [i for i in tree.interventions if i.mergeable or i.unmergeable or not partial]
     with gathered(tree.model, tree.model):
         folds = _folds(tree, parts)
     folded = [i for i, own in zip(parts, folds, strict=True) if own]
@@ -111,7 +111,7 @@ def _refuse(tree: Tree, intervention: Intervention) -> None:
     try:
         intervention.fold()
     except MethodError as error:
-        if any(i.mergeable and not i.inert for i in tree.interventions):
+        if any(i.mergeable and not i.inert for i in tree.interventions) and not intervention.unmergeable:
             raise MethodError(f"{error}; merge(partial=True) folds what can be folded, and the rest acts on") from error
         raise
 
