@@ -70,8 +70,8 @@ class Tree(nn.Module):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """All of them, in the order of their turns, else of their names' first appearance."""
-        return sorted((m for m in self.modules() if isinstance(m, Intervention)), key=lambda m: m.turn)
+        """All of them, in the order of their sequence, else of their names' first appearance."""
+        return sorted((m for m in self.modules() if isinstance(m, Intervention)), key=lambda m: m.sequence)
 
     @property
     def existing(self) -> list[ExistingTensors]:

@@ -45,7 +45,7 @@ class Intervention(nn.Module):
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         hub: of the model, once it is attached.
         owner: name of the handle that it belongs to.
-        turn: of a method that is made of others, the place of this part in the order in which they act.
+        sequence: of a method that is made of others, the place of this part in the order in which they act.
     """
 
     mergeable: bool = False
@@ -54,7 +54,7 @@ class Intervention(nn.Module):
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False
     needs_unpooled: bool = False
-    turn: int = 0
+    sequence: int = 0
 
     def __init__(self, position: int):
         super().__init__()

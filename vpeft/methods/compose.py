@@ -77,9 +77,9 @@ def in_turn(built: Iterable[Built]) -> list[Built]:
         for name in path.split("."):
             node = node.setdefault(name, {})
         node[""] = module
-    for turn, module in enumerate(m for number in sorted(trees) for m in _walk(trees[number])):
+    for place, module in enumerate(m for number in sorted(trees) for m in _walk(trees[number])):
         if isinstance(module, Intervention):
-            module.turn = turn
+            module.sequence = place
     return found
 
 

@@ -163,7 +163,7 @@ class SubNetwork(Intervention):
         places = _places_of(self.hub, self.owner)
         self.hub.remove(self.owner)
         interventions = {m for part in parts for m in part.modules() if isinstance(m, Intervention)}
-        for part in sorted(interventions, key=lambda i: i.turn):
+        for part in sorted(interventions, key=lambda i: i.sequence):
             part.hub, part.owner = self.hub, self.owner
             part.install()
         _put_back(self.owner, places)
