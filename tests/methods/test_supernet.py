@@ -20,6 +20,7 @@ from vpeft.engine.loop import Trainer
 from vpeft.engine.train import train
 from vpeft.methods import METHODS, create
 from vpeft.methods.base import PerBlock
+from vpeft.methods.earlier import lacking, options_of
 from vpeft.methods.supernet import choose, parameters, sliced_state, space, sub_network, winner
 from vpeft.options import declared
 
@@ -239,6 +240,11 @@ def test_the_default_is_written_out_in_files(tmp_path):
     assert [m["method"] for m in modules] == ["vpt_deep", "lora", "adapter"]
     assert modules[0]["values"] == [5, 10, 32]  # at most the width
     assert modules[0]["depths"] == [1, 2, 3]
+    options = {"modules": modules, "seed": 0}
+    assert lacking("supernet", options) == []
+    del modules[1]["init"], modules[1]["scale"]
+    assert lacking("supernet", options) == ["scale"]
+    assert options_of("supernet", options, 2)["modules"][1]["init"] == "lora"
 
 
 def test_noahs_space():
