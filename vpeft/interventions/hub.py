@@ -14,9 +14,10 @@ from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpoi
 from ..errors import MethodError
 from ..shards import gather_uncalled
 from .flow import Flow
-from .junction import Junction, as_ordered, exchanged, unhook
+from .junction import Junction, as_ordered, unhook
 from .operation import with_tensors
 from .rows import Part, RowPlan, check_same, in_parts, plan_for, sorted_inputs
+from .watched import Place, check_in_place, watch
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -59,7 +60,7 @@ class Hub:
             if not f"{path}.".startswith(heads):
                 for name, child in module.named_children():
                     self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
-        self.watched: dict[tuple[str, ...], list[tuple[nn.Module, nn.Module, str, str]]] = {}
+        self.watched: dict[tuple[str, ...], list[Place]] = {}
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -121,7 +122,7 @@ class Hub:
 
     def rename(self, owner: str, name: str, parts: set[int]) -> None:
         """See ``Junction.rename``; done at every junction."""
-        self._changed()
+        self.changed()
         for junction in (*self.junctions.values(), self.top):
             junction.rename(owner, name, parts)
 
@@ -188,7 +189,9 @@ class Hub:
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
-            self._check_in_place(acting, routed)
+            if acting not in self.watched:
+                self.watched[acting] = watch(self.junctions, self.places, set(acting))
+            check_in_place(self.watched[acting], self.junctions, acting, self.heads if routed else ())
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
         return Flow(acting, facts, starter=starter, outer=outer, checkpointed=checkpointed, plan=plan, routed=routed)
@@ -231,31 +234,6 @@ class Hub:
             yield
         finally:
             self.local.facts = before
-
-    def _check_in_place(self, acting: tuple[str, ...], routed: bool) -> None:
-        """Refuse a model in which a module at which something is to be done was exchanged for another one.
-
-        Of classifiers a routed forward takes each handle's own, wherever it is.
-
-        Raises:
-            MethodError: names it, and the handles whose effect would be lost.
-        """
-        if acting not in self.watched:
-            self.watched[acting] = self._watch(set(acting))
-        for module, parent, name, path in self.watched[acting]:
-            if parent._modules.get(name) is not module and not (routed and f"{path}." in self.heads):
-                owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(acting)}
-                raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or acting)))
-
-    def _watch(self, acting: set[str]) -> list[tuple[nn.Module, nn.Module, str, str]]:
-        """The modules at which these handles do something, and what they are in."""
-        found: dict[nn.Module, tuple[nn.Module, nn.Module, str, str]] = {}
-        for module, junction in self.junctions.items():
-            if junction.owners() & acting:
-                while module in self.places and module not in found:
-                    found[module] = (module, *self.places[module])
-                    module = self.places[module][0]
-        return list(found.values())
 
     # ---- hooks ----
 

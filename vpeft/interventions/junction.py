@@ -1,7 +1,7 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from ..errors import MethodError
 from .flow import Flow
 from .operation import Inner, with_tensors
 from .rows import Part, in_parts, joined
+from .watched import exchanged
 
 
 class Forwards(Protocol):
@@ -316,17 +317,6 @@ class Junction:
             return self._changed_output(flow, changed[0], self._operated(flow, *changed))
 
         return joined(in_parts(flow, parts, run), self.hub.path(self.module))
-
-
-def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:
-    """The refusal of a model in which a module was exchanged after something had been attached to it."""
-    kinds = [f"{type(m).__module__.partition('.nn')[0]} {type(m).__name__}" for m in (was, now) if m is not None]
-    other = "gone" if len(kinds) < 2 else "another one" if kinds[0] == kinds[1] else f"a {kinds[1]}"
-    change = f"a {kinds[0]} when it was hooked, and now it is {other}"
-    return (
-        f"{path or 'a hooked module'} was {change}: {', '.join(owners)} would be lost. Change the model before attach; to "
-        "quantise it, merge() and detach(keep_merged=True) first, or quantise other modules"
-    )
 
 
 def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:
