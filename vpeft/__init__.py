@@ -6,6 +6,7 @@ from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
 from .tuning.attaching import attach, get_handle
 from .tuning.description import describe
+from .tuning.fusing import fuse
 from .tuning.handle import Handle
 from .tuning.loading import load
 from .tuning.routing import route, train_side_by_side
@@ -17,7 +18,7 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "attach", "clips", "describe", "get_handle", "list_methods", "load",
-    "route", "train_side_by_side",
+    "VpeftError", "attach", "clips", "describe", "fuse", "get_handle", "list_methods", "load", "route",
+    "train_side_by_side",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

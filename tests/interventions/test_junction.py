@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tests.support.hubs import Broken, Chain, chain, close, failing, hub_on, surface
 from vpeft.backbone.attention import pad_pairs
 from vpeft.interventions.flow import Flow
-from vpeft.interventions.junction import Junction, operate, with_tensors
+from vpeft.interventions.junction import Junction
+from vpeft.interventions.operation import operate, with_tensors
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -105,6 +105,7 @@ FORMULAS = {
     "houlsby": lambda s: 2 * bottleneck(8)(s),
     "pfeiffer": bottleneck(8, lambda d: 2 * d),
     "adapter_plus": bottleneck(8, lambda d: d),
+    "adapter_fusion": lambda s: s.each(lambda d, qkv, b: 3 * d * d + d),
     "adaptformer": bottleneck(64),
     "convpass": lambda s: 2 * bottleneck(8, lambda d: 9 * 64 + 8)(s),
     "convpass_attn": bottleneck(8, lambda d: 9 * 64 + 8),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -30,12 +31,17 @@ def compare(
     atol: float = 1e-10,
     model_options: dict | None = None,
     rows: int = 3,
+    prepare: Callable[[vpeft.Handle], None] = lambda handle: None,
     **options,
 ) -> None:
-    """Outputs and gradients of an attached method against ``formula``, at random values of all its tensors."""
+    """Outputs and gradients of an attached method against ``formula``, at random values of all its tensors.
+
+    ``prepare`` gives values to those that do not train.
+    """
     model = make(kind, dtype=torch.float64, **(model_options or {}))
     handle = attached(model, method, **options)
     randomise(handle)
+    prepare(handle)
     handle.eval()
     named = {n: p for n, p in [*handle.named_parameters(), *handle.head_parameters()] if p.requires_grad}
     x = images(model, rows)

@@ -36,6 +36,7 @@ class Tree(nn.Module):
         beside: it is switched off, and trains all the same, for routed forwards.
         calibrated: it has looked at data.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
+        folded: while only a part of it is merged, the interventions that are; the others act on.
     """
 
     def __init__(self, name: str, method: Any, sites: Sites, hub: Hub):
@@ -47,6 +48,7 @@ class Tree(nn.Module):
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None
+        self.folded: list[Intervention] = []
 
     def add_at(self, path: str, module: nn.Module) -> None:
         """Put a module at a dotted path, with empty modules on the way."""
@@ -69,8 +71,8 @@ class Tree(nn.Module):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """All of them, in the order of their names' first appearance."""
-        return [m for m in self.modules() if isinstance(m, Intervention)]
+        """All of them, in the order of their sequence, else of their names' first appearance."""
+        return sorted((m for m in self.modules() if isinstance(m, Intervention)), key=lambda m: m.sequence)
 
     @property
     def existing(self) -> list[ExistingTensors]:
@@ -135,7 +137,8 @@ class Tree(nn.Module):
     def tell(self) -> None:
         """Tell the hub whether it acts."""
         acting = [name for name in self.hub.acting if name != self.name]
-        self.hub.acting = (*acting, self.name) if self.enabled and self.unmerged is None else tuple(acting)
+        acts = self.enabled and (self.unmerged is None or bool(self.folded))
+        self.hub.acting = (*acting, self.name) if acts else tuple(acting)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -241,6 +244,8 @@ class Tree(nn.Module):
                 set_tensor(module, leaf, value)
             else:
                 put(known[name], value)
+        for intervention in self.interventions:
+            intervention.on_load()
         if self.method.needs_calibration and not self.method.looks_calibrated(self):
             self.calibrated = False  # these are of a handle that had not been calibrated either
 

@@ -9,7 +9,7 @@ from ..backbone.attention import attend, attention_bias, attention_inputs, atten
 from ..backbone.modules import BlockSite, ModuleRef
 from ..shards import possible
 from .base import Intervention, replacing
-from .junction import Inner
+from .operation import Inner
 
 
 def attend_with_prefixes(inner: Inner, prefixes: list["AttentionPrefix"], x: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:

@@ -35,8 +35,13 @@ class Intervention(nn.Module):
     It acts at the junctions of modules (``act_before``, ``act_after``, ``act_around``), through bound methods of its own:
     these survive ``copy.deepcopy`` and pickling. What it keeps from one hook to a later one is in ``flow``, never in itself.
 
+    In a routed batch (``vpeft.route``) a change is called for each handle's rows. Beside one that ``act_after`` names there
+    may be another, ``NAME_together(members, plan, args, output)``: the output of all rows in one product, from one
+    intervention for each of the plan's spans, or None where that cannot be.
+
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
+        unmergeable: nothing of the method that it belongs to can be merged, for the reason that its ``fold`` gives.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         from_weights: its tensors start from values that were computed from the model's weights.
@@ -44,13 +49,16 @@ class Intervention(nn.Module):
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         hub: of the model, once it is attached.
         owner: name of the handle that it belongs to.
+        sequence: of a method that is made of others, the place of this part in the order in which they act.
     """
 
     mergeable: bool = False
+    unmergeable: bool = False
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False
     needs_unpooled: bool = False
+    sequence: int = 0
 
     def __init__(self, position: int):
         super().__init__()
@@ -150,6 +158,9 @@ class Intervention(nn.Module):
 
     def on_toggle(self) -> None:
         """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
+
+    def on_load(self) -> None:
+        """Called when values were loaded into the handle's tensors; most need nothing more."""
 
     def follow_classifier(self, heads: list[ModuleRef]) -> None:
         """Called when ``reset_classifier`` has put fresh classifiers into the model, for what acts at the old ones."""

@@ -14,8 +14,10 @@ from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpoi
 from ..errors import MethodError
 from ..shards import gather_uncalled
 from .flow import Flow
-from .junction import Junction, as_ordered, exchanged, unhook, with_tensors
-from .rows import Part, RowPlan, check_same, in_parts, sorted_inputs
+from .junction import Junction, as_ordered, unhook
+from .operation import with_tensors
+from .rows import Part, RowPlan, check_same, in_parts, plan_for, sorted_inputs
+from .watched import Place, check_in_place, watch
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -58,7 +60,7 @@ class Hub:
             if not f"{path}.".startswith(heads):
                 for name, child in module.named_children():
                     self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
-        self.watched: dict[tuple[str, ...], list[tuple[nn.Module, nn.Module, str, str]]] = {}
+        self.watched: dict[tuple[str, ...], list[Place]] = {}
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -98,25 +100,31 @@ class Hub:
 
     def at(self, module: nn.Module) -> Junction:
         """The junction of a module."""
-        self._changed()
+        self.changed()
         if module is self.model:
             return self.top
         if module not in self.junctions:
             self.junctions[module] = Junction(self, module)
         return self.junctions[module]
 
-    def _changed(self) -> None:
-        """What is done at the modules is not what it was."""
+    def changed(self) -> None:
+        """What is done at the modules is not what it was: compiled graphs and plans made before do not hold."""
         self.watched.clear()
         self.edition = str(int(self.edition) + 1)
 
     def remove(self, owner: str) -> None:
         """Take off all that one handle does, at every junction."""
-        self._changed()
+        self.changed()
         for module, junction in [*self.junctions.items(), (self.model, self.top)]:
             junction.remove(owner)
             if junction.empty:
                 self.junctions.pop(module, None)
+
+    def rename(self, owner: str, name: str, parts: set[int]) -> None:
+        """See ``Junction.rename``; done at every junction."""
+        self.changed()
+        for junction in (*self.junctions.values(), self.top):
+            junction.rename(owner, name, parts)
 
     def end_last(self, module: nn.Module) -> None:
         """Where a forward may end with a module, it ends behind all other hooks that are there."""
@@ -173,11 +181,17 @@ class Hub:
     def _new(self, starter: nn.Module | None = None) -> Flow:
         checkpointed = False
         outer = self.now()
-        plan = getattr(self.local, "plan", None) if outer is None or outer.plan is not None else None
+        plan = plan_for(outer, getattr(self.local, "plan", None), self.edition)
+        if plan is not None and plan.edition != self.edition:
+            raise MethodError(
+                "route: methods were attached, detached or merged, or got other heads, under it; enter it anew"
+            )
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
-            self._check_in_place(acting, routed)
+            if acting not in self.watched:
+                self.watched[acting] = watch(self.junctions, self.places, set(acting))
+            check_in_place(self.watched[acting], self.junctions, acting, self.heads if routed else ())
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
         return Flow(acting, facts, starter=starter, outer=outer, checkpointed=checkpointed, plan=plan, routed=routed)
@@ -200,10 +214,7 @@ class Hub:
         before = getattr(self.local, "flow", None)
         flow = self._new()
         if flow.plan is not None and flow.outer is None:
-            raise MethodError(
-                "route: what ran was a part of the model by itself, which does not know whose its rows are; call the model, "
-                "or its forward_features, forward_intermediates and forward_head"
-            )
+            raise MethodError(f"route: a part of the model by itself cannot know whose its rows are; call it, or {STARTS}")
         if acting is not None:
             flow.acting = acting
         said = flow.facts if flow.outer is None else flow.outer.facts
@@ -224,31 +235,6 @@ class Hub:
         finally:
             self.local.facts = before
 
-    def _check_in_place(self, acting: tuple[str, ...], routed: bool) -> None:
-        """Refuse a model in which a module at which something is to be done was exchanged for another one.
-
-        Of classifiers a routed forward takes each handle's own, wherever it is.
-
-        Raises:
-            MethodError: names it, and the handles whose effect would be lost.
-        """
-        if acting not in self.watched:
-            self.watched[acting] = self._watch(set(acting))
-        for module, parent, name, path in self.watched[acting]:
-            if parent._modules.get(name) is not module and not (routed and f"{path}." in self.heads):
-                owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(acting)}
-                raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or acting)))
-
-    def _watch(self, acting: set[str]) -> list[tuple[nn.Module, nn.Module, str, str]]:
-        """The modules at which these handles do something, and what they are in."""
-        found: dict[nn.Module, tuple[nn.Module, nn.Module, str, str]] = {}
-        for module, junction in self.junctions.items():
-            if junction.owners() & acting:
-                while module in self.places and module not in found:
-                    found[module] = (module, *self.places[module])
-                    module = self.places[module][0]
-        return list(found.values())
-
     # ---- hooks ----
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -257,8 +243,7 @@ class Hub:
         # A forward in parts goes on; one inside of another (in a user's hook) is a forward of its own.
         if flow is None or flow.task is not None or flow.starter is not None:
             self._begin(model, args, kwargs)
-            if self.local.flow.plan is not None:
-                return sorted_inputs(self.local.flow, args, kwargs)
+            return sorted_inputs(self.local.flow, args, kwargs)
         return None
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -347,8 +332,7 @@ class Hub:
         check_same(flow.plan, getattr(self.local, "plan", None), carried is not None)
         self.local.flow = flow
         try:
-            if flow.plan is not None:
-                args, kwargs = sorted_inputs(flow, args, kwargs)
+            args, kwargs = sorted_inputs(flow, args, kwargs)
             output = self._function(name, flow)(*args, **kwargs)
             if flow.plan is not None and name != STARTS[-1]:
                 output = flow.plan.leave(output)
@@ -366,10 +350,10 @@ class Hub:
 
     def _heads_of_spans(self, flow: Flow, plan: RowPlan, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
-        models = iter([span.model for span in plan.spans])
 
         def head(part: Part) -> Any:
-            return self._function_of(next(models), STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
+            seen = plan.spans[part.number - 1].model
+            return self._function_of(seen, STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
 
         return plan.outputs(in_parts(flow, plan.parts(), head))
 

@@ -1,18 +1,19 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone.attention import pad_pairs
-from ..backbone.modules import is_plain_norm
 from ..errors import MethodError
 from .flow import Flow
+from .operation import Inner, with_tensors
 from .rows import Part, in_parts, joined
+from .watched import exchanged
 
 
 class Forwards(Protocol):
@@ -29,39 +30,6 @@ class Forwards(Protocol):
 
     def path(self, module: nn.Module) -> str:
         """A module's path in the model, for messages."""
-
-
-class Inner:
-    """What a change of a module's operation stands around: the operation with all changes below this one."""
-
-    def __init__(self, own: nn.Module, tensors: dict[str, Tensor]):
-        self.own, self.tensors = own, tensors
-        self.change: Callable | None = None
-        self.below: Inner | None = None
-        self.members: list[nn.Module] | None = None
-
-    def under(self, change: Callable, members: list[nn.Module] | None = None) -> "Inner":
-        """The operation with one more change around it."""
-        outer = Inner(self.own, self.tensors)
-        outer.change, outer.below, outer.members = change, self, members
-        return outer
-
-    @property
-    def alone(self) -> bool:
-        """It is the frozen module's own operation, and nothing else."""
-        return self.change is None and not self.tensors
-
-    @property
-    def module(self) -> nn.Module:
-        """The module, with the tensors that it has in this forward."""
-        return with_tensors(self.own, self.tensors)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.change is None:
-            return operate(self.own, self.tensors, args, kwargs)
-        if self.members is not None:
-            return self.change(self.below, self.members, *args, **kwargs)
-        return self.change(self.below, *args, **kwargs)
 
 
 class Junction:
@@ -143,6 +111,14 @@ class Junction:
             del self.module.forward
         if not self.padded and getattr(own.get("_get_rel_pos_bias"), "__self__", None) is self:
             del self.module._get_rel_pos_bias
+
+    def rename(self, owner: str, name: str, parts: set[int]) -> None:
+        """What some of one handle's interventions (by their ids) do here belongs to another name, in the same place."""
+        for entries in (self.before, self.after, self.around, self.joined, self.replaced):
+            for i, entry in enumerate(entries):
+                change = getattr(entry[-1], "func", entry[-1])  # of functools.partial
+                if entry[0] == owner and id(getattr(change, "__self__", change)) in parts:
+                    entries[i] = (name, *entry[1:])
 
     @property
     def empty(self) -> bool:
@@ -293,6 +269,9 @@ class Junction:
         plan, parts = flow.plan, self._parts(flow, (owner for owner, _ in self.after))
         if not parts:
             return output
+        together = self._output_together(flow, args, output)
+        if together is not None:
+            return together
 
         def run(part: Part) -> Any:
             own = plan.call_of(args, {}, part)[0] if args else ()
@@ -300,12 +279,35 @@ class Junction:
 
         return joined(in_parts(flow, parts, run), self.hub.path(self.module))
 
+    @property
+    def _biases_alone(self) -> bool:
+        """Samples differ in a linear's bias and in nothing else: added behind one product, which is faster than slices."""
+        return type(self.module).forward is nn.Linear.forward and {leaf for _, leaf, _ in self.trained} == {"bias"}
+
+    def _output_together(self, flow: Flow, args: tuple, output: Any) -> Any:
+        """The output for all samples in one product, where every span has one change of one kind that can; else None."""
+        changes = []
+        for span in flow.plan.spans:
+            own = [change for owner, change in self.after if owner in span.names]
+            if len(own) != 1 or not isinstance(own[0], MethodType):
+                return None
+            changes += own
+        members = [change.__self__ for change in changes]
+        form = getattr(members[0], f"{changes[0].__name__}_together", None)
+        if form is None or len({(type(c.__self__), c.__name__) for c in changes}) > 1:
+            return None
+        return form(members, flow.plan, args, output)
+
     def _operated_in_parts(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> Any:
         plan, alone = flow.plan, self._run_alone_in(flow)
         acting = {owner for entries in (self.around, self.joined, self.replaced) for owner, *_ in entries}
         parts = plan.parts() if self.trained or alone else self._parts(flow, acting)
         if not parts:
             return self._operated(flow, args, kwargs)
+        if not (alone or acting & set(flow.acting)) and self._biases_alone:
+            biases = in_parts(flow, parts, lambda part: self.tensors(flow).get("bias", self.module.bias))
+            y = plan.samples(F.linear(args[0], self.module.weight))
+            return y.add_(plan.of_each(biases)[:, None]).view(*args[0].shape[:-1], -1)
 
         def run(part: Part) -> Any:
             own = plan.call_of(args, kwargs, part)
@@ -315,52 +317,6 @@ class Junction:
             return self._changed_output(flow, changed[0], self._operated(flow, *changed))
 
         return joined(in_parts(flow, parts, run), self.hub.path(self.module))
-
-
-def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:
-    """The refusal of a model in which a module was exchanged after something had been attached to it."""
-    kinds = [f"{type(m).__module__.partition('.nn')[0]} {type(m).__name__}" for m in (was, now) if m is not None]
-    other = "gone" if len(kinds) < 2 else "another one" if kinds[0] == kinds[1] else f"a {kinds[1]}"
-    change = f"a {kinds[0]} when it was hooked, and now it is {other}"
-    return (
-        f"{path or 'a hooked module'} was {change}: {', '.join(owners)} would be lost. Change the model before attach; to "
-        "quantise it, merge() and detach(keep_merged=True) first, or quantise other modules"
-    )
-
-
-def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """The module as if it held other tensors: a second object of its class that shares all else; it is not touched."""
-    if not tensors:
-        return module
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["_parameters"] = {**module._parameters, **tensors}
-    return twin
-
-
-def operate(module: nn.Module, tensors: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the module's class computes, with other tensors in place of its own."""
-    if tensors and len(args) == 1 and not kwargs:  # what torch.compile follows without a second object
-        weight, bias = (tensors.get(n, getattr(module, n, None)) for n in ("weight", "bias"))
-        if type(module).forward is nn.Linear.forward:
-            return F.linear(args[0], weight, bias)
-        if is_plain_norm(module):
-            return normalise(module, args[0], weight, bias)
-        if type(module).forward is nn.Conv2d.forward:
-            return module._conv_forward(args[0], weight, bias)
-    return type(module).forward(with_tensors(module, tensors), *args, **kwargs)
-
-
-def normalise(norm: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a plain LayerNorm computes with these tensors.
-
-    On a GPU torch 2.11 takes the size of the bias' gradient from that of the weight where x has more than 65,536 rows, and
-    fails where the weight has none: there it gets one that nobody keeps.
-    """
-    trained = bias is not None and bias.requires_grad and not weight.requires_grad and torch.is_grad_enabled()
-    if trained and x.is_cuda and x.numel() > 65536 * weight.numel() and not torch.compiler.is_compiling():
-        weight = weight.detach().requires_grad_()
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from ..backbone.modules import LinearSite, ModuleRef
 from ..numerics import at_least_float32
 from .base import Folded, Intervention
+from .rows import RowPlan
 
 
 class AddToLinear(Intervention):
@@ -31,6 +32,13 @@ class AddToLinear(Intervention):
 
     def _update(self, args: tuple, output: Tensor) -> Tensor | None:
         return self(args[0], output)
+
+    def _update_together(self, members: list["AddToLinear"], plan: RowPlan, args: tuple, output: Tensor) -> Tensor | None:
+        return self.together(members, plan, args[0], output)
+
+    def together(self, members: list["AddToLinear"], plan: RowPlan, x: Tensor, y: Tensor) -> Tensor | None:
+        """``forward`` for samples that use different members of this class, or None where there is no such form."""
+        return None
 
     def delta(self) -> Tensor:
         """The (rows, in) change of the whole linear's weight, in float32 or better."""

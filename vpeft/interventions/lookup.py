@@ -7,7 +7,7 @@ from torch import nn
 
 from ..backbone.modules import CONTAINER
 from .hub import Hub, hooked_only_by
-from .junction import with_tensors
+from .operation import with_tensors
 
 
 def hub_of(model: nn.Module) -> Hub | None:

@@ -1,6 +1,6 @@
 """Which rows of a batch are whose: the plan of a forward in which each sample uses its own handle."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,11 @@ class RowPlan:
         spans: in their order in the sorted batch.
         order: for each place in the sorted batch, which sample stands there.
         pad: outputs of different widths become one tensor, filled up with minus infinity.
+        edition: of the hub when it was made.
     """
 
-    def __init__(self, spans: Iterable[Span], order: Iterable[int], pad: bool = False):
-        self.spans, self.pad = tuple(spans), pad
+    def __init__(self, spans: Iterable[Span], order: Iterable[int], pad: bool = False, edition: str = ""):
+        self.spans, self.pad, self.edition = tuple(spans), pad, edition
         self.count = self.spans[-1].stop - self.spans[0].start
         self.names = tuple(dict.fromkeys(name for span in self.spans for name in span.names))
         order = list(order)
@@ -69,6 +70,8 @@ class RowPlan:
         back = sorted(range(len(order)), key=order.__getitem__)
         self.order, self.back = torch.tensor(order, dtype=torch.long), torch.tensor(back, dtype=torch.long)
         self.known: dict[Any, list[Part]] = {}
+        whose = [i for i, span in enumerate(self.spans) for _ in range(span.start, span.stop)]
+        self.whose = {torch.device("cpu"): torch.tensor(whose, dtype=torch.long)}
 
     # ---- the whole batch ----
 
@@ -127,6 +130,19 @@ class RowPlan:
             rows = [row for piece in pieces for row in piece]
             return [rows[i] for i in self.back.tolist()]
         return self.leave(torch.cat(pieces))
+
+    # ---- all rows at once ----
+
+    def samples(self, x: Tensor) -> Tensor:
+        """Rows (R, …, D) as (samples, tokens, D): windows of one sample stand together."""
+        return x.reshape(self.count, -1, x.shape[-1])
+
+    def of_each(self, tensors: Sequence[Tensor]) -> Tensor:
+        """From one tensor for each span, one for each sample: (samples, …)."""
+        device = tensors[0].device
+        if device not in self.whose:
+            self.whose[device] = self.whose[torch.device("cpu")].to(device)
+        return torch.stack(list(tensors))[self.whose[device]]
 
     # ---- its parts ----
 
@@ -201,12 +217,27 @@ def joined(pieces: list[Any], path: str) -> Any:
     return torch.cat(pieces)
 
 
+def plan_for(outer: Flow | None, stated: RowPlan | None, edition: str) -> RowPlan | None:
+    """The plan of a forward that starts now: the stated one, but in the midst of one task's own rows.
+
+    Raises:
+        MethodError: something else is done at the model's modules than when the plan was made.
+    """
+    if stated is None or (outer is not None and outer.plan is None):
+        return None
+    if stated.edition != edition:
+        raise MethodError("route: methods were attached, detached or merged, or got other heads under it; enter it anew")
+    return stated
+
+
 def sorted_inputs(flow: Flow, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """What a forward of the model, or a part of it, is called with, in the order of the tasks.
 
     Raises:
         MethodError: another number of rows than of tasks; or what recomputes blocks would not find the plan.
     """
+    if flow.plan is None:
+        return args, kwargs
     if flow.checkpointed and reentrant_checkpointing():
         raise MethodError("route: switch reentrant activation checkpointing off: timm.layers.set_reentrant_ckpt(False)")
     x = args[0] if args else next(iter(kwargs.values()))

@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 from ..numerics import at_least_float32
 from ..shards import put, whole
 from .base import Folded, Intervention, replacing
-from .junction import Inner, normalise
+from .operation import Inner, normalise
 
 
 class ReplaceTensor(Intervention):

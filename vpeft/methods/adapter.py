@@ -1,7 +1,8 @@
 """Bottleneck adapters at their published places (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021; and kin)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -154,16 +155,32 @@ class Adapter(Method):
 
     def at(self, block: BlockSite, size: int) -> Iterator[tuple[str, Intervention]]:
         """The adapters of one block."""
-        if self.variant == "houlsby":
-            yield "adapter_attn", MappedBottleneck(self, block, size, block.branch1)
-        if self.variant in ("houlsby", "intermediate", "vpt"):
-            yield "adapter_mlp", MappedBottleneck(self, block, size, block.branch2, on_input=self.variant == "vpt")
-        elif self.variant == "post":
-            yield "adapter_mlp", MappedBottleneck(self, block, size, block)
-        elif self.variant == "pre":
-            yield "adapter_mlp", AddedBottleneck(self, block, size, block, block.branch1, after=True)
-        else:
-            yield "adapter_mlp", AddedBottleneck(self, block, size, block.mlp_input, block.branch2)
+        mapped, added = partial(MappedBottleneck, self, block, size), partial(AddedBottleneck, self, block, size)
+        for half, intervention in at_places(self.variant, block, mapped, added):
+            yield f"adapter_{half}", intervention
+
+
+def at_places(
+    variant: Variant, block: BlockSite, mapped: Callable[..., Intervention], added: Callable[..., Intervention]
+) -> Iterator[tuple[str, Intervention]]:
+    """What stands at a variant's places in one block, with ``attn`` or ``mlp`` for the half of the block.
+
+    Args:
+        variant: see ``Adapter``.
+        block: where.
+        mapped: makes what maps the output (or, ``on_input``, the input) of a module.
+        added: makes what reads the input of one module and is added to the output of another, see ``AddToBranch``.
+    """
+    if variant == "houlsby":
+        yield "attn", mapped(block.branch1)
+    if variant in ("houlsby", "intermediate", "vpt"):
+        yield "mlp", mapped(block.branch2, on_input=variant == "vpt")
+    elif variant == "post":
+        yield "mlp", mapped(block)
+    elif variant == "pre":
+        yield "mlp", added(block, block.branch1, after=True)
+    else:
+        yield "mlp", added(block.mlp_input, block.branch2)
 
 
 @register(

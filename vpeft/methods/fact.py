@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions.junction import Inner
 from ..interventions.linear import AddToLinear
+from ..interventions.operation import Inner
 from ..numerics import at_least_float32, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks

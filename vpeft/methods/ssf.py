@@ -11,7 +11,7 @@ from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_p
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
-from ..interventions.junction import Inner
+from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
 from ..numerics import own_backward, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks

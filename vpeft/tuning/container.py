@@ -129,6 +129,7 @@ class Container(nn.Module):
                     "former one back, and call model.reset_classifier(n), or detach it first"
                 )
             return
+        self.hub.changed()
         if tree is None:
             self.own_classifier = now
         else:
@@ -152,6 +153,7 @@ class Container(nn.Module):
             )
         self._timms("reset_classifier", model)(*args, **kwargs)
         made = Classifier.of(model)
+        self.hub.changed()
         if not self.enabled_order:
             self.own_classifier = made
             return

@@ -40,9 +40,9 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
             forward, another number of images than of tasks.
     """
     container = _container_in(model)
-    plan = _plan(container, tasks, pad)
+    tasks, hub = _wanted(container, tasks), container.hub
     _prepare(container)
-    hub = container.hub
+    plan = _plan(container, tasks, pad)
     before = getattr(hub.local, "plan", None)
     hub.local.plan = plan
     try:
@@ -117,13 +117,22 @@ def _names(task: Task) -> tuple[str, ...]:
     return tuple(_name(name) for name in task)
 
 
-def _plan(container: Container, tasks: Iterable[Task], pad: bool) -> RowPlan:
+def _wanted(container: Container, tasks: Iterable[Task]) -> list[tuple[str, ...]]:
+    """The handles of each sample.
+
+    Raises:
+        MethodError: see ``route``.
+    """
     if isinstance(tasks, str | Handle) or not isinstance(tasks, Iterable):
         raise MethodError(f"route: expected one task for each image, in a list; got {shown(tasks)}")
     wanted = [_names(task) for task in tasks]
     if not wanted:
         raise MethodError("route: no task was given; give one for each image of the batch")
     _check_tasks(container, wanted)
+    return wanted
+
+
+def _plan(container: Container, wanted: list[tuple[str, ...]], pad: bool) -> RowPlan:
     model, kinds = container.hub.model, list(dict.fromkeys(wanted))
     order = sorted(range(len(wanted)), key=lambda row: kinds.index(wanted[row]))
     spans, start = [], 0
@@ -132,7 +141,7 @@ def _plan(container: Container, tasks: Iterable[Task], pad: bool) -> RowPlan:
         classifier = container.trees[names[-1]].classifier if names else container.own_classifier
         spans.append(Span(names, start, stop, len(spans) + 1, classifier.seen_by(model)))
         start = stop
-    return RowPlan(spans, order, pad)
+    return RowPlan(spans, order, pad, container.hub.edition)
 
 
 def _check_tasks(container: Container, wanted: list[tuple[str, ...]]) -> None:
