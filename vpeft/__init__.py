@@ -4,6 +4,7 @@ from .backbone import embedded as _backbones  # noqa: F401 - registers the embed
 from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
 from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
+from .tuning.active import activate, active
 from .tuning.attaching import attach, get_handle
 from .tuning.description import describe
 from .tuning.handle import Handle
@@ -16,6 +17,6 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "attach", "clips", "describe", "get_handle", "list_methods", "load",
+    "VpeftError", "activate", "active", "attach", "clips", "describe", "get_handle", "list_methods", "load",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

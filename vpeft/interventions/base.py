@@ -12,6 +12,12 @@ from .flow import Flow
 from .hub import Hub
 
 
+# What some parts do in a block that others cannot act beside, in words that follow "it" (``Intervention.brings``).
+OWN_ROWS = "sends rows of its own through the block"
+WINDOW_TOKENS = "sends tokens of its own through the windows"
+ALONG_TIME = "runs the attention along time as well"
+
+
 @dataclass(frozen=True)
 class Folded:
     """New values for one module's tensors: what ``merge`` writes there."""
@@ -42,6 +48,8 @@ class Intervention(nn.Module):
         from_weights: its tensors start from values that were computed from the model's weights.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
+        brings: what it does in its block that others may not be able to act beside: ``OWN_ROWS``, …
+        bars: what no other enabled handle may bring to the block.
         hub: of the model, once it is attached.
         owner: name of the handle that it belongs to.
     """
@@ -51,6 +59,8 @@ class Intervention(nn.Module):
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False
     needs_unpooled: bool = False
+    brings: frozenset[str] = frozenset()
+    bars: frozenset[str] = frozenset()
 
     def __init__(self, position: int):
         super().__init__()
@@ -60,9 +70,17 @@ class Intervention(nn.Module):
 
     # ---- where it acts ----
 
-    def act_before(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
-        """``change(args, kwargs)`` sees the module's inputs, and gives others or None; ``first`` of all handles' changes."""
-        self.hub.at(place.module).add_before(self.owner, change, first=first)
+    def act_before(self, place: ModuleRef, change: Callable, *, first: bool = False, inside: int = 0) -> None:
+        """``change(args, kwargs)`` sees the module's inputs, and gives others or None.
+
+        Args:
+            place: the module.
+            change: see above.
+            first: in front of all handles' changes.
+            inside: behind all handles' changes of a lower number: 1 puts tokens in that exist within the module alone, 2
+                sees these too.
+        """
+        self.hub.at(place.module).add_before(self.owner, change, first=first, inside=inside)
 
     def act_after(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
         """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
@@ -157,6 +175,13 @@ class Intervention(nn.Module):
     def owned_names(self) -> set[str]:
         """Names of what it replaces in the model while enabled, and no other enabled method may replace as well."""
         return set()
+
+    def own_entries(self) -> dict[str, Tensor | None]:
+        """Of the model's tensors that have other values while it acts, whatever others do: which, by name.
+
+        Flat positions, or None for all of a tensor.
+        """
+        return {}
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         """Why these values of its ``resizable`` tensors, about to be loaded, do not fit together or here; or None."""

@@ -1,7 +1,7 @@
 """The hub of a model: its junctions, and on each thread the forward that is under way."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -116,6 +116,12 @@ class Hub:
             junction.remove(owner)
             if junction.empty:
                 self.junctions.pop(module, None)
+
+    def arrange(self, order: Sequence[str]) -> None:
+        """Let the handles' changes stand in this order at every junction; it names all of them."""
+        self._changed()
+        for junction in (*self.junctions.values(), self.top):
+            junction.arrange(order)
 
     def end_last(self, module: nn.Module) -> None:
         """Where a forward may end with a module, it ends behind all other hooks that are there."""

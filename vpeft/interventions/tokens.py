@@ -9,7 +9,7 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..numerics import unregistered
-from .base import Intervention
+from .base import WINDOW_TOKENS, Intervention
 from .junction import Inner
 
 
@@ -19,7 +19,8 @@ class PromptTokens(Intervention):
     ``forward(batch)`` gives fresh tokens (B, P, D), or None where the block uses those that left the block before it
     (``previous``). Because no inserted token ever leaves a block, pooling, ``forward_intermediates`` and position
     resampling see the sequence they expect. Rotary tables, masks and relative-position biases are padded: an inserted
-    token is not rotated, is visible to all, and has bias 0.
+    token is not rotated, is visible to all, and has bias 0. Several handles' tokens stand in the handles' order; what others
+    see of the block's input and output is without them.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class PromptTokens(Intervention):
         return [self.block]
 
     def install(self) -> None:
-        self.act_before(self.block, self._insert)
+        self.act_before(self.block, self._insert, inside=1)
         # The last one's tokens are the first to go: two methods' tokens in one block stand inside each other.
         self.act_after(self.block, self._remove, first=True)
         attn = self.block.attn.module
@@ -52,7 +53,10 @@ class PromptTokens(Intervention):
         fresh = self(x.shape[0])
         if fresh is None:
             fresh = taken(self.previous, self.block)
-        x = torch.cat([x[:, : self.prefix], fresh.to(x.dtype), x[:, self.prefix :]], 1)
+        start = self.flow.pop(self.block.module, "inserted") or self.prefix  # behind those of earlier handles
+        self.flow.put(self, "start", start)
+        self.flow.put(self.block.module, "inserted", start + self.tokens)
+        x = torch.cat([x[:, :start], fresh.to(x.dtype), x[:, start:]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
         if isinstance(kwargs.get("rope"), Tensor):
             kwargs["rope"] = pad_rope(kwargs["rope"], self.tokens)
@@ -62,7 +66,9 @@ class PromptTokens(Intervention):
         return (x, *rest), kwargs
 
     def _remove(self, args: tuple, output: Tensor) -> Tensor:
-        start, stop = self.prefix, self.prefix + self.tokens
+        start = self.flow.pop(self, "start")
+        stop = start + self.tokens
+        self.flow.pop(self.block.module, "inserted")
         if self.keeps_outputs:
             self.flow.put(self, "left", output[:, start:stop])
         return torch.cat([output[:, :start], output[:, stop:]], 1)
@@ -86,6 +92,8 @@ class JoinWindows(Intervention):
     The block's forward is replaced. ``forward(batch)`` gives fresh tokens (B, P, C), or None where the block uses those
     that left the block before it, brought to this stage's width by its patch merging.
     """
+
+    brings = bars = frozenset({WINDOW_TOKENS})
 
     def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", keeps_outputs: bool):
         super().__init__(block.index)

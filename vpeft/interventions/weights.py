@@ -112,6 +112,9 @@ class ExistingTensors(Intervention):
     def owned_names(self) -> set[str]:
         return set(self.slots)
 
+    def own_entries(self) -> dict[str, Tensor | None]:
+        return dict.fromkeys(self.slots)
+
     def install(self) -> None:
         for name, parameter in self.tensors():
             parameter.requires_grad_(True)

@@ -51,6 +51,9 @@ class SparseTensor(ReplaceTensor):
             return frozen
         return frozen.flatten().scatter(0, self.index.long(), self.value.to(frozen.dtype)).view_as(frozen)
 
+    def own_entries(self) -> dict[str, Tensor | None]:
+        return {self.tensor_name: self.index} if self.value.numel() else {}
+
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         index, value = tensors["index"], tensors["value"]
         if index.shape != value.shape:
