@@ -6,6 +6,7 @@ from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
 from .tuning.active import activate, active
 from .tuning.attaching import attach, get_handle
+from .tuning.averaging import average, combine
 from .tuning.description import describe
 from .tuning.handle import Handle
 from .tuning.loading import load
@@ -17,6 +18,7 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "activate", "active", "attach", "clips", "describe", "get_handle", "list_methods", "load",
+    "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "get_handle", "list_methods",
+    "load",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

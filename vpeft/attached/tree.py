@@ -34,6 +34,7 @@ class Tree(nn.Module):
         enabled: it was not switched off by ``disable``.
         resting: while it is switched off, which of its parameters train once it is on again.
         calibrated: it has looked at data.
+        class_names: of the classifier's outputs, where a file that was read or written said them.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
     """
 
@@ -43,6 +44,7 @@ class Tree(nn.Module):
         self.classifier = Classifier.of(sites.model)
         self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
         self.enabled, self.calibrated = True, False
+        self.class_names: list[str] | None = None
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None

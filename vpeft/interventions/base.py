@@ -1,6 +1,6 @@
 """``Intervention``: the base of all ways to act on a frozen model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,6 @@ from ..backbone.modules import ModuleRef
 from ..errors import MethodError
 from .flow import Flow
 from .hub import Hub
-
 
 # What some parts do in a block that others cannot act beside, in words that follow "it" (``Intervention.brings``).
 OWN_ROWS = "sends rows of its own through the block"
@@ -48,6 +47,7 @@ class Intervention(nn.Module):
         from_weights: its tensors start from values that were computed from the model's weights.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
+        unused: its tensors are kept, but nothing reads them.
         brings: what it does in its block that others may not be able to act beside: ``OWN_ROWS``, …
         bars: what no other enabled handle may bring to the block.
         hub: of the model, once it is attached.
@@ -59,6 +59,7 @@ class Intervention(nn.Module):
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False
     needs_unpooled: bool = False
+    unused: bool = False
     brings: frozenset[str] = frozenset()
     bars: frozenset[str] = frozenset()
 
@@ -182,6 +183,18 @@ class Intervention(nn.Module):
         Flat positions, or None for all of a tensor.
         """
         return {}
+
+    def summed(self, parts: "Sequence[Intervention]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """Its own tensors, and those of the model, for the sum of weight times what each of ``parts`` changes; exact.
+
+        Args:
+            parts: of the same class and sizes, each of another handle.
+            weights: of any sign and sum.
+
+        Raises:
+            MethodError: what it changes is not linear in its tensors.
+        """
+        raise MethodError(f"what {type(self).__name__} changes is not linear in its tensors")
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         """Why these values of its ``resizable`` tensors, about to be loaded, do not fit together or here; or None."""

@@ -1,6 +1,6 @@
 """Tensors of the model: replaced while they are used, or trained as they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from ..backbone.attention import separate_bias
 from ..backbone.modules import ModuleRef, is_plain_norm, made_anew
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..numerics import at_least_float32
+from ..numerics import at_least_float32, weighted_change
 from ..shards import put, whole
 from .base import Folded, Intervention, replacing
 from .junction import Inner, normalise
@@ -101,6 +101,15 @@ class ExistingTensors(Intervention):
         """Replace one trained value."""
         place, leaf = self.slots[name]
         put(getattr(place.module, leaf) if self.in_use else self.inactive[name], value)
+
+    def originals(self) -> dict[str, Tensor]:
+        """The values before training, in use or not."""
+        return dict(self.inactive) if self.in_use else {n: p.detach() for n, p in self.tensors()}
+
+    def summed(self, parts: "Sequence[ExistingTensors]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """theta_0 + the sum of w_i (theta_i - theta_0), for each tensor of the model."""
+        trained = [part.values() for part in parts]
+        return {n: weighted_change([v[n] for v in trained], weights, t) for n, t in self.originals().items()}
 
     @property
     def inert(self) -> bool:

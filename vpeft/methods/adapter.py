@@ -297,7 +297,7 @@ class AdapterDrop(Adapter):
                 unregistered(part, skipped=skipped)
                 part.first, first = first, False
                 if not self.robust and part.position < n:
-                    part.position = LAST
+                    part.position, part.unused = LAST, True
                     as_buffers(part)
             yield path, part
         yield "adapterdrop", skipped

@@ -63,6 +63,7 @@ class DoraLinear(LoraLinear):
     """
 
     from_weights = True
+    plain = False
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         part = super().part(site, rank)

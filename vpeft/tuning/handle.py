@@ -388,4 +388,6 @@ class Handle:
             with gathered(self.root, self.model):
                 method, own = (self.method, self.root.state()) if training else self.method.exported(self.root)
             originals = originals_of(self._others())
-            return checkpoint.save(file, self.name, method, self.model, own, head, described, originals)
+            checkpoint.save(file, self.name, method, self.model, own, head, described, originals)
+        self.root.class_names = described["class_names"]
+        return file
