@@ -34,6 +34,7 @@ class Tree(nn.Module):
         enabled: it was not switched off by ``disable``.
         resting: while it is switched off, which of its parameters train once it is on again.
         calibrated: it has looked at data.
+        recipe: how it was made of other handles, where it was.
         class_names: of the classifier's outputs, where a file that was read or written said them.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
     """
@@ -45,6 +46,7 @@ class Tree(nn.Module):
         self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
         self.enabled, self.calibrated = True, False
         self.class_names: list[str] | None = None
+        self.recipe: Any = None
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None

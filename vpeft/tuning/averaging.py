@@ -1,7 +1,8 @@
 """New handles from weighted means and sums of others: soups and task arithmetic."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,6 +17,35 @@ from .attaching import attach_method, check_arguments
 from .handle import Handle
 
 AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a handle was made of others, kept in its tree.
+
+    Attributes:
+        by: ``average`` or ``combine``.
+        of: names of the others.
+        weights: as they were given.
+        mode: of ``average``.
+        head: whose classifier was taken; None for the mean.
+    """
+
+    by: str
+    of: tuple[str, ...]
+    weights: tuple[float, ...]
+    mode: str
+    head: str | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a recipe gives: the method with its tensors, and a head's like another handle's."""
+
+    method: Method
+    state: dict[str, Tensor]
+    like: Handle
+    head: dict[str, Tensor]
 
 
 def average(
@@ -48,17 +78,10 @@ def average(
     given = _handles(handles, "average")
     if mode not in ("tensors", "exact"):
         raise MethodError(f"average: mode={shown(mode)}; expected 'tensors' or 'exact'")
-    shares = _weights([1.0] * len(given) if weights is None else weights, given, "average")
-    if min(shares) < 0 or not sum(shares) > 0:
-        raise MethodError(f"average: weights {shares} must not be negative, and not all 0; see vpeft.combine")
-    shares = [share / sum(shares) for share in shares]
-    trees, used = _used(given, shares)
-    if mode == "tensors":
-        check_alike([handle.root for handle in given])
-        method, state = trees[0].method, mean(trees, used)
-    else:
-        method, state = trees[0].method.summed(trees, used)
-    return _attached(given, shares, method, state, name, head, heads)
+    found = _weights([1.0] * len(given) if weights is None else weights, given, "average")
+    if min(found) < 0 or not sum(found) > 0:
+        raise MethodError(f"average: weights {found} must not be negative, and not all 0; see vpeft.combine")
+    return _attach(given, Recipe("average", _names(given), tuple(found), mode, _head_name(given, head)), name, heads)
 
 
 def combine(
@@ -93,22 +116,41 @@ def combine(
         MethodError: says why there is no such sum; then nothing was changed.
     """
     given = _handles(handles, "combine")
-    weights = _weights(weights, given, "combine")
-    trees, used = _used(given, weights)
+    found = _weights(weights, given, "combine")
+    recipe = Recipe("combine", _names(given), tuple(found), "exact", _head_name(given, _only_head(given, head)))
+    return _attach(given, recipe, name, heads)
+
+
+def make(handles: Sequence[Handle], recipe: Recipe) -> Made:
+    """What a recipe gives of these handles; nothing is attached.
+
+    Raises:
+        MethodError: says what differs or has no such mean or sum.
+    """
+    weights = list(recipe.weights)
+    if recipe.by == "average":
+        weights = [weight / sum(weights) for weight in weights]
+    trees, used = _used(handles, weights)
     affine = math.isclose(sum(weights), 1, abs_tol=1e-9)
-    try:
-        method, state = trees[0].method.summed(trees, used)
-    except MethodError as error:
-        if not affine:
-            raise MethodError(
-                f"combine: weights {weights} add up to {sum(weights):g}, and {error}; entry by entry that has a meaning "
-                "only where weights add up to 1"
-            ) from error
+    if recipe.mode == "tensors":
+        check_alike([handle.root for handle in handles])
         method, state = trees[0].method, mean(trees, used)
-    shares = weights if affine else [1 / len(given)] * len(given)
-    if head is None:
-        head = _only_head(given)
-    return _attached(given, shares, method, state, name, head, heads)
+    else:
+        method, state = _total(trees, used, affine and recipe.by == "combine")
+    shares = weights if affine else [1 / len(handles)] * len(handles)
+    return Made(method, state, *_head(handles, shares, recipe.head))
+
+
+def _total(trees: Sequence[Tree], weights: Sequence[float], or_mean: bool) -> tuple[Method, dict[str, Tensor]]:
+    try:
+        return trees[0].method.summed(trees, weights)
+    except MethodError as error:
+        if or_mean:
+            return trees[0].method, mean(trees, weights)
+        raise MethodError(
+            f"no exact sum: {error}; entry by entry a sum has a meaning only where weights add up to 1 (they add up to "
+            f"{sum(weights):g}; vpeft.average)"
+        ) from error
 
 
 def _handles(handles: Any, what: str) -> list[Handle]:
@@ -156,8 +198,24 @@ def _used(handles: Sequence[Handle], weights: Sequence[float]) -> tuple[list[Tre
 # ---- heads ----
 
 
-def _only_head(handles: Sequence[Handle]) -> Handle:
-    """The first one's, where all are the same."""
+def _names(handles: Sequence[Handle]) -> tuple[str, ...]:
+    return tuple(handle.name for handle in handles)
+
+
+def _head_name(handles: Sequence[Handle], head: Any) -> str | None:
+    """The name of a given handle; None for ``average``."""
+    if head == AVERAGE:  # a handle of this name is given as the handle
+        return None
+    name, names = head.name if isinstance(head, Handle) else head, _names(handles)
+    if name not in names:
+        raise MethodError(f"head: {shown(name)} is none of the handles{did_you_mean(name, [*names, AVERAGE])}")
+    return name
+
+
+def _only_head(handles: Sequence[Handle], head: Any) -> Any:
+    """The given one, or the first handle where all are the same."""
+    if head is not None:
+        return head
     first, *others = handles
     for other in others:
         one, two = first.root.head_tensors(), other.root.head_tensors()
@@ -180,14 +238,11 @@ def _class_names(one: Handle, other: Handle) -> str | None:
     return f"classes {shown(names[0])} and {shown(names[1])}"
 
 
-def _head(handles: Sequence[Handle], shares: Sequence[float], head: Any) -> tuple[Handle, dict[str, Tensor]]:
+def _head(handles: Sequence[Handle], shares: Sequence[float], head: str | None) -> tuple[Handle, dict[str, Tensor]]:
     """Whose head the new one is like, and its tensors."""
-    by_name = {handle.name: handle for handle in handles}
-    if isinstance(head, Handle) or head != AVERAGE:
-        name = head.name if isinstance(head, Handle) else head
-        if name not in by_name:
-            raise MethodError(f"head: {shown(name)} is none of the handles{did_you_mean(name, [*by_name, AVERAGE])}")
-        return by_name[name], {n: t.detach().clone() for n, t in by_name[name].root.head_tensors().items()}
+    if head is not None:
+        like = next(handle for handle in handles if handle.name == head)
+        return like, {n: t.detach().clone() for n, t in like.root.head_tensors().items()}
     first, found = handles[0], [handle.root.head_tensors() for handle in handles]
     trained = {n for n, _ in first.root.head_parameters()}
     for other, tensors in zip(handles[1:], found[1:], strict=True):
@@ -218,31 +273,22 @@ def _other_tensors(one: Mapping[str, Tensor], two: Mapping[str, Tensor], trained
 # ---- the new handle ----
 
 
-def _attached(
-    given: Sequence[Handle],
-    shares: Sequence[float],
-    method: Method,
-    state: dict[str, Tensor],
-    name: str,
-    head: Any,
-    heads: Mapping[str, nn.Module] | None,
-) -> Handle:
-    like, tensors = _head(given, shares, head)
-    outside = set(like.root.heads)
-    if outside != set(heads or {}):
+def _attach(given: Sequence[Handle], recipe: Recipe, name: str, heads: Mapping[str, nn.Module] | None) -> Handle:
+    made = make(given, recipe)
+    like = made.like.root
+    outside, inside = sorted(like.heads), sorted(heads or {})
+    if outside != inside:
         raise MethodError(
-            f"'{like.name}' trains modules outside the model too ({', '.join(sorted(outside)) or 'none'}); give modules for "
-            f"the new handle by these names, heads=…, not {', '.join(sorted(heads or {})) or 'none'}"
+            f"'{like.name}' trains modules outside the model too ({', '.join(outside) or 'none'}); give modules for the new "
+            f"handle by these names, heads=…, not {', '.join(inside) or 'none'}"
         )
     check_arguments(like.model, name, heads)
-    shapes, classifier = like.root.classifier.shapes(), like.root.classifier
+    shapes, classifier = like.classifier.shapes(), like.classifier
     wanted = WantedClassifier(shapes, classifier.outputs if shapes else classifier.num_classes)
-    return attach_method(like.model, method, name, dict(heads or {}), wanted, _filled(like.root, state | tensors))
 
-
-def _filled(like: Tree, values: dict[str, Tensor]) -> Callable[[Handle], None]:
     def fill(handle: Handle) -> None:
-        handle.root.load(values)
+        handle.root.load(made.state | made.head)
         handle.root.calibrated, handle.root.class_names = like.calibrated, like.class_names
+        handle.root.recipe = recipe
 
-    return fill
+    return attach_method(like.model, made.method, name, dict(heads or {}), wanted, fill)
