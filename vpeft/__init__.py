@@ -7,6 +7,7 @@ from .methods import METHODS, Method, list_methods
 from .tuning.active import activate, active
 from .tuning.attaching import attach, get_handle
 from .tuning.averaging import average, combine
+from .tuning.composition import load_composition, save_composition
 from .tuning.description import describe
 from .tuning.handle import Handle
 from .tuning.loading import load
@@ -19,6 +20,6 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
     "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "get_handle", "list_methods",
-    "load",
+    "load", "load_composition", "save_composition",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

@@ -28,6 +28,10 @@ class Activated:
         return handles[0] if self._single else handles
 
     def __exit__(self, *error) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let those act that did before, in the order that was; not where another one was attached since."""
         container = container_of(self._model)
         if container is not self._container or container is None or container.trees.keys() - set(self._order):
             return  # all were detached, or another one was attached, whose turn it is

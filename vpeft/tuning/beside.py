@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attached.tree import Tree
 from ..backbone.modules import BlockSite
@@ -100,11 +100,10 @@ def _blocks(tree: Tree, part: Intervention) -> list[BlockSite]:
 
 def _check_classifier(tree: Tree, shown: str) -> None:
     """What acts at its handle's own classifier would have no effect while another one is in the model."""
-    own: dict[nn.Module, str] = {m: path for path, m in tree.classifier.modules.items()}
     for intervention in tree.interventions:
         for place in intervention.hooked():
-            if place.module in own:
+            if place.path in tree.classifier.modules:
                 raise MethodError(
-                    f"{own[place.module]}: '{tree.name}' ({tree.method.name}) acts at its own classifier, and that of "
-                    f"'{shown}' is in the model; enable '{tree.name}' last, or disable one of them"
+                    f"{place.path}: '{tree.name}' ({tree.method.name}) acts at its own classifier, and that of '{shown}' is "
+                    f"in the model; enable '{tree.name}' last, or disable one of them"
                 )
