@@ -13,6 +13,7 @@ from ..errors import MethodError, did_you_mean, shown
 from ..methods.base import Method
 from ..methods.sums import check_alike, mean
 from ..numerics import weighted_change
+from .active import activate
 from .attaching import attach_method, check_arguments
 from .handle import Handle
 
@@ -132,11 +133,12 @@ def make(handles: Sequence[Handle], recipe: Recipe) -> Made:
         weights = [weight / sum(weights) for weight in weights]
     trees, used = _used(handles, weights)
     affine = math.isclose(sum(weights), 1, abs_tol=1e-9)
-    if recipe.mode == "tensors":
-        check_alike([handle.root for handle in handles])
-        method, state = trees[0].method, mean(trees, used)
-    else:
-        method, state = _total(trees, used, affine and recipe.by == "combine")
+    with activate(handles[0].model, []):  # the model's own tensors are then what they were before any training
+        if recipe.mode == "tensors":
+            check_alike([handle.root for handle in handles])
+            method, state = trees[0].method, mean(trees, used)
+        else:
+            method, state = _total(trees, used, affine and recipe.by == "combine")
     shares = weights if affine else [1 / len(handles)] * len(handles)
     return Made(method, state, *_head(handles, shares, recipe.head))
 
