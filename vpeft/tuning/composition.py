@@ -244,7 +244,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no composition: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged or no composition (an adapter's own file is read by vpeft.load): {error}"
+        ) from error
     found = parse_json(text, path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise CheckpointError(f"{path} is no composition; an adapter's own file is read by vpeft.load")
