@@ -104,6 +104,22 @@ def test_every_pair(kind, one):
     assert len(works) > len(methods) / 2 or one in {"dam_vp", "evp", "ilm_vp", "vqt"} or one not in methods
 
 
+@pytest.mark.parametrize("order", [["mask", "dora"], ["dora", "mask"]])
+def test_dora_beside_a_mask_has_the_length_of_the_masked_rows(order):
+    """m (W' + s B A) / |W' + s B A| with W' the weight with the chosen entries in it, and their bias."""
+    model = make("vit", dtype=torch.float64)
+    randomise(attached(model, "magnitude", name="mask", ratio=0.3))
+    randomise(attached(model, "dora", name="dora", targets=["fc1"]))
+    linear, x = model.blocks[1].mlp.fc1, torch.randn(5, 32, dtype=torch.float64)
+    mask, dora = (vpeft.get_handle(model, name).root for name in ("mask", "dora"))
+    weight, bias = (mask.get_submodule(f"blocks.1.mlp.fc1.{n}")(getattr(linear, n)) for n in ("weight", "bias"))
+    part = dora.get_submodule("blocks.1.mlp.fc1.lora")
+    changed = weight + part.product()
+    expected = x @ (part.m[:, None] * changed / changed.norm(dim=1, keepdim=True)).T + bias
+    vpeft.activate(model, order)
+    assert (linear(x) - expected).abs().max() <= 1e-10
+
+
 LINEAR = ["lora", "rslora", "pissa", "krona", "fact_tt", "kadaptation", "increlora"]
 
 

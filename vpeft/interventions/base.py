@@ -110,6 +110,13 @@ class Intervention(nn.Module):
             )
         return flow
 
+    def tensor_now(self, place: ModuleRef, leaf: str) -> Tensor:
+        """A module's own tensor as it is in the forward under way, where another method may replace it."""
+        flow = None if self.hub is None else self.hub.now()
+        junction = None if flow is None else self.hub.junctions.get(place.module)
+        found = {} if junction is None or not junction.replaced else junction.tensors(flow)
+        return found.get(leaf, getattr(place.module, leaf))
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Under here this thread runs a forward of its own in which this handle does not act, though others may."""

@@ -276,6 +276,7 @@ def _other_tensors(one: Mapping[str, Tensor], two: Mapping[str, Tensor], trained
 
 
 def _attach(given: Sequence[Handle], recipe: Recipe, name: str, heads: Mapping[str, nn.Module] | None) -> Handle:
+    check_arguments(given[0].model, name, heads)
     made = make(given, recipe)
     like = made.like.root
     outside, inside = sorted(like.heads), sorted(heads or {})
@@ -284,7 +285,6 @@ def _attach(given: Sequence[Handle], recipe: Recipe, name: str, heads: Mapping[s
             f"'{like.name}' trains modules outside the model too ({', '.join(outside) or 'none'}); give modules for the new "
             f"handle by these names, heads=…, not {', '.join(inside) or 'none'}"
         )
-    check_arguments(like.model, name, heads)
     shapes, classifier = like.classifier.shapes(), like.classifier
     wanted = WantedClassifier(shapes, classifier.outputs if shapes else classifier.num_classes)
 
