@@ -160,6 +160,27 @@ def test_sums_of_chosen_entries_have_the_entries_of_all():
     assert part.index.tolist() == sorted({*part.index.tolist()})
 
 
+@pytest.mark.parametrize(("method", "options"), [("adapter", {}), ("houlsby", {}), ("adapter_plus", {}), ("adaptformer", {}),
+                                                 ("adaptformer", {"norm": "in"})])  # fmt: skip
+def test_one_adapter_times_a_number(method, options):
+    model = make("vit", dtype=torch.float64)
+    a = attached(model, method, name="a", **options)
+    randomise(a)
+    half = vpeft.combine([a], [-0.5])
+    v = torch.randn(2, 17, 32, dtype=torch.float64)
+    for one, other in zip(a.root.interventions, half.root.interventions, strict=True):
+        change, found = (p.eval()(v) - (v if method != "adaptformer" else 0) for p in (one, other))
+        assert (found + 0.5 * change).abs().max() <= 1e-10
+    with pytest.raises(vpeft.MethodError, match="several bottlenecks do not add up to one of the same width"):
+        vpeft.combine([a, a], [1, 1], name="both")
+
+
+def test_a_norm_at_the_end_has_no_multiple():
+    a = attached(make("vit"), "adaptformer", name="a", norm="out")
+    with pytest.raises(vpeft.MethodError, match="what ParallelBottleneck changes is not linear in its tensors"):
+        vpeft.combine([a], [2])
+
+
 def lora(model, name, seed, **options):
     handle = vpeft.attach(model, options.pop("method", "lora"), name=name, **options)
     randomise(handle, seed=seed)

@@ -1,6 +1,6 @@
 """Bottleneck adapters at their published places (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021; and kin)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from ..numerics import unregistered
 from ..options import factor, option, probability
 from ..shards import zero_through
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
+from .sums import scaled
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
 
@@ -41,6 +42,10 @@ class Bottleneck:
             self.scaling = nn.Parameter(torch.ones(width if method.scale == "channel" else 1))
         else:
             self.fixed = method.scale
+
+    def summed(self, parts: "Sequence[Intervention]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """Of one: its up projection times the weight."""
+        return scaled(parts, weights, parts[0].up)
 
     def g(self, v: Tensor) -> Tensor | float:
         if self.skipped is not None and self.skipped.draw(self.index, self.first):

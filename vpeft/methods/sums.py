@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attached.tree import Tree
 from ..errors import MethodError, shown, some
@@ -90,6 +90,23 @@ def total(trees: Sequence[Tree], weights: Sequence[float]) -> dict[str, Tensor]:
     if lost:
         raise MethodError(f"what {trees[0].method.name} changes is not linear in {some(lost)}")
     return found
+
+
+def scaled(parts: Sequence[Intervention], weights: Sequence[float], last: nn.Module) -> dict[str, Tensor]:
+    """The tensors of one part whose change ends with a linear: that linear's times the weight.
+
+    Raises:
+        MethodError: several parts, or another kind of module at the end.
+    """
+    if len(parts) != 1:
+        raise MethodError("several bottlenecks do not add up to one of the same width")
+    if type(last) is not nn.Linear:
+        raise MethodError(f"what {type(parts[0]).__name__} changes is not linear in its tensors")
+    ends = {id(t) for t in last.parameters()}
+    return {
+        n: weighted_change([t], weights, 0.0) if id(t) in ends else t.detach().clone()
+        for n, t in parts[0].state_dict(keep_vars=True).items()
+    }
 
 
 def _trained_values(tree: Tree) -> set[str]:
