@@ -62,7 +62,7 @@ def average(
 
     Args:
         handles: of one model; of one method with the same hyper-parameters and shapes. With ``mode="exact"`` low-rank
-            updates (``lora`` and relatives) may differ in method, rank, scale and targets.
+            updates may differ in method, rank, scale and targets.
         weights: not negative; divided by their sum. All the same where None.
         mode: ``tensors``: entry by entry, the mean of the trained values (Wortsman et al., ICML 2022, arXiv 2203.05482),
             which for a product of factors is not the mean of the products. ``exact``: what the new handle changes is
@@ -98,9 +98,10 @@ def combine(
     Ilharco et al., ICLR 2023, arXiv 2212.04089. ``combine([a, b], [1, 1])`` adds, ``[1, -1]`` subtracts, ``combine([a],
     [0.5])`` scales, ``[-1]`` negates. Exact, for methods whose change is linear in what is summed:
 
-    - ``lora`` and relatives (any ranks, scales and targets together): ranks stand side by side; the result is a ``lora``.
+    - low-rank updates of linears (any ranks, scales and targets together): ranks stand side by side.
     - methods that train the model's own tensors, whole or in chosen entries: before + sum of weight x (after - before).
-    - scales and shifts (``ssf``, ``difffit``): the same with 1 and 0 before.
+    - scales and shifts: the same with 1 and 0 before.
+    - one adapter by itself: its last map times the weight.
 
     Of all others the tensors have no start to count from; they are combined entry by entry where the weights add up to 1
     (a point on the line through them), and refused else.
@@ -180,7 +181,7 @@ def _handles(handles: Any, what: str) -> list[Handle]:
 
 def _weights(weights: Any, handles: Sequence[Handle], what: str) -> list[float]:
     try:
-        found = [float(weight) for weight in weights]
+        found = [float(weight) for weight in (None if isinstance(weights, str | bytes) else weights)]
     except (TypeError, ValueError):
         raise MethodError(f"{what}: weights: expected a number for each handle, got {shown(weights)}") from None
     if len(found) != len(handles):
