@@ -59,7 +59,7 @@ def state(model: torch.nn.Module) -> tuple:
     return vpeft.active(model), list(container.enabled_order), container.order, hooks, grads, model.get_classifier()
 
 
-@pytest.mark.parametrize("names", [(), ("b",), *itertools.permutations("abc", 2), *itertools.permutations("abc")])
+@pytest.mark.parametrize("names", [(), ("b",), ("c", "a"), *itertools.permutations("abc")])
 def test_the_stated_order_is_the_stacks(names):
     model = three()
     x = images(model)

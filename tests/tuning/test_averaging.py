@@ -54,7 +54,11 @@ def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
 
 
-SHORT = [pytest.param(m, k, marks=() if k == "vit" else pytest.mark.slow) for m, k in CASES]
+# One method for each kind of tensor in the normal suite.
+SAMPLE = {"adapterdrop", "adaptformer", "bitfit", "delta_lora", "dora", "e2vpt", "evp", "gps", "linear", "lora", "magnitude",
+          "mpo", "prefix", "sct", "ssf", "vpt_shallow", "vqt"}  # fmt: skip
+SHORT = [pytest.param(m, k, marks=() if k == "vit" and m in SAMPLE else pytest.mark.slow) for m, k in CASES]
+SHORT_METHODS = [pytest.param(m, marks=() if m in SAMPLE else pytest.mark.slow) for m in sorted(METHODS)]
 
 
 @pytest.mark.parametrize(("method", "kind"), SHORT)
@@ -95,7 +99,7 @@ def test_every_method(method, kind):
     assert torch.isfinite(model(x)).all()
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", SHORT_METHODS)
 def test_what_has_an_exact_sum(method):
     model, a, b = two(method)
     if method not in EXACT:
@@ -119,7 +123,7 @@ def test_what_has_an_exact_sum(method):
         assert (change - (2 * parts[0][n] - 0.5 * parts[1][n])).abs().max() <= 1e-10, n
 
 
-@pytest.mark.parametrize("method", ["bitfit", "full", "norm", "partial", "attention", "child_tuning_f"])
+@pytest.mark.parametrize("method", ["bitfit", "full", "child_tuning_f"])
 def test_the_models_own_tensors_count_from_before_training(method):
     model, a, b = two(method)
     before = dict(make("vit", dtype=torch.float64).named_parameters())
@@ -187,7 +191,7 @@ def lora(model, name, seed, **options):
     return handle
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_exact_sums_of_unlike_loras(kind, tmp_path):
     """Other ranks, scales, scalings, targets, blocks and relatives; saved, loaded and merged as any lora."""
     model = make(kind, dtype=torch.float64)
@@ -251,7 +255,7 @@ def test_what_is_filled_up_can_train():
     assert (part.grad.abs().amax(0) > 0).all()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_sum_of_loras(seed):
     """Random numbers of parts, ranks, weights and slots."""
     draw = random.Random(seed)

@@ -170,7 +170,7 @@ def test_damage(tmp_path):
     _, _, path = book(tmp_path)
     whole, draw, model = path.read_bytes(), random.Random(0), make("vit")
     before = kept(model)
-    for _ in range(150):
+    for _ in range(60):
         at = draw.randrange(len(whole))
         if chr(whole[at]) in " \n":
             continue
