@@ -4,7 +4,10 @@ from .backbone import embedded as _backbones  # noqa: F401 - registers the embed
 from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
 from .interventions.context import clips
 from .methods import METHODS, Method, list_methods
+from .tuning.active import activate, active
 from .tuning.attaching import attach, get_handle
+from .tuning.averaging import average, combine
+from .tuning.composition import load_composition, save_composition
 from .tuning.description import describe
 from .tuning.fusing import fuse
 from .tuning.handle import Handle
@@ -18,7 +21,7 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "attach", "clips", "describe", "fuse", "get_handle", "list_methods", "load", "route",
-    "train_side_by_side",
+    "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "fuse", "get_handle",
+    "list_methods", "load", "load_composition", "route", "save_composition", "train_side_by_side",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Precision, references between modules, training modes and random states: what many places need."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,18 @@ def own_backward() -> bool:
     it records (a traced model cannot hold such a function).
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
+def weighted_change(values: Sequence[Tensor], weights: Sequence[float], start: Tensor | float) -> Tensor:
+    """start + the sum of weight x (value - start), computed in float64, in the first value's type."""
+    used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
+    if len(used) == 1 and used[0][1] == 1:
+        return used[0][0].detach().clone()
+    total = torch.zeros_like(values[0], dtype=torch.float64)
+    origin = start.detach().to(total) if isinstance(start, Tensor) else start
+    for value, weight in used:
+        total += weight * (value.detach().to(total) - origin)
+    return (origin + total).to(values[0].dtype)
 
 
 def unregistered(owner: nn.Module, **modules: nn.Module | None) -> None:

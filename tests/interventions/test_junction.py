@@ -50,6 +50,28 @@ def test_changes_before_follow_in_the_order_of_their_handles(model):
     assert close(fc(X), plain(fc, X))
 
 
+def test_the_order_of_handles_can_be_stated(model):
+    """What stands in front, or inside, keeps that place; what undoes something stands the other way round."""
+    junction, fc = at_fc(model)
+    log: list[str] = []
+    for owner in "ab":
+        for name, how in (("normal", {}), ("first", {"first": True}), ("reader", {"inside": 2}), ("tokens", {"inside": 1})):
+            junction.add_before(owner, lambda args, kwargs, text=f"{owner} {name}": log.append(text), **how)
+        junction.add_after(owner, lambda args, y, text=f"{owner} after": log.append(text))
+        junction.add_after(owner, lambda args, y, text=f"{owner} undo": log.append(text), first=True)
+    groups = ["first", "normal", "tokens", "reader"]
+    for order in ("ab", "ba", "ab"):
+        junction.arrange(order)
+        log.clear()
+        fc(X)
+        expected = [f"{owner} {group}" for group in groups for owner in order]
+        assert log == [*expected, *(f"{o} undo" for o in reversed(order)), *(f"{o} after" for o in order)]
+    junction.remove("a")
+    log.clear()
+    fc(X)
+    assert log == [*(f"b {group}" for group in groups), "b undo", "b after"]
+
+
 def test_changes_after_follow_and_see_the_inputs_that_the_module_got(model):
     junction, fc = at_fc(model)
     junction.add_before("a", plus(1))

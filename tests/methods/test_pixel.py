@@ -608,8 +608,10 @@ def test_beside_a_method_that_keeps_something_between_two_hooks():
     second = vpeft.attach(model, DoubledToken())
     handle = attached(model, "dam_vp", n_clusters=3)
     randomise(handle)
-    second.enable()
+    with pytest.raises(vpeft.MethodError, match=r"head: 'dam_vp' \(dam_vp\) acts at its own classifier"):
+        second.enable()
     handle.disable()
+    second.enable()
     handle.enable()  # the last one's head is in the model
     x = images(model, 8, seed=11)
     y = model(x)

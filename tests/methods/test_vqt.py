@@ -218,8 +218,10 @@ def test_two_on_one_model():
     second = attached(model, "vqt", name="second", tokens=2)
     model.reset_classifier(7)
     assert model.head.weight.shape == (7, 7 * 32)
-    first.enable()  # both: the head is that of the one last enabled
-    assert torch.equal(model(images(model)), one)
+    with pytest.raises(vpeft.MethodError, match=r"head: 'second' \(vqt\) acts at its own classifier, and that of 'first'"):
+        first.enable()  # what the second one's queries read would go nowhere
+    with second.disable(), first.enable():
+        assert torch.equal(model(images(model)), one)
     first.detach()
     assert model.head.weight.shape == (7, 7 * 32)
     second.detach()

@@ -170,6 +170,17 @@ def test_a_stack_for_some_samples():
             vpeft.get_handle(model, name).disable()
 
 
+def test_a_stack_that_cannot_be_is_refused():
+    model = with_handles("bitfit", "vit", "ab")
+    with pytest.raises(vpeft.MethodError, match="its own values of blocks"), vpeft.route(model, [("a", "b")]):
+        raise AssertionError("not reached")
+    filled(attached(model, "evp", name="c"), 1)
+    with vpeft.route(model, [("a", "c"), "b"]):
+        assert model(batch(model, 2)).shape == (2, 5)
+    with pytest.raises(vpeft.MethodError, match="acts at its own classifier"), vpeft.route(model, [("c", "a")]):
+        raise AssertionError("not reached")
+
+
 def heads_of_two_widths():
     model = make("vit", dtype=torch.float64)
     for name, classes in (("a", 3), ("b", 7)):

@@ -35,6 +35,8 @@ class Tree(nn.Module):
         resting: while it is switched off, which of its parameters train once it is on again.
         beside: it is switched off, and trains all the same, for routed forwards.
         calibrated: it has looked at data.
+        recipe: how it was made of other handles, where it was.
+        class_names: of the classifier's outputs, where a file that was read or written said them.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
         folded: while only a part of it is merged, the interventions that are; the others act on.
     """
@@ -45,6 +47,8 @@ class Tree(nn.Module):
         self.classifier = Classifier.of(sites.model)
         self.heads: dict[str, nn.Module] = {}  # a plain dict: they are no part of the model's tree
         self.enabled, self.beside, self.calibrated = True, False, False
+        self.class_names: list[str] | None = None
+        self.recipe: Any = None
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None

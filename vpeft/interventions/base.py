@@ -1,6 +1,6 @@
 """``Intervention``: the base of all ways to act on a frozen model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,11 @@ from ..backbone.modules import ModuleRef
 from ..errors import MethodError
 from .flow import Flow
 from .hub import Hub
+
+# What some parts do in a block that others cannot act beside, in words that follow "it" (``Intervention.brings``).
+OWN_ROWS = "sends rows of its own through the block"
+WINDOW_TOKENS = "sends tokens of its own through the windows"
+ALONG_TIME = "runs the attention along time as well"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ class Intervention(nn.Module):
         from_weights: its tensors start from values that were computed from the model's weights.
         needs_unpooled: behind the last block it needs the features of every image and place, not their mean over a clip.
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
+        unused: its tensors are kept, but nothing reads them.
+        brings: what it does in its block that others may not be able to act beside: ``OWN_ROWS``, …
+        bars: what no other enabled handle may bring to the block.
         hub: of the model, once it is attached.
         owner: name of the handle that it belongs to.
         sequence: of a method that is made of others, the place of this part in the order in which they act.
@@ -59,6 +67,9 @@ class Intervention(nn.Module):
     from_weights: bool = False
     needs_unpooled: bool = False
     sequence: int = 0
+    unused: bool = False
+    brings: frozenset[str] = frozenset()
+    bars: frozenset[str] = frozenset()
 
     def __init__(self, position: int):
         super().__init__()
@@ -68,9 +79,17 @@ class Intervention(nn.Module):
 
     # ---- where it acts ----
 
-    def act_before(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
-        """``change(args, kwargs)`` sees the module's inputs, and gives others or None; ``first`` of all handles' changes."""
-        self.hub.at(place.module).add_before(self.owner, change, first=first)
+    def act_before(self, place: ModuleRef, change: Callable, *, first: bool = False, inside: int = 0) -> None:
+        """``change(args, kwargs)`` sees the module's inputs, and gives others or None.
+
+        Args:
+            place: the module.
+            change: see above.
+            first: in front of all handles' changes.
+            inside: behind all handles' changes of a lower number: 1 puts tokens in that exist within the module alone, 2
+                sees these too.
+        """
+        self.hub.at(place.module).add_before(self.owner, change, first=first, inside=inside)
 
     def act_after(self, place: ModuleRef, change: Callable, *, first: bool = False) -> None:
         """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
@@ -98,6 +117,13 @@ class Intervention(nn.Module):
                 f"{type(self).__name__} acts within a forward of the model, and none is under way: call the model"
             )
         return flow
+
+    def tensor_now(self, place: ModuleRef, leaf: str) -> Tensor:
+        """A module's own tensor as it is in the forward under way, where another method may replace it."""
+        flow = None if self.hub is None else self.hub.now()
+        junction = None if flow is None else self.hub.junctions.get(place.module)
+        found = {} if junction is None or not junction.replaced else junction.tensors(flow)
+        return found.get(leaf, getattr(place.module, leaf))
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
@@ -178,6 +204,25 @@ class Intervention(nn.Module):
 
     def prepare_routing(self) -> None:
         """Called before routed forwards, for what is then done at modules that is not done else."""
+
+    def own_entries(self) -> dict[str, Tensor | None]:
+        """Of the model's tensors that have other values while it acts, whatever others do: which, by name.
+
+        Flat positions, or None for all of a tensor.
+        """
+        return {}
+
+    def summed(self, parts: "Sequence[Intervention]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """Its own tensors, and those of the model, for the sum of weight times what each of ``parts`` changes; exact.
+
+        Args:
+            parts: of the same class and sizes, each of another handle.
+            weights: of any sign and sum.
+
+        Raises:
+            MethodError: what it changes is not linear in its tensors.
+        """
+        raise MethodError(f"what {type(self).__name__} changes is not linear in its tensors")
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         """Why these values of its ``resizable`` tensors, about to be loaded, do not fit together or here; or None."""

@@ -12,7 +12,7 @@ class AddToBranch(Intervention):
 
     Args:
         block: where.
-        reads: the module whose input is u.
+        reads: the module whose input is u; of a block, the stream that enters its first branch.
         adds: the drop-path module whose output is the residual addition's operand.
         after: u is the stream after the branch instead, which is what was read plus the branch's output.
         output: u is the output of ``reads``.
@@ -22,6 +22,8 @@ class AddToBranch(Intervention):
         super().__init__(block.index)
         if block.windowed and adds is block.branch1:
             raise UnsupportedModelError(f"{block.path}: what its attention adds to the stream is still cut into windows")
+        if reads is block and block.pre_norm and not output:
+            reads = block.norm1  # where others' tokens are that exist within the block alone, in windows too
         self.reads, self.adds, self.joins, self.output = reads, adds, after, output
 
     def hooked(self) -> list[ModuleRef]:
@@ -31,7 +33,7 @@ class AddToBranch(Intervention):
         if self.output:
             self.act_after(self.reads, self._keep_output)
         else:
-            self.act_before(self.reads, self._keep)
+            self.act_before(self.reads, self._keep, inside=2)
         self.act_after(self.adds, self._add)
 
     def _keep(self, args: tuple, kwargs: dict) -> None:

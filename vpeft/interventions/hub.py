@@ -1,7 +1,7 @@
 """The hub of a model: its junctions, and on each thread the forward that is under way."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -125,6 +125,12 @@ class Hub:
         self.changed()
         for junction in (*self.junctions.values(), self.top):
             junction.rename(owner, name, parts)
+
+    def arrange(self, order: Sequence[str]) -> None:
+        """Let the handles' changes stand in this order at every junction; it names all of them."""
+        self.changed()
+        for junction in (*self.junctions.values(), self.top):
+            junction.arrange(order)
 
     def end_last(self, module: nn.Module) -> None:
         """Where a forward may end with a module, it ends behind all other hooks that are there."""

@@ -1,7 +1,7 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, Protocol
 
@@ -55,19 +55,23 @@ class Junction:
         self.padded: list[tuple[str, int, int]] = []
         self.trained: list[tuple[str, str, Callable]] = []
         self.alone: list[str] = []
+        self.depth: dict[Callable, int] = {}  # of before and after, where it is not 0: those of lower numbers come first
 
     # ---- what interventions ask for ----
 
-    def add_before(self, owner: str, change: Callable, *, first: bool = False) -> None:
-        """``change(args, kwargs)`` sees the module's inputs, and gives others or None."""
-        self.before.insert(0 if first else len(self.before), (owner, change))
+    def add_before(self, owner: str, change: Callable, *, first: bool = False, inside: int = 0) -> None:
+        """``change(args, kwargs)`` sees the module's inputs, and gives others or None; see ``Intervention.act_before``."""
+        self._insert(self.before, owner, change, -1 if first else inside)
         if len(self.before) == 1:
             self.module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=first)
             as_ordered(self.module._forward_pre_hooks)
 
     def add_after(self, owner: str, change: Callable, *, first: bool = False) -> None:
-        """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
-        self.after.insert(0 if first else len(self.after), (owner, change))
+        """``change(args, output)`` sees the module's inputs and output, and gives another output or None.
+
+        What is to be ``first`` undoes what its handle does before the module: that of the last handle goes first.
+        """
+        self._insert(self.after, owner, change, -1 if first else 0)
         if len(self.after) == 1:
             self.module.register_forward_hook(self._leave, with_kwargs=True)
             self.hub.end_last(self.module)
@@ -100,11 +104,35 @@ class Junction:
         """In a routed forward the module runs by itself for the handle's rows, with what is done before and after it."""
         self.alone.append(owner)
 
+    def _insert(self, entries: list[tuple[str, Callable]], owner: str, change: Callable, depth: int) -> None:
+        if depth:
+            self.depth[change] = depth
+        others = [self._depth(entry) for entry in entries]
+        before_equals = entries is self.after and depth < 0
+        entries.insert(sum(d < depth if before_equals else d <= depth for d in others), (owner, change))
+
+    def _depth(self, entry: tuple[str, Callable]) -> int:
+        return self.depth.get(entry[1], 0)
+
+    def arrange(self, order: Sequence[str]) -> None:
+        """Let what the handles do here stand in this order of theirs, which names them all."""
+        number = {owner: n for n, owner in enumerate(order)}
+        owners = self.owners() | {entry[0] for entry in self.padded}
+        rank = {
+            owner: number[owner.partition(":")[0]] for owner in owners
+        }  # a part that is folded has a name behind a colon
+        for entries in (self.around, self.joined, self.replaced, self.padded):
+            entries.sort(key=lambda entry: rank[entry[0]])
+        self.before.sort(key=lambda entry: (self._depth(entry), rank[entry[0]]))
+        self.after.sort(key=lambda entry: (self._depth(entry), rank[entry[0]] * (-1 if self._depth(entry) < 0 else 1)))
+
     def remove(self, owner: str) -> None:
         """Take off all that one handle does here."""
         for entries in self._lists():
             entries[:] = [entry for entry in entries if entry[0] != owner]
         self.alone[:] = [name for name in self.alone if name != owner]
+        here = {change for _, change in (*self.before, *self.after)}
+        self.depth = {change: depth for change, depth in self.depth.items() if change in here}
         unhook(self.module, self, pre=not self.before, post=not self.after)
         own = vars(self.module)
         if not self._changes_operation and getattr(own.get("forward"), "__self__", None) is self:

@@ -9,7 +9,7 @@ from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..numerics import unregistered
-from .base import Intervention
+from .base import WINDOW_TOKENS, Intervention
 from .operation import Inner
 
 
@@ -20,7 +20,8 @@ class PromptTokens(Intervention):
     ``tokens - F`` of those that left the block before it (``previous``): a token without a position of its own means the
     same wherever it stands. Because no inserted token ever leaves a block, pooling, ``forward_intermediates`` and position
     resampling see the sequence they expect. Rotary tables, masks and relative-position biases are padded: an inserted
-    token is not rotated, is visible to all, and has bias 0.
+    token is not rotated, is visible to all, and has bias 0. Several handles' tokens stand in the handles' order; what others
+    see of the block's input and output is without them.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class PromptTokens(Intervention):
         return [self.block]
 
     def install(self) -> None:
-        self.act_before(self.block, self._insert)
+        self.act_before(self.block, self._insert, inside=1)
         # The last one's tokens are the first to go: two methods' tokens in one block stand inside each other.
         self.act_after(self.block, self._remove, first=True)
         self.hub.at(self.block.module).run_alone(self.owner)  # samples may have different numbers of tokens
@@ -52,7 +53,10 @@ class PromptTokens(Intervention):
     def _insert(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x, rest = (args[0], args[1:]) if args else (kwargs["x"], ())
         tokens = standing(self, self(x.shape[0]))
-        x = torch.cat([x[:, : self.prefix], tokens.to(x.dtype), x[:, self.prefix :]], 1)
+        start = self.flow.pop(self.block.module, "inserted") or self.prefix  # behind those of earlier handles
+        self.flow.put(self, "start", start)
+        self.flow.put(self.block.module, "inserted", start + self.tokens)
+        x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
         if isinstance(kwargs.get("rope"), Tensor):
             kwargs["rope"] = pad_rope(kwargs["rope"], self.tokens)
@@ -66,7 +70,9 @@ class PromptTokens(Intervention):
         return taken(self.previous, self.block)
 
     def _remove(self, args: tuple, output: Tensor) -> Tensor:
-        start, stop = self.prefix, self.prefix + self.tokens
+        start = self.flow.pop(self, "start")
+        stop = start + self.tokens
+        self.flow.pop(self.block.module, "inserted")
         if self.keeps_outputs:
             self.flow.put(self, "left", output[:, start:stop])
         return torch.cat([output[:, :start], output[:, stop:]], 1)
@@ -100,6 +106,8 @@ class JoinWindows(Intervention):
     front of them stand the first ``tokens - F`` of those that left the block before it, brought to this stage's width by
     its patch merging.
     """
+
+    brings = bars = frozenset({WINDOW_TOKENS})
 
     def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", keeps_outputs: bool):
         super().__init__(block.index)

@@ -1,6 +1,6 @@
 """Tensors of the model: replaced while they are used, or trained as they are."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from ..backbone.attention import separate_bias
 from ..backbone.modules import ModuleRef, is_plain_norm, made_anew
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..numerics import at_least_float32
+from ..numerics import at_least_float32, weighted_change
 from ..shards import put, whole
 from .base import Folded, Intervention, replacing
 from .operation import Inner, normalise
@@ -144,6 +144,17 @@ class ExistingTensors(Intervention):
             return None
         return f"it trains {wide} of the model itself, which would need another weight for each sample"
 
+    def originals(self) -> dict[str, Tensor]:
+        """The values before training, in use or not."""
+        if self.in_use:
+            return dict(self.inactive)
+        return {name: getattr(place.module, leaf).detach() for name, (place, leaf) in self.slots.items()}
+
+    def summed(self, parts: "Sequence[ExistingTensors]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """theta_0 + the sum of w_i (theta_i - theta_0), for each tensor of the model."""
+        trained = [part.values() for part in parts]
+        return {n: weighted_change([v[n] for v in trained], weights, t) for n, t in self.originals().items()}
+
     @property
     def inert(self) -> bool:
         return not self.slots
@@ -153,6 +164,9 @@ class ExistingTensors(Intervention):
 
     def owned_names(self) -> set[str]:
         return set(self.slots)
+
+    def own_entries(self) -> dict[str, Tensor | None]:
+        return dict.fromkeys(self.slots)
 
     def install(self) -> None:
         for name, parameter in self.tensors():

@@ -1,6 +1,6 @@
 """Bottleneck adapters at their published places (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021; and kin)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from ..numerics import unregistered
 from ..options import factor, option, probability
 from ..shards import zero_through
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, tensors_of, which_blocks
+from .sums import scaled
 
 Variant = Literal["post", "houlsby", "intermediate", "vpt", "pre", "parallel"]
 
@@ -42,6 +43,10 @@ class Bottleneck:
             self.scaling = nn.Parameter(torch.ones(width if method.scale == "channel" else 1))
         else:
             self.fixed = method.scale
+
+    def summed(self, parts: "Sequence[Intervention]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """Of one: its up projection times the weight."""
+        return scaled(parts, weights, parts[0].up)
 
     def g(self, v: Tensor) -> Tensor | float:
         if self.skipped is not None and self.skipped.draw(self.index, self.first):
@@ -314,7 +319,7 @@ class AdapterDrop(Adapter):
                 unregistered(part, skipped=skipped)
                 part.first, first = first, False
                 if not self.robust and part.position < n:
-                    part.position = LAST
+                    part.position, part.unused = LAST, True
                     as_buffers(part)
             yield path, part
         yield "adapterdrop", skipped

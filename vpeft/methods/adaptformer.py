@@ -1,7 +1,7 @@
 """AdaptFormer: a bottleneck in parallel to the MLP (Chen et al., NeurIPS 2022, arXiv 2205.13535)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
 from ..options import factor, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
+from .sums import scaled
 
 
 class ParallelBottleneck(AddToBranch):
@@ -37,6 +38,10 @@ class ParallelBottleneck(AddToBranch):
         else:
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
             nn.init.zeros_(self.up.weight)
+
+    def summed(self, parts: "Sequence[ParallelBottleneck]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """Of one: its up projection times the weight; what a norm ends has no such form."""
+        return scaled(parts, weights, self.norm if self.where == "out" else parts[0].up)
 
     def forward(self, u: Tensor) -> Tensor:
         v = self.norm(u) if self.where == "in" else u

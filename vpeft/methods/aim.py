@@ -12,7 +12,7 @@ from ..backbone.attention import attend, attention_inputs, attention_output, che
 from ..backbone.modules import FIRST, BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
-from ..interventions.base import Intervention
+from ..interventions.base import ALONG_TIME, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.output import MapOutput
@@ -56,6 +56,7 @@ class Temporal(_Adapter, MapOutput):
     """x + drop_path(A(attention(norm1(x) along time))), on the stream that enters the block."""
 
     no_decay = frozenset({"bias_table"})
+    brings = frozenset({ALONG_TIME})
 
     def __init__(self, method: "AIM", block: BlockSite, clip: Clip, before: AdapterBeforeTemporal | None):
         super().__init__(block, block.index, on_input=True)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import typing
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.weights import ExistingTensors
 from ..options import SIZE, checked, declared, option
+from .sums import total
 
 Blocks = str | int | list[int] | None
 PerBlock = int | list[int]
@@ -174,6 +175,18 @@ class Method:
     def exported(self, tree: Tree) -> "tuple[Method, dict[str, Tensor]]":
         """The method and tensors that a file holds; simpler ones than in training where those compute the same."""
         return self, tree.state()
+
+    def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> "tuple[Method, dict[str, Tensor]]":
+        """The method and its tensors that change the model by the sum of weight x what each of ``trees`` changes; exact.
+
+        Args:
+            trees: the first one's method is this one.
+            weights: of any sign and sum.
+
+        Raises:
+            MethodError: no such tensors exist; says why.
+        """
+        return self, total(trees, weights)
 
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         """Take up fresh classifiers, which ``reset_classifier`` has put into the model."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions.base import Intervention
+from ..interventions.base import OWN_ROWS, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
 from ..numerics import unregistered
@@ -23,6 +23,8 @@ from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, w
 
 class Bypass(AddToBranch):
     """s * drop_path(up(drop(q(conv(q(down(n))))))), n the normed tokens; a prefix token is an image of one pixel."""
+
+    bars = frozenset({OWN_ROWS})
 
     def __init__(self, method: "Convpass", block: BlockSite, size: int, grid: Grid, norm: ModuleRef, branch: ModuleRef):
         super().__init__(block, norm, branch, output=True)

@@ -1,6 +1,6 @@
 """DiffFit: biases, norms and two gains per block (Xie et al., ICCV 2023, arXiv 2304.06648)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..interventions.base import Folded, Intervention
-from ..numerics import wide
+from ..numerics import weighted_change, wide
 from .base import Blocks, Method, Paper, register, tensors_of, which_blocks
 from .selective import BitFit, NormTuning
 
@@ -35,6 +35,13 @@ class BranchGains(Intervention):
 
     def _second(self, args: tuple, output: Tensor) -> Tensor:
         return output * self.gamma2
+
+    def summed(self, parts: "Sequence[BranchGains]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """1 + the sum of w_i (gamma_i - 1)."""
+        return {
+            "gamma1": weighted_change([part.gamma1 for part in parts], weights, 1.0),
+            "gamma2": weighted_change([part.gamma2 for part in parts], weights, 1.0),
+        }
 
     def ends(self) -> list[ModuleRef]:
         """The last module of each branch that mixes channels or shifts them; what follows is diagonal and commutes."""

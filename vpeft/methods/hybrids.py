@@ -11,7 +11,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions.base import Intervention
+from ..interventions.base import ALONG_TIME, Intervention
 from ..numerics import unregistered
 from ..options import SIZE, factor, option, probability
 from .adapter import BottleneckAdapter, MappedBottleneck
@@ -178,6 +178,7 @@ class GatedLora(_Gated, LoraLinear):
     """y + g x A^T B^T, with a gate for each slot in place of the constant."""
 
     mergeable = False
+    bars = frozenset({ALONG_TIME})  # whose rows are positions: a gate belongs to a sample
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()

@@ -1,7 +1,7 @@
 """IncreLoRA: low-rank updates whose ranks grow where they matter (Zhang et al., 2023, arXiv 2308.12043)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..interventions.base import Intervention
 from ..numerics import own_backward
 from ..options import nonnegative, option, probability
 from .base import Blocks, Method, Paper, PerBlock, count, linears_by_path, per_block, register, slots, which_blocks
-from .lora import LoraLinear, check_rank, check_targets
+from .lora import LoraLinear, check_rank, check_targets, low_rank_sum
 from .lora_variants import Schedule
 
 _EARLY = 1e-5  # e of a row that trains in advance
@@ -199,6 +199,10 @@ class IncreLoRA(Method):
             return self.growth
         ranks = [r for r in (self.rank if isinstance(self.rank, list) else [self.rank]) if r]
         return max(round(sum(ranks) / max(len(ranks), 1)) // 2, 1)
+
+    def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> tuple[Method, dict[str, Tensor]]:
+        """``lora`` with all ranks side by side."""
+        return low_rank_sum(trees, weights)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         found = [

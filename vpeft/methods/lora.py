@@ -1,13 +1,14 @@
 """LoRA: low-rank updates of frozen linears (Hu et al., ICLR 2022, arXiv 2106.09685)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.modules import LinearSite
+from ..attached.tree import Tree
+from ..backbone.modules import SLOTS, LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
@@ -38,6 +39,8 @@ class LoraLinear(AddToLinear):
     With one whole-linear slot the factors are the module's own ``a`` and ``b``; else each slot has a child with them.
     Relatives of LoRA say in ``part`` which tensors a slot has, and in ``pair`` how its A and B are made of them.
     """
+
+    plain: ClassVar[bool] = True  # it adds ``product``, and nothing else
 
     def __init__(
         self,
@@ -196,6 +199,10 @@ class LoRA(Method):
                 check_rank(f"{self.name}.rank", rank, linears)
                 yield f"{path}.lora", self.linear(linears, block.index, rank)
 
+    def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> tuple[Method, dict[str, Tensor]]:
+        """``lora`` with all ranks side by side, see ``low_rank_sum``."""
+        return low_rank_sum(trees, weights)
+
     def linear(self, sites: list[LinearSite], position: int, rank: int) -> LoraLinear:
         """What acts on one linear."""
         on_input = self.dropout_on == "input"
@@ -225,3 +232,82 @@ def check_targets(method: Method) -> None:
         raise MethodError(f"{method.name}.targets: expected distinct slots, got {targets}")
     if "qkv" in targets and set(targets) & {"q", "k", "v"}:
         raise MethodError(f"{method.name}.targets: 'qkv' already covers q, k and v")
+
+
+# ---- sums ----
+
+Terms = dict[tuple[str, tuple[int, int]], list[tuple[Tensor, Tensor]]]
+
+
+def low_rank_sum(trees: Sequence[Tree], weights: Sequence[float]) -> tuple[LoRA, dict[str, Tensor]]:
+    """LoRA whose product is the sum of weight x product: all A stacked, all B, times weight and scale, side by side.
+
+    Ranks, scales, targets and blocks may differ. The result has scale 1, every slot that one of them has, and in each block
+    the largest sum of ranks, which slots with less are filled up to without effect; a sum above the rank that the linear
+    itself has becomes one factor of that rank.
+
+    Raises:
+        MethodError: one of them adds something else than such a product.
+    """
+    terms: Terms = {}
+    for tree, weight in zip(trees, weights, strict=True):
+        for part in tree.interventions:
+            if not (isinstance(part, LoraLinear) and part.plain):
+                raise MethodError(f"'{tree.name}': {tree.method.name} adds something else than a product of two factors")
+            for rows, slot in part.parts():
+                a, b = (factor.detach() for factor in part.pair(slot))
+                terms.setdefault((part.site.path, rows), []).append((a, weight * part.scale * b.double()))
+    targets, ranks, state = _targets(trees), [], {}
+    for block in trees[0].sites.blocks:
+        pairs = {site: _terms(terms, site) for path in linears_by_path(block, targets).values() for site in path}
+        ranks.append(max(min(_rank(pairs[site]), site.in_features, site.out_features) for site in pairs))
+        for site, found in pairs.items() if ranks[-1] else ():
+            path = f"{site.path}.lora.{site.slot}" if site.is_part else f"{site.path}.lora"
+            state[f"{path}.a"], state[f"{path}.b"] = _joined(found, site, ranks[-1])
+    like = next(iter(terms.values()))[0][0]
+    rank = ranks[0] if len(set(ranks)) == 1 else ranks
+    method = LoRA(rank=rank, targets=targets, scale=1.0, **_dropout(trees))
+    return method, {n: t.to(like) for n, t in state.items()}
+
+
+def _targets(trees: Sequence[Tree]) -> list[str]:
+    """Every slot that one of them has; q, k and v where some have the three together and some apart."""
+    slots = {slot for tree in trees for slot in tree.method.targets}
+    if "qkv" in slots and slots & {"q", "k", "v"}:
+        slots = slots - {"qkv"} | {"q", "k", "v"}
+    return sorted(slots, key=SLOTS.index)
+
+
+def _dropout(trees: Sequence[Tree]) -> dict[str, Any]:
+    """The dropout that all have; none where they differ."""
+    found = {(tree.method.dropout, getattr(tree.method, "dropout_on", "input")) for tree in trees}
+    rate, where = found.pop() if len(found) == 1 else (0.0, "input")
+    return {"dropout": rate, "dropout_on": where}
+
+
+def _terms(terms: Terms, site: LinearSite) -> list[tuple[Tensor, Tensor]]:
+    """What is added to a site's rows, by itself or with others."""
+    found = []
+    for (path, (start, stop)), pairs in terms.items():
+        if path == site.path and start <= site.rows[0] and site.rows[1] <= stop:
+            found += [(a, b[site.rows[0] - start : site.rows[1] - start]) for a, b in pairs]
+    return found
+
+
+def _rank(pairs: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(len(a) for a, _ in pairs)
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]], site: LinearSite, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) of one site; rows of A without effect are as at the start of a training."""
+    like = site.module.weight
+    a = torch.cat([a.double() for a, _ in pairs]) if pairs else like.new_zeros(0, site.in_features, dtype=torch.float64)
+    b = torch.cat([b for _, b in pairs], 1) if pairs else like.new_zeros(site.out_features, 0, dtype=torch.float64)
+    if len(a) > rank:
+        product = b @ a
+        one = torch.eye(min(product.shape), dtype=product.dtype, device=product.device)
+        a, b = (one, product) if site.in_features <= site.out_features else (product, one)
+    missing = rank - len(a)
+    rows = torch.rand(missing, site.in_features, generator=torch.Generator().manual_seed(0), dtype=a.dtype)
+    rows = (2 * rows - 1) / math.sqrt(site.in_features)
+    return torch.cat([a, rows.to(a.device)]), nn.functional.pad(b, (0, missing))

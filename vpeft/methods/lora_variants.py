@@ -63,6 +63,7 @@ class DoraLinear(LoraLinear):
     """
 
     from_weights = True
+    plain = False
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         part = super().part(site, rank)
@@ -71,7 +72,7 @@ class DoraLinear(LoraLinear):
 
     def gain(self) -> Tensor:
         """g (O,) of the whole linear; 1 in rows that no slot covers."""
-        norm = torch.linalg.vector_norm(wide(self.site.module.weight) + self.product(), dim=1)
+        norm = torch.linalg.vector_norm(wide(self.tensor_now(self.site, "weight")) + self.product(), dim=1)
         # Rounded as m was, so that g is 1 at the start in every type.
         norm = norm.to(self.site.module.weight.dtype)
         pieces, end = [], 0
@@ -81,16 +82,17 @@ class DoraLinear(LoraLinear):
         return torch.cat([*pieces, norm[end:]]) / norm
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        linear, more = self.site.module, (self.gain() - 1).to(y.dtype)
+        more = (self.gain() - 1).to(y.dtype)
         dropping = self.on_input and self.drop.p and self.training
         if dropping:
             x = self.drop(x)
         updated = self.update(x, y)
         if dropping:
             # Both terms see the dropped input, so the frozen product is needed a second time.
-            direction = self.update(x, F.linear(x, linear.weight))
+            direction = self.update(x, F.linear(x, self.tensor_now(self.site, "weight")))
         else:
-            direction = updated if linear.bias is None else updated - linear.bias.to(y.dtype)
+            bias = self.tensor_now(self.site, "bias")
+            direction = updated if bias is None else updated - bias.to(y.dtype)
         return torch.addcmul(updated, direction, more)
 
     def delta(self) -> Tensor:

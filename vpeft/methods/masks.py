@@ -7,7 +7,7 @@ the way, so memory and time of a step are near those of full fine-tuning.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.weights import ReplaceTensor
+from ..numerics import weighted_change
 from ..options import fraction, option
 from .base import Method, Paper, register, tensors_of
 
@@ -50,6 +51,16 @@ class SparseTensor(ReplaceTensor):
         if not self.value.numel():
             return frozen
         return frozen.flatten().scatter(0, self.index.long(), self.value.to(frozen.dtype)).view_as(frozen)
+
+    def summed(self, parts: "Sequence[SparseTensor]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """All entries that any of them chose: the frozen value + the sum of w_i (value_i - frozen value)."""
+        frozen = self.frozen.detach().flatten()
+        wholes = [frozen.scatter(0, part.index.long(), part.value.detach()) for part in parts]
+        index = torch.cat([part.index for part in parts]).unique()
+        return {"index": index, "value": weighted_change(wholes, weights, frozen)[index.long()]}
+
+    def own_entries(self) -> dict[str, Tensor | None]:
+        return {self.tensor_name: self.index} if self.value.numel() else {}
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         index, value = tensors["index"], tensors["value"]

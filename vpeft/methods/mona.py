@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
-from ..interventions.base import Intervention
+from ..interventions.base import OWN_ROWS, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
 from ..interventions.output import MapOutput
@@ -22,6 +22,7 @@ class _Mona:
     """The parts of v + drop(gelu(z2)) Wu^T + bu, with z2 made by depth-wise 3x3, 5x5 and 7x7 and a 1x1 convolution."""
 
     no_decay = frozenset({"gamma", "gammax"})
+    bars = frozenset({OWN_ROWS})
 
     def add_parts(self, method: "Mona", block: BlockSite, size: int, grid: Grid) -> None:
         unregistered(self, grid=grid)

@@ -1,6 +1,6 @@
 """SSF: scale and shift the features (Lian et al., NeurIPS 2022, arXiv 2210.08823)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
-from ..numerics import own_backward, wide
+from ..numerics import own_backward, weighted_change, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -207,6 +207,11 @@ class ScaleShift(ScaleAndShift):
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.shift
+
+    def summed(self, parts: "Sequence[ScaleShift]", weights: Sequence[float]) -> dict[str, Tensor]:
+        """1 + the sum of w_i (scale_i - 1), and the sum of w_i shift_i."""
+        scale = weighted_change([part.scale for part in parts], weights, 1.0)
+        return {"scale": scale, "shift": weighted_change([part.shift for part in parts], weights, 0.0)}
 
 
 @register(

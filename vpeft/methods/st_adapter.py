@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions.base import Intervention
+from ..interventions.base import OWN_ROWS, Intervention
 from ..interventions.context import Clip, Grid
 from ..interventions.output import MapOutput
 from ..numerics import unregistered
@@ -50,6 +50,8 @@ class EditStream(Intervention):
 
 class _STAdapter:
     """The parts of conv(x Wd^T + bd) Wu^T + bu on the patches of whole clips; prefix tokens get 0."""
+
+    bars = frozenset({OWN_ROWS})
 
     def add_parts(self, method: "STAdapter", block: BlockSite, size: int, grid: Grid, clip: Clip) -> None:
         unregistered(self, grid=grid, clip=clip)

@@ -14,7 +14,7 @@ from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.attention import AttentionPrefix
-from ..interventions.base import Intervention
+from ..interventions.base import OWN_ROWS, Intervention
 from ..numerics import unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
@@ -28,6 +28,8 @@ class ExtraQueries(AttentionPrefix):
     The block's own path stays what it is, and carries no graph: what the rows read of it is detached. While gradients
     are recorded, the rows run only when they are taken, so that activation checkpointing never sees them.
     """
+
+    brings = frozenset({OWN_ROWS})
 
     def __init__(self, block: BlockSite):
         super().__init__(block, LAST)  # no gradient enters any block's own path

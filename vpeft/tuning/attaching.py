@@ -70,7 +70,7 @@ def get_handle(model: nn.Module, name: str | None = None) -> Handle:
     Raises:
         MethodError: nothing of that name is attached.
     """
-    _check_wrapper(model)
+    check_wrapper(model)
     container = container_of(model)
     names = list(container._modules) if container is not None else []
     if name is None and len(names) == 1:
@@ -90,7 +90,7 @@ def check_arguments(model: nn.Module, name: Any, heads: Any) -> None:
         UnsupportedModelError: no model, or a wrapper around one.
         MethodError: a name that is no text, or heads that are no mapping.
     """
-    _check_wrapper(model)
+    check_wrapper(model)
     _check_not_sharded(model)
     if name is not None and not isinstance(name, str):
         raise MethodError(f"name: expected a text, got {shown(name)}")
@@ -235,7 +235,12 @@ def _check_not_sharded(model: nn.Module) -> None:
         )
 
 
-def _check_wrapper(model: nn.Module) -> None:
+def check_wrapper(model: nn.Module) -> None:
+    """Refuse what is no timm model, such as a wrapper around one.
+
+    Raises:
+        UnsupportedModelError: says where the model is in it.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a timm model, got {type(model).__name__}")
     if is_taken_apart(model):

@@ -14,6 +14,7 @@ from ..backbone.modules import CONTAINER, ModuleRef
 from ..errors import MethodError
 from ..interventions.hub import Hub
 from ..shards import reshard
+from .beside import check_together
 from .following import check_other_weights, follow_size, follow_weights
 
 # timm's functions that change the model; the container's, of the same names, stand before them.
@@ -27,6 +28,7 @@ class Container(nn.Module):
         hub: of the model.
         own_classifier: the model's own, in the model while no method is enabled.
         enabled_order: names of the enabled handles, the one last enabled at the end: its classifier is in the model.
+        stated: names in the order in which they act at a site, where that was stated; those attached later follow.
         required_grad: which of the model's parameters required a gradient before the first method was attached.
         shown: whose classifier is in the model; None for the model's own.
         users_own: functions that a user had put in the place of timm's, which the container's stand before.
@@ -36,6 +38,7 @@ class Container(nn.Module):
     hub: Hub
     own_classifier: Classifier
     enabled_order: list[str]
+    stated: list[str]
     required_grad: dict[str, bool]
     patched: list[ModuleRef]
     shown: str | None
@@ -44,7 +47,7 @@ class Container(nn.Module):
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
-        self.enabled_order, self.patched = [], []
+        self.enabled_order, self.stated, self.patched = [], [], []
         self._mark = torch.ones(1, dtype=torch.uint8, device="cpu")
         self._seen: list[str] | None = None  # the call of ``load_state_dict`` that was seen last
         self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
@@ -85,9 +88,25 @@ class Container(nn.Module):
         """The attached methods' trees by name."""
         return dict(self.named_children())
 
+    @property
+    def order(self) -> list[str]:
+        """Names of all handles in the order in which they act at one site: that of attaching, or as it was stated."""
+        return [*self.stated, *(name for name in self._modules if name not in self.stated)]
+
+    def arrange(self, order: list[str]) -> None:
+        """Let the handles act in this order at every site."""
+        if order != self.order:
+            self.hub.arrange(order)
+            self.stated = list(order)
+
     @contextmanager
     def bring_forward(self, name: str) -> Iterator[None]:
-        """Under here the model has an enabled handle's classifier, also where another one was enabled after it."""
+        """Under here the model has an enabled handle's classifier, also where another one was enabled after it.
+
+        Raises:
+            MethodError: an enabled method acts at another classifier.
+        """
+        check_together([tree for tree in self.trees.values() if tree.enabled and tree.unmerged is None], name)
         before = list(self.enabled_order)
         self.enabled_order = [n for n in before if n != name] + [name]
         self.put_classifier()
@@ -251,6 +270,7 @@ def remove(model: nn.Module, name: str) -> None:
     container.hub.remove(name)
     container.hub.acting = tuple(n for n in container.hub.acting if n != name)
     del container._modules[name]
+    container.stated = [n for n in container.stated if n != name]
     container.put_classifier()
     needed = {id(p.module) for tree in container.children() for i in tree.interventions for p in i.calls_needed()}
     for place in [p for p in container.patched if id(p.module) not in needed]:

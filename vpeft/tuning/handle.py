@@ -11,12 +11,13 @@ from ..attached.objective import Batches, Criterion, Objective
 from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
-from ..errors import MethodError, some
+from ..errors import MethodError
 from ..files import as_path, naming, writable_file
 from ..methods.base import Method
 from ..numerics import kept_modes
 from ..shards import gathered, reshard, wholes
 from . import merging, stepping
+from .beside import check_together
 from .container import Container, container_of, originals_of, remove
 from .needs import CacheNeeds, boundary, cache_needs, check_calibrated
 from .summary import summary
@@ -179,7 +180,7 @@ class Handle:
         """Let the hooks act, and train what trained before. ``with handle.enable():`` does so for a while.
 
         Raises:
-            MethodError: another enabled method trains the same tensors of the model.
+            MethodError: it cannot act beside another enabled method; names the place and the reason.
         """
         before = _Switch(self)
         self._switch(True)
@@ -201,14 +202,9 @@ class Handle:
         if self.merged:
             raise MethodError(f"'{self.name}' is merged into the weights; unmerge() before switching it")
         if on:
-            mine = {name for i in root.interventions for name in i.owned_names()}
-            for other in self._others():
-                shared = mine & {name for i in other.interventions for name in i.owned_names()}
-                if other.enabled and shared:
-                    raise MethodError(f"'{other.name}' is enabled and has its own values of {some(sorted(shared))}")
-                folded = mine & {f"{place.path}.{n}" for place, n, _ in other.unmerged or ()}
-                if folded:
-                    raise MethodError(f"'{other.name}' is merged into {some(sorted(folded))}; unmerge() it first")
+            others = self._others()
+            acting = [*(t for t in others if t.enabled and t.unmerged is None), root]
+            check_together(acting, self.name, [t for t in others if t.unmerged is not None])
         root.switch(on)
         container.enabled_order = [name for name in container.enabled_order if name != self.name] + [self.name] * on
         container.put_classifier()
@@ -394,4 +390,6 @@ class Handle:
             with gathered(self.root, self.model):
                 method, own = (self.method, self.root.state()) if training else self.method.exported(self.root)
             originals = originals_of(self._others())
-            return checkpoint.save(file, self.name, method, self.model, own, head, described, originals)
+            checkpoint.save(file, self.name, method, self.model, own, head, described, originals)
+        self.root.class_names = described["class_names"]
+        return file

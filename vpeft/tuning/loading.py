@@ -75,6 +75,7 @@ def load(
         def fill(handle: Handle) -> None:
             _compare(handle.root, file, values, head, planned=False)
             handle.load_state_dict(values)
+            handle.root.class_names = file.metadata["class_names"] if head else None
             handle.root.calibrated = file.metadata.get("calibrated", handle.root.calibrated)
 
         return attach_method(model, method, file.metadata["name"] if name is None else name, heads, wanted, fill)

@@ -10,6 +10,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import CONTAINER
 from ..errors import MethodError, did_you_mean, shown, some
 from ..interventions.rows import RowPlan, Span
+from .beside import check_together
 from .container import Container, container_of
 from .handle import Handle
 
@@ -28,7 +29,8 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
     Args:
         model: a timm model with methods attached, or a module that holds one.
         tasks: for each image (of clips, for each clip) a handle or its name; None for the bare model and its own head;
-            several names for a stack, whose last one's head is used.
+            several names for a stack, whose last one's head is used, and which acts in the order of attaching or the one
+            that ``activate`` stated.
         pad: fill heads of different widths up with minus infinity, so that the outputs are one tensor (B, classes).
 
     Returns:
@@ -162,18 +164,10 @@ def _check_tasks(container: Container, wanted: list[tuple[str, ...]]) -> None:
                 raise MethodError(f"route: '{name}' ({trees[name].method.name}) has no form for single samples: {reason}")
         if len(set(names)) != len(names):
             raise MethodError(f"route: {names} names a handle twice")
-        _check_stack([trees[name] for name in names])
+        check_together([trees[name] for name in names], names[-1] if names else "")
 
 
 def _why_not(tree: Tree) -> str | None:
     if tree.heads:
         return f"its heads ({some(sorted(tree.heads))}) are modules outside of the model, which see the whole batch"
     return next((why for i in tree.interventions if (why := i.why_not_routed()) is not None), None)
-
-
-def _check_stack(trees: list[Tree]) -> None:
-    owners: dict[str, str] = {}
-    for tree in trees:
-        for name in (n for i in tree.interventions for n in i.owned_names()):
-            if owners.setdefault(name, tree.name) != tree.name:
-                raise MethodError(f"route: '{owners[name]}' and '{tree.name}' have both their own values of {name}")
