@@ -16,7 +16,7 @@ from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, as_ordered, exchanged, unhook
 from .operation import with_tensors
-from .rows import Part, RowPlan, check_same, in_parts, plan_for, sorted_inputs
+from .rows import Part, RowPlan, check_recomputed, check_same, in_parts, plan_for, sorted_inputs
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -39,7 +39,7 @@ class Hub:
         acting: names of the handles that act in a forward that starts now.
         junctions: by module.
         places: each module's parent, its name there and its path when the hub was made; of a classifier no inner parts.
-        watched: by the handles that act, what has to be in its place for them.
+        watched: by the handle that acts, what has to be in its place for it.
         edition: another text after each change of what is done at the modules, for compiled graphs.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
         own: functions that a user had put in the place of timm's before anything was attached.
@@ -59,7 +59,7 @@ class Hub:
             if not f"{path}.".startswith(heads):
                 for name, child in module.named_children():
                     self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
-        self.watched: dict[tuple[str, ...], list[tuple[nn.Module, nn.Module, str, str]]] = {}
+        self.watched: dict[str, list[tuple[nn.Module, nn.Module, str, str]]] = {}
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -175,13 +175,11 @@ class Hub:
         checkpointed = False
         outer = self.now()
         plan = plan_for(outer, getattr(self.local, "plan", None), self.edition)
-        if plan is not None and plan.edition != self.edition:
-            raise MethodError(
-                "route: methods were attached, detached or merged, or got other heads, under it; enter it anew"
-            )
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
+            if plan is None and starter is self.model:
+                check_recomputed(self.model)
             self._check_in_place(acting, routed)
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
@@ -234,22 +232,24 @@ class Hub:
         Raises:
             MethodError: names it, and the handles whose effect would be lost.
         """
-        if acting not in self.watched:
-            self.watched[acting] = self._watch(set(acting))
-        for module, parent, name, path in self.watched[acting]:
+        # By handle, not by who acts together: of mixed batches there are more kinds than memory.
+        for module, parent, name, path in (entry for owner in acting for entry in self._watch(owner)):
             if parent._modules.get(name) is not module and not (routed and f"{path}." in self.heads):
                 owners = {o for m, j in self.junctions.items() if m is module for o in j.owners() & set(acting)}
                 raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or acting)))
 
-    def _watch(self, acting: set[str]) -> list[tuple[nn.Module, nn.Module, str, str]]:
-        """The modules at which these handles do something, and what they are in."""
+    def _watch(self, owner: str) -> list[tuple[nn.Module, nn.Module, str, str]]:
+        """The modules at which a handle does something, and what they are in; kept in ``watched``."""
+        known = self.watched.get(owner)
+        if known is not None:
+            return known
         found: dict[nn.Module, tuple[nn.Module, nn.Module, str, str]] = {}
         for module, junction in self.junctions.items():
-            if junction.owners() & acting:
+            if owner in junction.owners():
                 while module in self.places and module not in found:
                     found[module] = (module, *self.places[module])
                     module = self.places[module][0]
-        return list(found.values())
+        return self.watched.setdefault(owner, list(found.values()))
 
     # ---- hooks ----
 
@@ -368,8 +368,9 @@ class Hub:
         """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
 
         def head(part: Part) -> Any:
-            seen = plan.spans[part.number - 1].model
-            return self._function_of(seen, STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
+            return self._function_of(plan.spans[part.number - 1].seen, STARTS[-1], flow)(
+                plan.rows_of(x, part), *args, **kwargs
+            )
 
         return plan.outputs(in_parts(flow, plan.parts(), head))
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -139,7 +140,8 @@ def _plan(container: Container, wanted: list[tuple[str, ...]], pad: bool) -> Row
     for names in kinds:
         stop = start + wanted.count(names)
         classifier = container.trees[names[-1]].classifier if names else container.own_classifier
-        spans.append(Span(names, start, stop, len(spans) + 1, classifier.seen_by(model)))
+        see = partial(classifier.seen_by, model)
+        spans.append(Span(names, start, stop, len(spans) + 1, see(), see))
         start = stop
     return RowPlan(spans, order, pad, container.hub.edition)
 
