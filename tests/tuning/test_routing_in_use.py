@@ -150,3 +150,23 @@ def test_a_whole_model_that_runs_again_in_backward(reentrant):
         loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
     with pytest.raises(vpeft.MethodError, match="call backward under it too"):
         loss.backward()
+
+
+def test_data_parallel_training_side_by_side_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = with_handles("lora", "vit", "ab")
+        x, handles = batch(model), vpeft.train_side_by_side(model)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        with vpeft.route(parallel, TASKS):
+            with pytest.raises(vpeft.MethodError, match="would not average"):
+                parallel(x)
+            with torch.no_grad():
+                found = parallel(x)
+            assert difference(model(x).detach(), found) < 1e-12  # the model itself may train
+        for handle in handles:
+            handle.disable()
+        with torch.no_grad():
+            assert difference(found, alone(model, x, TASKS)) < 1e-12
+    finally:
+        torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, as_ordered, exchanged, unhook
 from .operation import with_tensors
-from .rows import Part, RowPlan, check_recomputed, check_same, in_parts, plan_for, sorted_inputs
+from .rows import Part, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 
 # timm's functions that start a forward when they are called by themselves.
 STARTS = ("forward_features", "forward_intermediates", "forward_head")
@@ -178,8 +178,8 @@ class Hub:
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
-            if plan is None and starter is self.model:
-                check_recomputed(self.model)
+            if starter is self.model:
+                check_beside(plan, self.model)
             self._check_in_place(acting, routed)
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)

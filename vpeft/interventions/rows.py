@@ -272,20 +272,33 @@ def _entered(plan: RowPlan, value: Any, x: Tensor) -> Any:
     return value  # a mask of all samples
 
 
-def check_recomputed(model: nn.Module) -> None:
-    """Refuse a backward pass that runs a whole model again outside of ``route``, whose handles would get no gradient.
+def check_beside(plan: RowPlan | None, model: nn.Module) -> None:
+    """Refuse forwards in which handles that train side by side would silently get no gradient, or one process' alone.
 
     Raises:
-        MethodError: says what works.
+        MethodError: backward runs the whole model again outside of ``route``; or DDP runs it, which does not know the
+            classifiers and the tensors that are not in the model.
     """
     container = model._modules.get(CONTAINER)
-    if container is None or torch._C._current_graph_task_id() == -1:
+    if container is None or not any(getattr(tree, "beside", False) for tree in container.children()):
         return
-    if any(getattr(tree, "beside", False) for tree in container.children()):
+    if plan is None and torch._C._current_graph_task_id() != -1:
         raise MethodError(
             "route: backward runs the model again, outside of route; call backward under it too, or checkpoint the "
             "model's blocks instead: model.set_grad_checkpointing()"
         )
+    if plan is not None and torch.is_grad_enabled() and _under_ddp():
+        raise MethodError(
+            "route: DistributedDataParallel would not average the gradients of handles that train side by side, whose "
+            "classifiers are not in the model; call the model itself, and average the gradients of "
+            "handle.trainable_parameters() by torch.distributed.all_reduce before each step"
+        )
+
+
+def _under_ddp() -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
 def check_same(plan: RowPlan | None, now: RowPlan | None, carried: bool) -> None:

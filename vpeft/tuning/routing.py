@@ -57,7 +57,11 @@ def train_side_by_side(model: nn.Module, names: Iterable[str | Handle] | None = 
 
     They are switched off, so that a forward that is not routed is the bare model's, and yet their parameters require
     gradients: give ``handle.param_groups`` of all to an optimiser. ``handle.enable()`` or ``handle.disable()`` ends it for
-    that handle.
+    that handle; called again, it goes on with the same parameters.
+
+    Their classifiers, and their values of the model's own tensors, are not in the model: ``model.parameters()``,
+    ``model.zero_grad()`` and ``model.state_dict()`` do not have them. Use ``optimizer.zero_grad()`` and ``handle.save``.
+    With several processes average the gradients by hand: DistributedDataParallel does not know all of them, and is refused.
 
     Args:
         model: a timm model with methods attached, or a module that holds one.
