@@ -170,3 +170,17 @@ def test_data_parallel_training_side_by_side_is_refused():
             assert difference(found, alone(model, x, TASKS)) < 1e-12
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_handle_of_another_model_is_refused():
+    model, other = with_handles("lora", "vit", "ab"), with_handles("lora", "vit", "ab")
+    stranger = vpeft.get_handle(other, "a")
+    with pytest.raises(vpeft.MethodError, match="handle of another model"), vpeft.route(model, ["b", stranger]):
+        raise AssertionError("not reached")
+    with pytest.raises(vpeft.MethodError, match="handle of another model"):
+        vpeft.train_side_by_side(model, ["b", stranger])
+    assert not vpeft.get_handle(model, "b").root.beside
+    stranger.detach()
+    vpeft.attach(other, "lora", name="a")
+    with pytest.raises(vpeft.MethodError, match="'a' was detached"), vpeft.route(other, ["b", stranger]):
+        raise AssertionError("not reached")
