@@ -184,3 +184,15 @@ def test_a_handle_of_another_model_is_refused():
     vpeft.attach(other, "lora", name="a")
     with pytest.raises(vpeft.MethodError, match="'a' was detached"), vpeft.route(other, ["b", stranger]):
         raise AssertionError("not reached")
+
+
+def test_a_traced_forward_keeps_its_tasks():
+    model = with_handles("lora", "vit", "ab", dtype=torch.float32).requires_grad_(False)
+    for name in "ab":
+        for p in own(vpeft.get_handle(model, name)):
+            p.requires_grad_(False)  # torch traces no constants that train
+    x = batch(model)
+    expected = alone(model, x, TASKS)
+    with vpeft.route(model, TASKS):
+        traced = torch.jit.trace(model, x, check_trace=False)
+    assert difference(traced(x), expected) < 1e-5

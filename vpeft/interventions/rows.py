@@ -88,7 +88,7 @@ class RowPlan:
         Raises:
             MethodError: no whole number.
         """
-        if x.ndim == 0 or x.shape[0] % self.count or (x.shape[0] == 0) != (self.count == 0):
+        if x.ndim == 0 or x.shape[0] % self.count or x.shape[0] == 0:
             shape = tuple(x.shape)
             raise MethodError(f"route: {self.count} samples, and a tensor {shape} is no whole number of rows for each")
         return x.shape[0] // self.count
