@@ -81,6 +81,7 @@ def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def put(target: Tensor, value: Tensor) -> None:
     """Copy a whole value (or one in shards) into a tensor, whole or in shards."""
     value = whole(value)
+    torch.clear_autocast_cache()  # under autocast the former value would go on being used
     if is_shard(target):
         mesh, like = target.device_mesh, target.to_local()
         value = _spread(value.to(mesh.device_type, like.dtype), mesh, "Replicate").redistribute(placements=target.placements)

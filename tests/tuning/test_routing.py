@@ -99,7 +99,7 @@ def test_float32(method, kind):
 @sweep
 def test_each_gradient_reaches_its_own_handle_and_head(method, kind):
     model = with_handles(method, kind)
-    a, b, c = vpeft.train_side_by_side(model, "abc")
+    a, b, c = vpeft.train_side_by_side(model, list("abc"))
     x, tasks = batch(model, 4), ["a", "b", "a", "b"]
     with vpeft.route(model, tasks):
         out = model(x)

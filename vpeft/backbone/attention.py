@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, RelPosMlp, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
@@ -44,6 +44,19 @@ def check_sequence(block: BlockSite) -> None:
         raise UnsupportedModelError(
             f"{block.attn.path}: the relative position bias of {type(attn).__name__} has no rows for further tokens"
         )
+
+
+def bias_of_positions(model: nn.Module, path: str) -> nn.Module | None:
+    """The module for which the one at a path makes a bias of positions, from a table that has no rows of samples.
+
+    An attention, the model itself where one bias serves all its blocks, or None where that module does something else.
+    """
+    parts = path.split(".")
+    for i, name in enumerate(parts):
+        module = model.get_submodule(".".join(parts[: i + 1]))
+        if name == "cpb_mlp" or isinstance(module, RelPosMlp):
+            return model.get_submodule(".".join(parts[:i]))
+    return None
 
 
 def attention_inputs(attn: nn.Module, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

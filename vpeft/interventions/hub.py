@@ -16,7 +16,7 @@ from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, as_ordered, unhook
 from .operation import with_tensors
-from .rows import Part, RowPlan, check_same, in_parts, plan_for, sorted_inputs
+from .rows import Part, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 from .watched import Place, check_in_place, watch
 
 # timm's functions that start a forward when they are called by themselves.
@@ -40,7 +40,7 @@ class Hub:
         acting: names of the handles that act in a forward that starts now.
         junctions: by module.
         places: each module's parent, its name there and its path when the hub was made; of a classifier no inner parts.
-        watched: by the handles that act, what has to be in its place for them.
+        watched: by the handle that acts, what has to be in its place for it.
         edition: another text after each change of what is done at the modules, for compiled graphs.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
         own: functions that a user had put in the place of timm's before anything was attached.
@@ -60,7 +60,7 @@ class Hub:
             if not f"{path}.".startswith(heads):
                 for name, child in module.named_children():
                     self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
-        self.watched: dict[tuple[str, ...], list[Place]] = {}
+        self.watched: dict[str, list[Place]] = {}
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -188,16 +188,15 @@ class Hub:
         checkpointed = False
         outer = self.now()
         plan = plan_for(outer, getattr(self.local, "plan", None), self.edition)
-        if plan is not None and plan.edition != self.edition:
-            raise MethodError(
-                "route: methods were attached, detached or merged, or got other heads, under it; enter it anew"
-            )
         routed = plan is not None or (outer is not None and outer.routed)
         acting = self.acting if not routed else outer.acting if plan is None else plan.names
         if not torch.compiler.is_compiling():
-            if acting not in self.watched:
-                self.watched[acting] = watch(self.junctions, self.places, set(acting))
-            check_in_place(self.watched[acting], self.junctions, acting, self.heads if routed else ())
+            if starter is self.model:
+                check_beside(plan, self.model)
+            for owner in acting:  # not for those that act together: of mixed batches there are more kinds than memory
+                if owner not in self.watched:
+                    self.watched[owner] = watch(self.junctions, self.places, owner)
+                check_in_place(self.watched[owner], owner, self.heads if routed else ())
             checkpointed = torch.is_grad_enabled() and any(m.grad_checkpointing for m in self.checkpointing)
         facts = getattr(self.local, "facts", None)
         return Flow(acting, facts, starter=starter, outer=outer, checkpointed=checkpointed, plan=plan, routed=routed)
@@ -358,8 +357,9 @@ class Hub:
         """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
 
         def head(part: Part) -> Any:
-            seen = plan.spans[part.number - 1].model
-            return self._function_of(seen, STARTS[-1], flow)(plan.rows_of(x, part), *args, **kwargs)
+            return self._function_of(plan.spans[part.number - 1].seen, STARTS[-1], flow)(
+                plan.rows_of(x, part), *args, **kwargs
+            )
 
         return plan.outputs(in_parts(flow, plan.parts(), head))
 

@@ -151,7 +151,7 @@ class Junction:
     @property
     def empty(self) -> bool:
         """Nobody does anything here."""
-        return not any(self._lists())
+        return not (any(self._lists()) or self.alone)
 
     def owners(self) -> set[str]:
         """Names of the handles that do something here."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.modules import reentrant_checkpointing
+from ..backbone.modules import CONTAINER, reentrant_checkpointing
 from ..errors import MethodError
 from .flow import Flow
 
@@ -21,6 +21,7 @@ class Span:
         start, stop: their place among the samples.
         number: of the span, from 1.
         model: the model as they see it: with the classifier of the handle that comes last.
+        see: makes it anew, as the model is now.
     """
 
     names: tuple[str, ...]
@@ -28,6 +29,12 @@ class Span:
     stop: int
     number: int
     model: nn.Module
+    see: Callable[[], nn.Module]
+
+    @property
+    def seen(self) -> nn.Module:
+        """The model as they see it now, in training or not; compiled graphs keep to the one of the beginning."""
+        return self.model if torch.compiler.is_compiling() else self.see()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class RowPlan:
         Raises:
             MethodError: no whole number.
         """
-        if x.ndim == 0 or x.shape[0] % self.count or (x.shape[0] == 0) != (self.count == 0):
+        if x.ndim == 0 or x.shape[0] % self.count or x.shape[0] == 0:
             shape = tuple(x.shape)
             raise MethodError(f"route: {self.count} samples, and a tensor {shape} is no whole number of rows for each")
         return x.shape[0] // self.count
@@ -168,7 +175,7 @@ class RowPlan:
         if len(spans) < 2:
             return [Part(s.start, s.stop, s.names, None, s.number) for s in spans]
         first = spans[0].start
-        moved = [Span(s.names, s.start - first, s.stop - first, s.number, s.model) for s in spans]
+        moved = [Span(s.names, s.start - first, s.stop - first, s.number, s.model, s.see) for s in spans]
         plan = RowPlan(moved, range(moved[-1].stop))
         return [Part(first, spans[-1].stop, plan.names, plan, 0)]
 
@@ -240,10 +247,58 @@ def sorted_inputs(flow: Flow, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
         return args, kwargs
     if flow.checkpointed and reentrant_checkpointing():
         raise MethodError("route: switch reentrant activation checkpointing off: timm.layers.set_reentrant_ckpt(False)")
-    x = args[0] if args else next(iter(kwargs.values()))
-    flow.plan.check_rows(x.shape[0], flow.facts.get("frames"))
-    args = tuple(flow.plan.enter(v) if v is x else v for v in args)
-    return args, {k: flow.plan.enter(v) if v is x else v for k, v in kwargs.items()}
+    plan, x = flow.plan, args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(x, Tensor):
+        raise MethodError(f"route: the model is called with a {type(x).__name__}; only one tensor of images can be routed")
+    plan.check_rows(x.shape[0], flow.facts.get("frames"))
+    return tuple(_entered(plan, v, x) for v in args), {k: _entered(plan, v, x) for k, v in kwargs.items()}
+
+
+def _entered(plan: RowPlan, value: Any, x: Tensor) -> Any:
+    """What is given to the model, in the order of the tasks where it has a row for each of the images.
+
+    Raises:
+        MethodError: it seems to have such rows, in a form that is not cut with the images (packed patches).
+    """
+    if value is x:
+        return plan.enter(x)
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != x.shape[0]:
+        return value
+    if value.ndim > 3:  # a mask of each sample
+        return plan.enter(value)
+    if value.shape[-1] != value.shape[-2]:
+        shape = tuple(value.shape)
+        raise MethodError(f"route: a tensor {shape} beside the images cannot be divided among the tasks; give images alone")
+    return value  # a mask of all samples
+
+
+def check_beside(plan: RowPlan | None, model: nn.Module) -> None:
+    """Refuse forwards in which handles that train side by side would silently get no gradient, or one process' alone.
+
+    Raises:
+        MethodError: backward runs the whole model again outside of ``route``; or DDP runs it, which does not know the
+            classifiers and the tensors that are not in the model.
+    """
+    container = model._modules.get(CONTAINER)
+    if container is None or not any(getattr(tree, "beside", False) for tree in container.children()):
+        return
+    if plan is None and torch._C._current_graph_task_id() != -1:
+        raise MethodError(
+            "route: backward runs the model again, outside of route; call backward under it too, or checkpoint the "
+            "model's blocks instead: model.set_grad_checkpointing()"
+        )
+    if plan is not None and torch.is_grad_enabled() and _under_ddp():
+        raise MethodError(
+            "route: DistributedDataParallel would not average the gradients of handles that train side by side, whose "
+            "classifiers are not in the model; call the model itself, and average the gradients of "
+            "handle.trainable_parameters() by torch.distributed.all_reduce before each step"
+        )
+
+
+def _under_ddp() -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
 def check_same(plan: RowPlan | None, now: RowPlan | None, carried: bool) -> None:

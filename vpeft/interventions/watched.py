@@ -18,37 +18,33 @@ class Owned(Protocol):
 
 
 def watch(
-    junctions: Mapping[nn.Module, Owned], places: Mapping[nn.Module, tuple[nn.Module, str, str]], acting: set[str]
+    junctions: Mapping[nn.Module, Owned], places: Mapping[nn.Module, tuple[nn.Module, str, str]], owner: str
 ) -> list[Place]:
-    """The modules at which these handles do something, and what they are in."""
+    """The modules at which a handle does something, and what they are in."""
     found: dict[nn.Module, Place] = {}
-    for module, junction in junctions.items():
-        if junction.owners() & acting:
+    for module, junction in list(junctions.items()):
+        if owner in junction.owners():
             while module in places and module not in found:
                 found[module] = (module, *places[module])
                 module = places[module][0]
     return list(found.values())
 
 
-def check_in_place(
-    watched: Iterable[Place], junctions: Mapping[nn.Module, Owned], acting: Sequence[str], heads: Sequence[str]
-) -> None:
+def check_in_place(watched: Iterable[Place], owner: str, heads: Sequence[str]) -> None:
     """Refuse a model in which a module at which something is to be done was exchanged for another one.
 
     Args:
         watched: see ``watch``.
-        junctions: by module.
-        acting: names of the handles that act.
+        owner: the handle that acts there.
         heads: paths, with a dot behind, of modules that may be others: of classifiers a routed forward takes each
             handle's own, wherever it is.
 
     Raises:
-        MethodError: names the module, and the handles whose effect would be lost.
+        MethodError: names the module, and the handle whose effect would be lost.
     """
     for module, parent, name, path in watched:
         if parent._modules.get(name) is not module and f"{path}." not in heads:
-            owners = {o for m, j in junctions.items() if m is module for o in j.owners() & set(acting)}
-            raise MethodError(exchanged(path, module, parent._modules.get(name), sorted(owners or acting)))
+            raise MethodError(exchanged(path, module, parent._modules.get(name), [owner]))
 
 
 def exchanged(path: str, was: nn.Module, now: nn.Module | None, owners: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..backbone.attention import separate_bias
+from ..backbone.attention import bias_of_positions, separate_bias
 from ..backbone.modules import ModuleRef, is_plain_norm, made_anew
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
@@ -89,6 +89,7 @@ class ExistingTensors(Intervention):
         # while not. Kept in main memory, since a whole backbone can be behind it.
         self.in_use = True
         self.beside: dict[str, nn.Parameter] = {}
+        self.rested: dict[str, nn.Parameter] = {}  # these, while they do not train: optimisers know them
         self.routable = False
         self.inactive = {name: _in_main_memory(p) for name, p in self.tensors()}
 
@@ -112,11 +113,15 @@ class ExistingTensors(Intervention):
         """While not in use: let the trained values be parameters of their own, for routed forwards, or no longer."""
         if on and not self.beside:
             for name, (place, leaf) in self.slots.items():
-                like = getattr(place.module, leaf)
-                self.beside[name] = nn.Parameter(self.inactive[name].to(like.device, like.dtype, copy=True))
+                like, own = getattr(place.module, leaf), self.rested.get(name)
+                value = self.inactive[name].to(like.device, like.dtype, copy=True)
+                self.beside[name] = nn.Parameter(value) if own is None else own
+                self.beside[name].data = value
         elif not on:
             self.inactive |= {name: _in_main_memory(p) for name, p in self.beside.items()}
-            self.beside = {}
+            self.rested, self.beside = self.rested | self.beside, {}
+            for parameter in self.rested.values():
+                parameter.grad = None
 
     def routed_value(self, name: str, acts: bool) -> Tensor | None:
         """A tensor's value for rows on which this handle acts, or does not; None where the model holds it already."""
@@ -137,11 +142,18 @@ class ExistingTensors(Intervention):
             self.routable = True
             for name, (place, leaf) in self.slots.items():
                 self.hub.at(place.module).train_here(self.owner, leaf, partial(self.routed_value, name))
+                attention = bias_of_positions(self.hub.model, place.path)
+                if attention is not None:  # what it gets has no rows of samples; its attention does
+                    self.hub.at(attention).run_alone(self.owner)
 
     def why_not_routed(self) -> str | None:
         wide = next((name for name, tensor in self.tensors() if tensor.ndim > 1), None)
         if wide is None:
-            return None
+            shared = (n for n, (p, _) in self.slots.items() if bias_of_positions(self.hub.model, p.path) is self.hub.model)
+            shared = next(shared, None)
+            if shared is None:
+                return None
+            return f"it trains {shared}, from which the model makes one bias of positions for all samples"
         return f"it trains {wide} of the model itself, which would need another weight for each sample"
 
     def originals(self) -> dict[str, Tensor]:

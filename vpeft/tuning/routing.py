@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -24,7 +25,8 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
 
     Image b is computed as if handle ``tasks[b]`` alone were enabled; which handles are enabled outside of it does not
     matter. It holds for the forwards of this thread: of the model, of ``forward_features``, ``forward_intermediates`` and
-    ``forward_head``. Hooks of your own see the samples sorted by task. In training see ``train_side_by_side``.
+    ``forward_head``. Hooks of your own see the samples sorted by task. In training see ``train_side_by_side``. While it
+    runs, no other thread may switch a handle that trains the model's own tensors: they are written into the model.
 
     Args:
         model: a timm model with methods attached, or a module that holds one.
@@ -53,22 +55,27 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
         hub.local.plan = before
 
 
-def train_side_by_side(model: nn.Module, names: Iterable[str | Handle] | None = None) -> list[Handle]:
+def train_side_by_side(model: nn.Module, names: str | Handle | Iterable[str | Handle] | None = None) -> list[Handle]:
     """Let several handles train at once, each on its own samples of routed batches (see ``route``).
 
     They are switched off, so that a forward that is not routed is the bare model's, and yet their parameters require
     gradients: give ``handle.param_groups`` of all to an optimiser. ``handle.enable()`` or ``handle.disable()`` ends it for
-    that handle.
+    that handle; called again, it goes on with the same parameters.
+
+    Their classifiers, and their values of the model's own tensors, are not in the model: ``model.parameters()``,
+    ``model.zero_grad()`` and ``model.state_dict()`` do not have them. Use ``optimizer.zero_grad()`` and ``handle.save``.
+    With several processes average the gradients by hand: DistributedDataParallel does not know all of them, and is refused.
 
     Args:
         model: a timm model with methods attached, or a module that holds one.
-        names: of the handles; None for all.
+        names: of the handles, or these; None for all.
 
     Raises:
         MethodError: as ``route``; then nothing was changed.
     """
     container = _container_in(model)
-    wanted = list(container.trees) if names is None else [_name(n) for n in names]
+    names = [names] if isinstance(names, str | Handle) else names
+    wanted = list(container.trees) if names is None else [_name(n, container.hub.model) for n in names]
     _check_tasks(container, [(n,) for n in wanted])
     handles = [Handle(container.hub.model, name) for name in wanted]
     for handle in handles:
@@ -102,21 +109,25 @@ def _container_in(model: nn.Module) -> Container:
     return found[0]
 
 
-def _name(task: str | Handle) -> str:
-    name = task.name if isinstance(task, Handle) else task
+def _name(task: str | Handle, model: nn.Module) -> str:
+    name = task.root.name if isinstance(task, Handle) else task
+    if isinstance(task, Handle) and task.model is not model:
+        raise MethodError(
+            f"route: '{name}' is a handle of another model, or of the one that this is a copy of; give its name"
+        )
     if not isinstance(name, str):
         raise MethodError(f"route: {shown(task)} is no handle and no name of one")
     return name
 
 
-def _names(task: Task) -> tuple[str, ...]:
+def _names(task: Task, model: nn.Module) -> tuple[str, ...]:
     if task is None:
         return ()
     if isinstance(task, str | Handle):
-        return (_name(task),)
+        return (_name(task, model),)
     if not isinstance(task, list | tuple):
         raise MethodError(f"route: {shown(task)} is no handle, no name of one, and no list of these")
-    return tuple(_name(name) for name in task)
+    return tuple(_name(name, model) for name in task)
 
 
 def _wanted(container: Container, tasks: Iterable[Task]) -> list[tuple[str, ...]]:
@@ -127,7 +138,7 @@ def _wanted(container: Container, tasks: Iterable[Task]) -> list[tuple[str, ...]
     """
     if isinstance(tasks, str | Handle) or not isinstance(tasks, Iterable):
         raise MethodError(f"route: expected one task for each image, in a list; got {shown(tasks)}")
-    wanted = [_names(task) for task in tasks]
+    wanted = [_names(task, container.hub.model) for task in tasks]
     if not wanted:
         raise MethodError("route: no task was given; give one for each image of the batch")
     _check_tasks(container, wanted)
@@ -141,7 +152,8 @@ def _plan(container: Container, wanted: list[tuple[str, ...]], pad: bool) -> Row
     for names in kinds:
         stop = start + wanted.count(names)
         classifier = container.trees[names[-1]].classifier if names else container.own_classifier
-        spans.append(Span(names, start, stop, len(spans) + 1, classifier.seen_by(model)))
+        see = partial(classifier.seen_by, model)
+        spans.append(Span(names, start, stop, len(spans) + 1, see(), see))
         start = stop
     return RowPlan(spans, order, pad, container.hub.edition)
 
