@@ -87,7 +87,7 @@ def test_limits_far_above_the_space_cost_nothing(limits):
 
 def test_limits_the_wrong_way_round_are_refused():
     space = SearchSpace((SpaceModule("a", (1, 2), None),), 3)
-    with pytest.raises(ConfigError, match="between 5 and 4 parameters.*the lower limit is above the upper one"):
+    with pytest.raises(ConfigError, match=r"between 5 and 4 parameters.*the lower limit is above the upper one"):
         Budget(space, lambda a: sum(a["a"]), 5, 4)
 
 

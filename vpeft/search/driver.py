@@ -23,7 +23,7 @@ from ..errors import ConfigError, VpeftError
 from ..files import write_text
 from ..methods.base import Method
 from ..methods.space import Architecture, SearchSpace
-from ..methods.supernet import Supernet, parameters, space, winner
+from ..methods.supernet import Supernet, parameters, sub_network, winner
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from .apart import check_apart
@@ -81,7 +81,7 @@ def survey(config: DictConfig, method: Supernet) -> Ground:
     """
     stage = supernet_config(config)
     tree = _attached(stage, method).root
-    found = space(method, len(tree.sites.blocks))
+    found = sub_network(tree).space
     budget = Budget(found, partial(parameters, tree), config.search.min_parameters, config.search.max_parameters)
     check(winner_config(config, winner(method, found.smallest())))
     return Ground(method, found, budget)
