@@ -222,6 +222,8 @@ class Tree(nn.Module):
                 set_tensor(module, leaf, value)
             else:
                 put(known[name], value)
+        for intervention in self.interventions:
+            intervention.on_load()
         if self.method.needs_calibration and not self.method.looks_calibrated(self):
             self.calibrated = False  # these are of a handle that had not been calibrated either
 

@@ -151,6 +151,9 @@ class Intervention(nn.Module):
     def on_toggle(self) -> None:
         """Called when it is switched on or off, before ``enabled`` changes; most need nothing more."""
 
+    def on_load(self) -> None:
+        """Called when values were loaded into the handle's tensors; most need nothing more."""
+
     def follow_classifier(self, heads: list[ModuleRef]) -> None:
         """Called when ``reset_classifier`` has put fresh classifiers into the model, for what acts at the old ones."""
 

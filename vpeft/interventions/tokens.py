@@ -16,8 +16,9 @@ from .junction import Inner
 class PromptTokens(Intervention):
     """Tokens that stand after a block's prefix tokens while it runs, and are taken out of its output again.
 
-    ``forward(batch)`` gives fresh tokens (B, P, D), or None where the block uses those that left the block before it
-    (``previous``). Because no inserted token ever leaves a block, pooling, ``forward_intermediates`` and position
+    ``forward(batch)`` gives fresh tokens (B, F, D), or None where there are none. In front of them stand the first
+    ``tokens - F`` of those that left the block before it (``previous``): a token without a position of its own means the
+    same wherever it stands. Because no inserted token ever leaves a block, pooling, ``forward_intermediates`` and position
     resampling see the sequence they expect. Rotary tables, masks and relative-position biases are padded: an inserted
     token is not rotated, is visible to all, and has bias 0.
     """
@@ -49,10 +50,8 @@ class PromptTokens(Intervention):
 
     def _insert(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x, rest = (args[0], args[1:]) if args else (kwargs["x"], ())
-        fresh = self(x.shape[0])
-        if fresh is None:
-            fresh = taken(self.previous, self.block)
-        x = torch.cat([x[:, : self.prefix], fresh.to(x.dtype), x[:, self.prefix :]], 1)
+        tokens = standing(self, self(x.shape[0]))
+        x = torch.cat([x[:, : self.prefix], tokens.to(x.dtype), x[:, self.prefix :]], 1)
         kwargs = {k: v for k, v in kwargs.items() if k != "x"}
         if isinstance(kwargs.get("rope"), Tensor):
             kwargs["rope"] = pad_rope(kwargs["rope"], self.tokens)
@@ -61,11 +60,24 @@ class PromptTokens(Intervention):
                 kwargs[key] = pad_pairs(kwargs[key], self.prefix, self.tokens)
         return (x, *rest), kwargs
 
+    def left_before(self) -> Tensor:
+        """The tokens that left the block before this one."""
+        return taken(self.previous, self.block)
+
     def _remove(self, args: tuple, output: Tensor) -> Tensor:
         start, stop = self.prefix, self.prefix + self.tokens
         if self.keeps_outputs:
             self.flow.put(self, "left", output[:, start:stop])
         return torch.cat([output[:, :start], output[:, stop:]], 1)
+
+
+def standing(part: "PromptTokens | JoinWindows", fresh: Tensor | None) -> Tensor:
+    """A block's tokens (B, P, C): as many as it needs of those that left the block before it, then fresh ones."""
+    kept = part.tokens - (0 if fresh is None else fresh.shape[1])
+    if not kept:
+        return fresh
+    left = part.left_before()[:, :kept]
+    return left if fresh is None else torch.cat([left, fresh.to(left.dtype)], 1)
 
 
 def taken(source: "PromptTokens | JoinWindows", by: ModuleRef) -> Tensor:
@@ -83,8 +95,9 @@ def taken(source: "PromptTokens | JoinWindows", by: ModuleRef) -> Tensor:
 class JoinWindows(Intervention):
     """Tokens that take part in every window of a Swin block, in its norms and its MLP, and then leave it.
 
-    The block's forward is replaced. ``forward(batch)`` gives fresh tokens (B, P, C), or None where the block uses those
-    that left the block before it, brought to this stage's width by its patch merging.
+    The block's forward is replaced. ``forward(batch)`` gives fresh tokens (B, F, C), or None where there are none; in
+    front of them stand the first ``tokens - F`` of those that left the block before it, brought to this stage's width by
+    its patch merging.
     """
 
     def __init__(self, sites: Sites, block: BlockSite, tokens: int, previous: "JoinWindows | None", keeps_outputs: bool):
@@ -105,14 +118,15 @@ class JoinWindows(Intervention):
         """The tokens that left this block in this forward, which are then forgotten."""
         return taken(self, self.block)
 
+    def left_before(self) -> Tensor:
+        """The tokens that left the block before this one, as wide as this stage."""
+        tokens = self.previous.pop()
+        return tokens if self.merging is None else through_merging(self.merging.module, tokens)
+
     def _run(self, inner: Inner, x: Tensor) -> Tensor:
         if not inner.alone:
             raise MethodError(f"{self.block.path}: two enabled methods send tokens through its windows; disable one of them")
-        tokens = self(x.shape[0])
-        if tokens is None:
-            tokens = self.previous.pop()
-            if self.merging is not None:
-                tokens = through_merging(self.merging.module, tokens)
+        tokens = standing(self, self(x.shape[0]))
         x, left = through_block(self.block.module, x, tokens.to(x.dtype))
         if self.keeps_outputs:
             self.flow.put(self, "left", left)

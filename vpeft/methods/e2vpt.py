@@ -157,7 +157,7 @@ class E2VPT(VPTDeep):
         prune_tokens, prune_segments: per cent to drop in calibration, rounded down; at least 1 token and 4 segments per
             token stay. The paper chooses among 10, 20 … 90 on validation images.
         pruned_from: file of the first training; see above.
-        dropout, project, shared, blocks, path: of the prompts, as ``vpt_deep``'s.
+        dropout, project, start, shared, blocks, path: of the prompts, as ``vpt_deep``'s.
     """
 
     tokens: int = count(5, "tokens")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, r
 
 
 class LowRank(nn.Module):
-    """One pair of factors: a (r, in), b (out, r); starts at a zero product."""
+    """One pair of factors: a (r, in), b (out, r); starts at a zero product, or, as NOAH's, with both drawn."""
 
-    def __init__(self, rank: int, in_features: int, out_features: int):
+    def __init__(self, rank: int, in_features: int, out_features: int, init: str = "lora"):
         super().__init__()
         self.a = nn.Parameter(torch.empty(rank, in_features))
         self.b = nn.Parameter(torch.zeros(out_features, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in))
+        if init == "noah":
+            nn.init.trunc_normal_(self.a, std=0.02)
+            nn.init.trunc_normal_(self.b, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in))
 
 
 class LoraLinear(AddToLinear):
@@ -42,8 +46,10 @@ class LoraLinear(AddToLinear):
         scale: float,
         dropout: float = 0.0,
         on_input: bool = True,
+        init: str = "lora",
     ):
         super().__init__(sites[0], position)
+        self.init = init
         self.scale, self.on_input, self.drop = scale, on_input, nn.Dropout(dropout)
         self.rows = [s.rows for s in sites]
         self.slots = [s.slot for s in sites] if sites[0].is_part else []
@@ -59,7 +65,7 @@ class LoraLinear(AddToLinear):
 
     def part(self, site: LinearSite, rank: int) -> nn.Module:
         """The tensors of one slot."""
-        return LowRank(rank, site.in_features, site.out_features)
+        return LowRank(rank, site.in_features, site.out_features, self.init)
 
     def pair(self, part: nn.Module) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (rows, R) of one slot, from its tensors."""
@@ -121,7 +127,7 @@ class LoraLinear(AddToLinear):
 class LoRA(Method):
     """A rank-r product added to frozen linears: y = x W^T + b + s drop(x) A^T B^T.
 
-    A is (r, in) and starts uniform in ±1/sqrt(in), B is (out, r) and starts at zero.
+    A is (r, in) and starts uniform in ±1/sqrt(in), B is (out, r) and starts at zero (see ``init``).
 
     Args:
         rank: r, one for all blocks or one per block (0: none there).
@@ -133,6 +139,8 @@ class LoRA(Method):
         scaling: see ``scale``.
         dropout: probability.
         dropout_on: the linear's ``input``, or the r-wide ``bottleneck`` (which keeps less for backward).
+        init: ``lora``, as above, or ``noah``: A and B both N(0, 0.02²) cut at ±2, as NOAH's released code (arXiv
+            2206.04673), which is not the bare model at the start.
         blocks: which blocks, e.g. ``"8-11"``; None for all.
     """
 
@@ -143,6 +151,7 @@ class LoRA(Method):
     scaling: Literal["standard", "rslora"] = "standard"
     dropout: float = probability(0.0)
     dropout_on: Literal["input", "bottleneck"] = "input"
+    init: Literal["lora", "noah"] = "lora"
     blocks: Blocks = which_blocks()
 
     presets = {
@@ -150,6 +159,11 @@ class LoRA(Method):
         "peft": {"targets": ["qkv"], "rank": 8, "alpha": 8.0},
     }
     adds: ClassVar[type[LoraLinear]] = LoraLinear
+    unsaid: ClassVar[dict[str, Any]] = {"init": "lora"}
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return self.init == "lora"
 
     def check(self) -> None:
         super().check()
@@ -173,7 +187,8 @@ class LoRA(Method):
 
     def linear(self, sites: list[LinearSite], position: int, rank: int) -> LoraLinear:
         """What acts on one linear."""
-        return self.adds(sites, position, rank, self.scale_for(rank), self.dropout, self.dropout_on == "input")
+        on_input = self.dropout_on == "input"
+        return self.adds(sites, position, rank, self.scale_for(rank), self.dropout, on_input, self.init)
 
 
 def check_rank(option: str, rank: int, linears: list[LinearSite]) -> None:

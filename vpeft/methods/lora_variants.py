@@ -44,7 +44,7 @@ class RsLoRA(LoRA):
     Args:
         alpha: see above.
         scale: gives s itself; then ``alpha`` must be None.
-        rank, targets, scaling, dropout, dropout_on, blocks: as ``lora``'s.
+        rank, targets, scaling, dropout, dropout_on, init, blocks: as ``lora``'s.
     """
 
     alpha: float | None = nonnegative(8.0)
@@ -111,7 +111,7 @@ class DoRA(LoRA):
     as published. With dropout on the input both W and B A see the dropped input.
 
     Args:
-        rank, targets, scale, alpha, scaling, dropout, dropout_on, blocks: as ``lora``'s.
+        rank, targets, scale, alpha, scaling, dropout, dropout_on, init, blocks: as ``lora``'s.
     """
 
     presets = _PEFT
@@ -145,7 +145,7 @@ class LoRAFA(LoRA):
     the input brings its mask back; put it on the ``bottleneck``.)
 
     Args:
-        rank, targets, scale, alpha, scaling, dropout, dropout_on, blocks: as ``lora``'s.
+        rank, targets, scale, alpha, scaling, dropout, dropout_on, init, blocks: as ``lora``'s.
     """
 
     presets = _PEFT
@@ -202,6 +202,7 @@ class PiSSA(_NoDropout):
     Args:
         rank: r, at most the smaller side of the slot.
         dropout: must be 0.
+        init: must be ``lora``: the factors start at the singular triples.
         targets, scale, alpha, scaling, dropout_on, blocks: as ``lora``'s.
     """
 
@@ -212,6 +213,11 @@ class PiSSA(_NoDropout):
     presets = _PEFT
     adds: ClassVar[type[LoraLinear]] = PrincipalLinear
     reason: ClassVar[str] = "it would drop the principal part of the weight"
+
+    def check(self) -> None:
+        super().check()
+        if self.init != "lora":
+            raise MethodError(f"{self.name}.init: {self.init!r} must be 'lora': the factors start at the singular triples")
 
 
 # ---- Delta-LoRA ----
@@ -231,8 +237,8 @@ class DeltaLinear(LoraLinear):
     The sum of all steps' changes of W telescopes to this, so that W itself stays as it is.
     """
 
-    def __init__(self, *args, schedule: Schedule, ratio: float, start: int):
-        super().__init__(*args)
+    def __init__(self, *args, init: str, schedule: Schedule, ratio: float, start: int):
+        super().__init__(*args, init=init)
         unregistered(self, schedule=schedule)
         self.ratio, self.start = ratio, start
 
@@ -274,7 +280,7 @@ class DeltaLoRA(_NoDropout):
         ratio: lambda; 2 in the paper.
         start: K, updates before W begins to move; 500 in the paper. Until then it is LoRA.
         dropout: must be 0.
-        rank, targets, scale, alpha, scaling, dropout_on, blocks: as ``lora``'s.
+        rank, targets, scale, alpha, scaling, dropout_on, init, blocks: as ``lora``'s.
     """
 
     ratio: float = nonnegative(2.0)
@@ -291,7 +297,7 @@ class DeltaLoRA(_NoDropout):
 
     def linear(self, sites: list[LinearSite], position: int, rank: int) -> LoraLinear:
         more = {"schedule": self._schedule, "ratio": self.ratio, "start": self.start}
-        return DeltaLinear(sites, position, rank, self.scale_for(rank), **more)
+        return DeltaLinear(sites, position, rank, self.scale_for(rank), init=self.init, **more)
 
     def after_step(self, tree: Tree) -> None:
         steps = tree.schedule.steps

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +11,32 @@ from ..backbone.attention import attention_inputs, check_attention
 from ..backbone.blocks import check_windows
 from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
-from ..errors import MethodError, UnsupportedModelError
+from ..errors import MethodError, UnsupportedModelError, shown
 from ..interventions.attention import ComputedKeysValues
 from ..interventions.output import ForPooling
 from ..interventions.tokens import JoinWindows, PromptTokens
 from ..numerics import unregistered
 from ..options import probability
-from .base import Blocks, Method, Paper, count, register, which_blocks
+from .base import Blocks, Method, Paper, PerBlock, count, per_block, register, which_blocks
 
 _PAPER = ("Visual Prompt Tuning", "ECCV 2022", "2203.12119", "prompt")
 
 
 class _Tokens:
-    """What gives a block its prompts: ``prompts`` (P, D') of its own, another block's, or none (what block i-1 left)."""
+    """What gives a block its prompts: ``prompts`` (F, D') of its own, another block's, or none (what block i-1 left)."""
 
     no_decay = frozenset({"prompts"})
 
     def add_prompts(
-        self, method: "VPTShallow", sites: Sites, block: BlockSite, own: bool, source: "_Tokens | None", proj
+        self, method: "_VPT", sites: Sites, block: BlockSite, fresh: int, own: bool, source: "_Tokens | None", proj
     ) -> None:
         self.drop = nn.Dropout(method.dropout)
         if own:
             width = method.project or block.width
-            # Swin's prompts take the bound of the first stage's width in all stages.
-            bound = math.sqrt(6 / (patch_fan(sites) + (method.project or sites.blocks[0].width)))
-            self.prompts = nn.Parameter(torch.empty(method.tokens, width).uniform_(-bound, bound))
+            # Swin's prompts take the bound of the first stage's width in all stages. ``xavier``: torch's fans of (1, F, D').
+            fans = (fresh + 1) * width if method.start == "xavier" else None
+            bound = math.sqrt(6 / (fans or patch_fan(sites) + (method.project or sites.blocks[0].width)))
+            self.prompts = nn.Parameter(torch.empty(fresh, width).uniform_(-bound, bound))
         # Unregistered: what blocks share is saved once, where it belongs.
         unregistered(self, source=self if own else source, shared_proj=proj)
 
@@ -59,18 +60,18 @@ class _Inserted(_Tokens):
 class Prompts(_Inserted, PromptTokens):
     """In front of one block's patches."""
 
-    def __init__(self, method, sites, block, *, own, source, proj, previous, keeps_outputs):
-        super().__init__(block, method.tokens, sites.prefix_tokens, previous, keeps_outputs)
-        self.add_prompts(method, sites, block, own, source, proj)
+    def __init__(self, method, sites, block, *, tokens, fresh, own, source, proj, previous, keeps_outputs):
+        super().__init__(block, tokens, sites.prefix_tokens, previous, keeps_outputs)
+        self.add_prompts(method, sites, block, fresh, own, source, proj)
 
 
 class WindowPrompts(_Inserted, JoinWindows):
     """In every window of one Swin block. The last block's outputs enter the pooling, so it always hands them on."""
 
-    def __init__(self, method, sites, block, *, own, source, proj, previous, keeps_outputs):
+    def __init__(self, method, sites, block, *, tokens, fresh, own, source, proj, previous, keeps_outputs):
         last = block is sites.blocks[-1]
-        super().__init__(sites, block, method.tokens, previous, keeps_outputs or last)
-        self.add_prompts(method, sites, block, own, source, proj)
+        super().__init__(sites, block, tokens, previous, keeps_outputs or last)
+        self.add_prompts(method, sites, block, fresh, own, source, proj)
 
 
 class PromptKeys(_Tokens, ComputedKeysValues):
@@ -79,9 +80,9 @@ class PromptKeys(_Tokens, ComputedKeysValues):
     Their dropout must be 0. They pass norm1 and the qkv linear, and what methods hook there.
     """
 
-    def __init__(self, method, sites, block, *, own, source, proj):
+    def __init__(self, method, sites, block, *, fresh, own, source, proj):
         super().__init__(block)
-        self.add_prompts(method, sites, block, own, source, proj)
+        self.add_prompts(method, sites, block, fresh, own, source, proj)
 
     def make(self) -> tuple[Tensor, Tensor]:
         rows, block = self.rows()[None], self.block
@@ -115,6 +116,8 @@ class PromptedPool(ForPooling):
 
 
 class _VPT(Method):
+    start: ClassVar[str] = "patch"
+
     @property
     def starts_as_identity(self) -> bool:
         return False
@@ -176,9 +179,8 @@ class VPTShallow(_VPT):
         for block in blocks:
             last = block is blocks[-1]
             own = previous is None
-            previous = self._prompts_at(
-                sites, block, own=own, source=None, proj=proj, previous=previous, keeps_outputs=not last
-            )
+            how = {"tokens": self.tokens, "fresh": self.tokens if own else 0, "own": own, "source": None, "proj": proj}
+            previous = self._prompts_at(sites, block, **how, previous=previous, keeps_outputs=not last)
             yield ("vpt" if own else f"{block.path}.vpt"), previous
         yield from self._end(sites, previous)
         if proj is not None:
@@ -197,6 +199,10 @@ class VPTDeep(_VPT):
     In a Swin they stand in every window of their block, and those of the last block are pooled with the patches. A block
     that was not chosen carries on with what the last chosen one before it left; none stand before the first.
 
+    With a number for each block, fresh prompts throw away those of the chosen block before. A block with 0 goes on with
+    all that stand there, and the next fresh ones stand beside these: NOAH's rule (arXiv 2206.04673). NOAH has its prompts
+    at the end of the sequence; they have no positions, so that their place in it makes no difference.
+
     Since nobody reads what a block makes of its prompts, there are two ways that compute the same. ``literal`` inserts
     tokens. ``fast`` makes the prompts' keys and values once for the whole batch and lets every token attend to them;
     in inference they are made once and kept. Where outputs of prompts are read (a Swin's last block; a block that another
@@ -204,45 +210,66 @@ class VPTDeep(_VPT):
     that change the attention's input miss the prompts on the fast way.
 
     Args:
-        tokens: P.
+        tokens: P, one for all blocks or one per block (0: no fresh ones there).
         dropout: on the prompts, one draw per sample.
         project: width D' of prompts that one shared linear maps to D; None for prompts of width D.
-        shared: one set of prompts for all blocks (then saved as ``vpt.prompts``).
+        start: initial range. ``patch``: ±sqrt(6 / (3 ph pw + D')) for patches of ph x pw pixels, as published;
+            ``xavier``: ±sqrt(6 / ((P + 1) D')), as NOAH's code.
+        shared: one set of prompts for all blocks (then saved as ``vpt.prompts``), as many in each.
         blocks: which blocks get fresh prompts; None for all.
         path: ``fast`` or ``literal``; ``auto`` is fast where there is no dropout and the attention can take further keys.
     """
 
-    tokens: int = count(50, "tokens")
+    tokens: PerBlock = per_block(50, "tokens")
     dropout: float = probability(0.0)
     project: int | None = count(None, "channels")
+    start: Literal["patch", "xavier"] = "patch"
     shared: bool = False
     blocks: Blocks = which_blocks()
     path: Literal["auto", "literal", "fast"] = "auto"
 
+    unsaid: ClassVar[dict[str, Any]] = {"start": "patch"}
+
     def check(self) -> None:
         super().check()
+        if self.shared and isinstance(self.tokens, list) and len({n for n in self.tokens if n}) > 1:
+            raise MethodError(f"{self.name}.tokens: {shown(self.tokens)}; one shared set of prompts has one number of them")
         if self.path == "fast" and self.dropout:
             raise MethodError(f"{self.name}.path: with dropout each sample has prompts of its own; only 'literal' does that")
 
     def build(self, sites: Sites) -> Iterator[tuple[str, nn.Module]]:
-        blocks, chosen = self._blocks(sites), [b.index for b in sites.choose(self.blocks)]
-        first = source = previous = None
+        blocks, plan = self._blocks(sites), self._plan(sites)
+        first = previous = None
         proj = self._proj(blocks[0].width)
-        for block in blocks[chosen[0] :]:
-            fresh = block.index in chosen
-            own = fresh and not (self.shared and first is not None)
-            source = first if fresh and not own else None
-            carried_on = block.index + 1 < len(blocks) and block.index + 1 not in chosen
-            how = {"own": own, "source": source, "proj": proj}
-            read = carried_on or (block.maps and block is blocks[-1])
-            if not (fresh and not read and self._as_keys(block)):
-                how |= {"previous": previous, "keeps_outputs": carried_on}
+        for block, (kept, fresh) in zip(blocks, plan, strict=True):
+            if not kept + fresh:
+                continue
+            own = bool(fresh) and not (self.shared and first is not None)
+            how = {"fresh": fresh, "own": own, "source": first if fresh and not own else None, "proj": proj}
+            last = block is blocks[-1]
+            carried_on = not last and plan[block.index + 1][0] > 0
+            if kept or carried_on or (block.maps and last) or not self._as_keys(block):
+                how |= {"tokens": kept + fresh, "previous": previous, "keeps_outputs": carried_on}
             previous = self._prompts_at(sites, block, **how)
             first = first or previous
             yield ("vpt" if own and self.shared else f"{block.path}.vpt"), previous
-        yield from self._end(sites, previous)
-        if proj is not None:
+        if previous is not None:
+            yield from self._end(sites, previous)
+        if first is not None and proj is not None:
             yield "vpt.proj", proj
+
+    def _plan(self, sites: Sites) -> list[tuple[int, int]]:
+        """Of each block, how many prompts go on from the one before it, and how many fresh ones it gets."""
+        chosen = {b.index for b in sites.choose(self.blocks)}
+        sizes = {b.index: n for b, n in self.sized_blocks(sites, "tokens", self.blocks)}
+        plan, standing, replaced = [], 0, 0
+        for index in range(len(sites.blocks)):
+            fresh = sizes.get(index, 0)
+            kept = standing - replaced if fresh else standing
+            plan.append((kept, fresh))
+            standing = kept + fresh
+            replaced = fresh if index in chosen else replaced
+        return plan
 
     def _as_keys(self, block: BlockSite) -> bool:
         """Whether a block's prompts, whose outputs nobody reads, are keys and values alone."""
