@@ -22,7 +22,7 @@ def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Bu
         title: of the score, with its unit.
     """
     for name, make in zip(PICTURES, (front_picture, sizes_picture, progress_picture), strict=True):
-        figure = make(found, budget, f"validation {title}")
+        figure = make(found, budget, f"validation {title} (for the selection only)")
         figure.suptitle(str(folder.path))
         figure.savefig(folder.file(name), dpi=120)
 
@@ -42,7 +42,7 @@ def front_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: 
         if min(counts) - 1 <= limit <= 1.5 * max(counts):
             axis.axvline(limit, color="black", linestyle=":", label="budget" if limit == budget.high else None)
     axis.set(xlabel="parameters, head not included", ylabel=title)
-    axis.legend(fontsize=8, loc="lower right")
+    _legend(figure, axis, 3)
     return figure
 
 
@@ -62,8 +62,7 @@ def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: 
         axis.set(title=module, xlabel="block", xticks=list(blocks))
         axis.margins(y=0.15)
     axes[0].set_ylabel("size (0: absent)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
+    _legend(figure, axes[0], len(selected))
     return figure
 
 
@@ -80,12 +79,17 @@ def progress_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, titl
         means = [mean(g) for g in groups.values()]
         axis.plot(ends, means, linestyle="--", marker=".", color=f"C{number}", label=f"{TITLE[file]}, mean of a generation")
     axis.set(xlabel="scored candidates", ylabel=title)
-    axis.legend(fontsize=8, loc="lower right")
+    _legend(figure, axis, 2)
     return figure
 
 
 def _points(scored: Sequence[Scored]) -> tuple[list[int], list[float]]:
     return [s.candidate.parameters for s in scored], [s.score for s in scored]
+
+
+def _legend(figure: Any, axis: Any, columns: int) -> None:
+    """Below the picture, where it hides nothing."""
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _figure(size: tuple[float, float], count: int | None = None) -> tuple[Any, Any]:
