@@ -19,8 +19,8 @@ method:
     modules:
       - {method: lora, option: rank, values: [1, 2, 3], depths: [1, 2]}
       - {method: adapter, option: bottleneck, values: [1, 2], depths: null}
-data: {source: digits, val_size: 100, batch_size: 400, num_samples: 400}
-train: {epochs: 2, batch_size: 100}
+data: {source: digits, val_size: 40, batch_size: 400, num_samples: 120}
+train: {epochs: 2, batch_size: 60}
 optim: {lr: 5.0e-3}
 search:
   population: 4

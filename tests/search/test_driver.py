@@ -4,15 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vpeft
+from tests.engine.conftest import TINY as PLAIN
+from tests.search.conftest import TINY
 from vpeft import checkpoint
 from vpeft.data.embedded import ArrayDataset
+from vpeft.engine.config import load_config
+from vpeft.engine.lock import RunLock
 from vpeft.engine.run import RunFolder
+from vpeft.engine.settings import stored_config
+from vpeft.engine.train import train
 from vpeft.errors import ConfigError, VpeftError
 from vpeft.search import driver
+from vpeft.search.config import load_search_config
 from vpeft.search.driver import search
 from vpeft.search.folder import PICTURES
 from vpeft.search.journal import Journal, read_rows
@@ -46,9 +54,6 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A search without interruption."""
-    from tests.search.conftest import TINY
-    from vpeft.search.config import load_search_config
-
     path = tmp_path_factory.mktemp("whole")
     (path / "tiny.yaml").write_text(TINY + f"output: {path / 'runs'}\n")
     config = load_search_config(path / "tiny.yaml", ["name=whole"])
@@ -85,21 +90,15 @@ def test_selection_scores_are_in_the_journal_and_nowhere_else(whole):
 
 def test_stages_train_on_what_they_may(whole):
     config, _ = whole
-    stages = {n: vpeft_config(folder_of(config) / n) for n in ("supernet", "winner")}
-    assert (stages["supernet"].data.val_size, stages["supernet"].data.test_split) == (100, None)
+    stages = {n: stored_config(folder_of(config) / n) for n in ("supernet", "winner")}
+    assert (stages["supernet"].data.val_size, stages["supernet"].data.test_split) == (40, None)
     assert (stages["winner"].data.val_size, stages["winner"].data.test_split) == (0, "test")
     assert "test_top1" not in json.loads((folder_of(config) / "supernet/metrics.json").read_text())
 
 
-def vpeft_config(path):
-    from vpeft.engine.settings import stored_config
-
-    return stored_config(path)
-
-
 def test_no_image_of_the_test_split_is_read_before_the_winner_is_trained(tiny, monkeypatch):
     """Every read of a test image finds the winner's last epoch done; each is read once for each winner."""
-    config = tiny("search.compare_random=false")
+    config = tiny("search.compare_random=false", "data.num_samples=null", "data.val_size=900", "train.epochs=1")
     tests, reads = set(), []
 
     def opening(data, split, transform, *, training):
@@ -119,45 +118,47 @@ def test_no_image_of_the_test_split_is_read_before_the_winner_is_trained(tiny, m
     monkeypatch.setattr("vpeft.tasks.classification.data._open", opening)
     monkeypatch.setattr(ArrayDataset, "__getitem__", reading)
     search(config)
-    assert reads == [2] * 400
+    assert reads == [1] * 797
 
 
-def crash_after(monkeypatch, owner, name, calls, before=False):
-    """The call with this number is the last thing that happens."""
+def crash(config, monkeypatch, owner, name, calls):
+    """Run a search; the call with this number is the last thing that happens in it."""
     real, count = getattr(owner, name), [0]
 
     def call(*args, **kwargs):
-        count[0] += 1
-        if before and count[0] == calls:
-            raise KilledHere
         found = real(*args, **kwargs)
-        if not before and count[0] == calls:
+        count[0] += 1
+        if count[0] == calls:
             raise KilledHere
         return found
 
-    monkeypatch.setattr(owner, name, call)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call)
+        with pytest.raises(KilledHere):
+            search(config)
 
 
-def test_a_search_goes_on_after_crashes_in_every_stage(whole, tiny, monkeypatch):
+CRASHES = [
+    (RunFolder, "keep", 1),  # after the supernet's first epoch
+    (driver, "survey", 1),  # before anything is locked
+    (Journal, "add", 1),
+    (Journal, "add", 6),
+    (Journal, "add", 9),  # in the random search
+    (RunFolder, "keep", 1),  # after the winner's first epoch
+    (RunFolder, "finish", 1),
+    (RunFolder, "add_row", 1),  # in random search's winner
+    (driver, "seconds", 1),  # before search.json is written
+]
+
+
+@pytest.mark.parametrize("crashes", [pytest.param(CRASHES, marks=pytest.mark.slow), [*CRASHES[::3]]], ids=["all", "some"])
+def test_a_search_goes_on_after_crashes_in_every_stage(whole, tiny, monkeypatch, crashes):
     """The scores, the winner and its weights are those of an uninterrupted search, bit for bit."""
     config = tiny("name=crashed")
     folder = folder_of(config)
-    crashes = [
-        (RunFolder, "keep", 1),  # after the supernet's first epoch
-        (driver, "survey", 1),  # before anything is locked
-        (Journal, "add", 1),
-        (Journal, "add", 6),
-        (Journal, "add", 9),  # in the random search
-        (RunFolder, "keep", 1),  # after the winner's first epoch
-        (RunFolder, "finish", 1),
-        (RunFolder, "add_row", 1),  # in random search's winner
-        (driver, "seconds", 1),  # before search.json is written
-    ]
-    for number, (owner, name, calls) in enumerate(crashes):
-        with monkeypatch.context() as patch, pytest.raises(KilledHere):
-            crash_after(patch, owner, name, calls)
-            search(config)
-        if number in (2, 3):
+    for owner, name, calls in crashes:
+        crash(config, monkeypatch, owner, name, calls)
+        if owner is Journal:
             with (folder / "search.jsonl").open("a") as f:
                 f.write('{"number": 7, "gener')
         assert not (folder / "search.json").exists()
@@ -171,6 +172,7 @@ def test_a_search_goes_on_after_crashes_in_every_stage(whole, tiny, monkeypatch)
         search(config)
 
 
+@pytest.mark.slow
 def test_a_search_is_replaced_where_that_is_asked_for(whole, tiny):
     config = tiny("name=again", "search.compare_random=false", "search.generations=0")
     search(config)
@@ -182,15 +184,10 @@ def test_a_search_is_replaced_where_that_is_asked_for(whole, tiny):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def stopped_early(config, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KilledHere):
-        crash_after(patch, RunFolder, "keep", 1)
-        search(config)
-
-
+@pytest.mark.slow
 def test_other_settings_are_refused_and_harmless_ones_are_not(tiny, monkeypatch):
     config = tiny()
-    stopped_early(config, monkeypatch)
+    crash(config, monkeypatch, RunFolder, "keep", 1)
     for key, said in (
         ("search.population=5", "search.population 4 -> 5"),
         ("search.supernet.train.epochs=3", "search.supernet.train.epochs 2 -> 3"),
@@ -239,14 +236,12 @@ def test_a_folder_of_something_else_is_refused(tiny, tmp_path, there):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_ordinary_run_and_a_search_do_not_mix(whole, tiny_file):
-    from tests.engine.conftest import TINY
-    from vpeft.engine.config import load_config
-    from vpeft.engine.train import train
     from vpeft.search.config import load_search_config
 
     config, _ = whole
-    (tiny_file.parent / "plain.yaml").write_text(TINY + f"output: {config.output}\n")
+    (tiny_file.parent / "plain.yaml").write_text(PLAIN + f"output: {config.output}\n")
     with pytest.raises(ConfigError, match=r"holds other runs, such as .*whole/"):
         train(load_config(tiny_file.parent / "plain.yaml", ["name=whole"]))
     train(load_config(tiny_file.parent / "plain.yaml", ["name=plain", "train.epochs=1"]))
@@ -256,42 +251,29 @@ def test_an_ordinary_run_and_a_search_do_not_mix(whole, tiny_file):
 
 def test_a_locked_folder_is_refused(tiny, monkeypatch):
     config = tiny()
-    stopped_early(config, monkeypatch)
-    from vpeft.engine.lock import RunLock
-
+    crash(config, monkeypatch, RunFolder, "keep", 1)
     lock = RunLock(folder_of(config))
     lock.take()
-    with pytest.raises(ConfigError, match="is locked by process .*, which is running"):
+    with pytest.raises(ConfigError, match=r"is locked by process .*, which is running"):
         search(config)
     lock.release()
 
 
+@pytest.mark.slow
 def test_scores_of_another_supernet_are_not_gone_on_with(tiny, monkeypatch):
     config = tiny()
-    with monkeypatch.context() as patch, pytest.raises(KilledHere):
-        crash_after(patch, Journal, "add", 2)
-        search(config)
+    crash(config, monkeypatch, Journal, "add", 2)
     file = folder_of(config) / "supernet/best.safetensors"
-    tensors, metadata = load_file(file), checkpoint.read(file).metadata
-    assert metadata
-    from safetensors.torch import save_file
-
-    save_file({k: t + 1 for k, t in tensors.items()}, file)
+    save_file({k: t + 1 for k, t in load_file(file).items()}, file)
     with pytest.raises(ConfigError, match=r"search.jsonl holds the scores of another supernet"):
         search(config)
 
 
 def test_the_winner_is_loaded_by_the_library(whole):
-    import timm
-
     config, result = whole
-    assert vpeft.METHODS if hasattr(vpeft, "METHODS") else True
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,
-                              num_classes=10)  # fmt: skip
-    from vpeft.files import read_tensors
-
     folder = folder_of(config) / "winner"
-    _, frozen = read_tensors(folder / "backbone.safetensors")
-    model.load_state_dict(frozen, strict=False)
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **size)
+    model.load_state_dict(load_file(folder / "backbone.safetensors"), strict=False)
     handle = vpeft.load(model, folder / "best.safetensors")
     assert sum(p.numel() for p in handle.parameters()) == result["parameters"]
