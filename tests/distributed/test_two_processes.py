@@ -23,7 +23,7 @@ FAST = [
     "train_save_load:ddp:lora:vit", "train_save_load:ddp:bitfit:vit", "train_save_load:small:vqt:vit",
     "train_save_load:root:vqt:vit", "around:blocks:attention:vit",
     "around:small:lora:vit", "every_epoch:blocks:ilm_vp:vit", "drawn_apart:ddp:adapterdrop:vit",
-    "drawn_apart:blocks:adapterdrop:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "resume:accelerate:vqt:vit", "growth:blocks:increlora:vit",
+    "drawn_together:ddp:supernet:vit", "drawn_together:blocks:supernet:vit", "drawn_apart:blocks:adapterdrop:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "resume:accelerate:vqt:vit", "growth:blocks:increlora:vit",
     "refusals:blocks:child_tuning_d:vit", "no_unit:-:lora:vit", "unlike:blocks:lora_fa:vit",
     "cannot_write:blocks:lora:vit", "one_unit_for_all_blocks:-:vqt:vit", "fsdp1:-:lora:vit", "engine:-:-:-",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from tests.support.models import attached, images, make
 from vpeft import checkpoint
 from vpeft.engine.config import from_container
 from vpeft.engine.setup import make_accelerator
+from vpeft.methods.supernet import choose, sliced_state, sub_network
 
 # Options with which a method does in few steps, and equally in one process and two, what it is known for: EVP takes directions
 # of gradients, and IncreLoRA absolute values, in each process (their pages say so).
@@ -253,6 +254,38 @@ def fsdp1(folder: Path, setting: str, method: str, kind: str) -> None:
     handle = attached(model, method)
     FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     refused(lambda: handle.save(folder / "fsdp1.safetensors"), vpeft.MethodError, "FSDP1")
+
+
+def drawn_together(folder: Path, setting: str, method: str, kind: str) -> None:
+    """In training all processes have the sub-network that one process has, step by step; also one that is chosen."""
+    modules = [
+        {"method": "adaptformer", "option": "bottleneck", "values": [2, 4], "depths": [1, 2, 3], "dropout": 0.0},
+        {"method": "lora", "option": "rank", "values": [1, 3], "depths": [1, 2, 3]},
+        {"method": "vpt_deep", "option": "tokens", "values": [1, 2], "depths": [1, 2, 3]},
+    ]
+    runs = []
+    for name in ("one", setting):
+        OPTIONS[method] = {"modules": modules}
+        run = Run(name, method, kind)
+        run.handle.train()
+        seen = []
+        for _ in range(4):
+            seen.append(sub_network(run.handle.root).acting)
+            run.steps(1)
+        run.handle.eval()
+        choose(run.handle.root, seen[0])
+        runs.append((run, seen, run.logits()))
+    (one, drawn, logits), (run, again, found) = runs
+    assert drawn == again
+    assert len({str(network) for network in drawn}) > 2
+    near(logits, found, "logits of a chosen one")
+    expected = sliced_state(one.handle.root, drawn[1])
+    for name, value in sliced_state(run.handle.root, drawn[1]).items():
+        near(expected[name], value, name)
+    one.handle.save(folder / f"drawn{dist.get_rank()}.safetensors")
+    run.handle.save(folder / "drawn.safetensors")
+    dist.barrier()
+    same_file(folder / "drawn0.safetensors", folder / "drawn.safetensors")
 
 
 def drawn_apart(folder: Path, setting: str, method: str, kind: str) -> None:

@@ -35,6 +35,7 @@ class Tree(nn.Module):
         resting: while it is switched off, which of its parameters train once it is on again.
         calibrated: it has looked at data.
         unmerged: while merged, what each folded module held before, as (place, tensor's name, value or None).
+        folded: while only a part of it is merged, the interventions that are; the others act on.
     """
 
     def __init__(self, name: str, method: Any, sites: Sites, hub: Hub):
@@ -46,6 +47,7 @@ class Tree(nn.Module):
         self.resting: dict[str, bool] = {}
         self.task: Objective | None = None
         self.unmerged: list[tuple[ModuleRef, str, Tensor | None]] | None = None
+        self.folded: list[Intervention] = []
 
     def add_at(self, path: str, module: nn.Module) -> None:
         """Put a module at a dotted path, with empty modules on the way."""
@@ -68,8 +70,8 @@ class Tree(nn.Module):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """All of them, in the order of their names' first appearance."""
-        return [m for m in self.modules() if isinstance(m, Intervention)]
+        """All of them, in the order of their sequence, else of their names' first appearance."""
+        return sorted((m for m in self.modules() if isinstance(m, Intervention)), key=lambda m: m.sequence)
 
     @property
     def existing(self) -> list[ExistingTensors]:
@@ -116,7 +118,8 @@ class Tree(nn.Module):
     def tell(self) -> None:
         """Tell the hub whether it acts."""
         acting = [name for name in self.hub.acting if name != self.name]
-        self.hub.acting = (*acting, self.name) if self.enabled and self.unmerged is None else tuple(acting)
+        acts = self.enabled and (self.unmerged is None or bool(self.folded))
+        self.hub.acting = (*acting, self.name) if acts else tuple(acting)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ class Intervention(nn.Module):
 
     Attributes:
         mergeable: ``fold`` gives an exact equivalent in the backbone's own weights.
+        unmergeable: nothing of the method that it belongs to can be merged, for the reason that its ``fold`` gives.
         no_decay: names of own parameters that weight decay must leave alone although they are no vectors.
         resizable: names of own tensors whose size depends on data (``calibrate``); loading takes any size for them.
         from_weights: its tensors start from values that were computed from the model's weights.
@@ -44,13 +45,16 @@ class Intervention(nn.Module):
         position: the block it first acts in; FIRST for the patch embedding, LAST for what follows all blocks.
         hub: of the model, once it is attached.
         owner: name of the handle that it belongs to.
+        sequence: of a method that is made of others, the place of this part in the order in which they act.
     """
 
     mergeable: bool = False
+    unmergeable: bool = False
     no_decay: frozenset[str] = frozenset()
     resizable: frozenset[str] = frozenset()
     from_weights: bool = False
     needs_unpooled: bool = False
+    sequence: int = 0
 
     def __init__(self, position: int):
         super().__init__()

@@ -117,6 +117,12 @@ class Hub:
             if junction.empty:
                 self.junctions.pop(module, None)
 
+    def rename(self, owner: str, name: str, parts: set[int]) -> None:
+        """See ``Junction.rename``; done at every junction."""
+        self._changed()
+        for junction in (*self.junctions.values(), self.top):
+            junction.rename(owner, name, parts)
+
     def end_last(self, module: nn.Module) -> None:
         """Where a forward may end with a module, it ends behind all other hooks that are there."""
         for key in [k for k, hook in module._forward_hooks.items() if getattr(hook, "__self__", None) is self]:

@@ -130,6 +130,14 @@ class Junction:
         if not self.padded and getattr(own.get("_get_rel_pos_bias"), "__self__", None) is self:
             del self.module._get_rel_pos_bias
 
+    def rename(self, owner: str, name: str, parts: set[int]) -> None:
+        """What some of one handle's interventions (by their ids) do here belongs to another name, in the same place."""
+        for entries in (self.before, self.after, self.around, self.joined, self.replaced):
+            for i, entry in enumerate(entries):
+                change = getattr(entry[-1], "func", entry[-1])  # of functools.partial
+                if entry[0] == owner and id(getattr(change, "__self__", change)) in parts:
+                    entries[i] = (name, *entry[1:])
+
     @property
     def empty(self) -> bool:
         """Nobody does anything here."""

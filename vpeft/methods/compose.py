@@ -1,6 +1,6 @@
 """``compose``: several methods of the library as one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, shown
 from ..interventions.base import Intervention
 from ..interventions.context import Watch
+from ..interventions.weights import ExistingTensors
 from ..options import option
 from .base import Method, Paper, create, register
 
@@ -61,6 +62,40 @@ def as_part(method: Method) -> Part:
     return {"method": method.name} | method.options()
 
 
+Built = tuple[int, str, nn.Module]
+
+
+def in_turn(built: Iterable[Built]) -> list[Built]:
+    """Let parts act one after another, each in the order that it has alone: that of the tree of its names.
+
+    Args:
+        built: the number of the part, the path and the module of each thing that they build.
+    """
+    found, trees = list(built), {}
+    for number, path, module in found:
+        node = trees.setdefault(number, {})
+        for name in path.split("."):
+            node = node.setdefault(name, {})
+        node[""] = module
+    for place, module in enumerate(m for number in sorted(trees) for m in _walk(trees[number])):
+        if isinstance(module, Intervention):
+            module.sequence = place
+    return found
+
+
+def _walk(node: dict[str, Any]) -> Iterator[nn.Module]:
+    if "" in node:
+        yield from node[""].modules()
+    for name, inner in node.items():
+        if name:
+            yield from _walk(inner)
+
+
+def exchanges_classifier(part: Intervention) -> bool:
+    """Whether it puts another classifier in the place of the model's."""
+    return type(part).exchange_classifier is not Intervention.exchange_classifier
+
+
 class Apart:
     """Refuses parts that cannot be one method: it is told of all that each of them builds.
 
@@ -72,25 +107,28 @@ class Apart:
         self.where = where
         self.taken: dict[str, tuple[str, int]] = {}
 
-    def add(self, number: int, method: Method, path: str, module: nn.Module) -> None:
-        """One module of a part.
+    def add(self, number: int, method: Method, path: str, module: nn.Module) -> str:
+        """One module of a part: the path where it may stand; another one where it has nothing to save under its own.
 
         Raises:
             MethodError: another part has tensors of the same names, the same tensors of the model, or puts another
                 classifier there too.
         """
-        names = [f"{path}.{name}".rstrip(".") for name, _ in module.named_modules()]
+        names = []
+        if isinstance(module, ExistingTensors) and self.taken.get(path, ("", number))[1] != number:
+            path = f"{path}_{number}"
         if isinstance(module, Intervention):
-            names += [f"the model's {name}" for name in module.owned_names()]
-            if type(module).exchange_classifier is not Intervention.exchange_classifier or module.outputs is not None:
+            names += [f"the model's {name}" for name in sorted(module.owned_names())]
+            if exchanges_classifier(module) or module.outputs is not None:
                 names.append("the model's classifier")
-        for name in names:
+        for name in [*names, *(f"{path}.{name}".rstrip(".") for name, _ in module.named_modules())]:
             other, owner = self.taken.setdefault(name, (method.name, number))
             if owner != number:
                 raise MethodError(
                     f"{self.where}[{number}] ({method.name}) and [{owner}] ({other}) both have {name}: they cannot act "
                     "together; leave one out, or give them other places"
                 )
+        return path
 
 
 @register("compose", Paper("Several methods of this library at once", "vpeft", "", "hybrid"), where="wherever its parts act")
@@ -130,15 +168,16 @@ class Compose(Method):
         return all(method.trains_head for method in self.methods)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        apart = Apart(f"{self.name}.parts")
+        apart, acting = Apart(f"{self.name}.parts"), set()
+        built = ((n, path, part) for n, method in enumerate(self.methods) for path, part in method.build(sites))
+        for number, path, module in in_turn(built):
+            path = apart.add(number, self.methods[number], path, module)
+            if isinstance(module, Intervention) and not isinstance(module, Watch):
+                acting.add(number)
+            module.composed_in = number  # see ``_views``
+            yield path, module
         for number, method in enumerate(self.methods):
-            acts = False
-            for path, module in method.build(sites):
-                apart.add(number, method, path, module)
-                acts = acts or (isinstance(module, Intervention) and not isinstance(module, Watch))
-                module.composed_in = number  # see ``_views``
-                yield path, module
-            if not acts:
+            if number not in acting:
                 raise MethodError(f"{apart.where}[{number}]: {method.name} has no place to act on with these options")
 
     # ---- what its parts do once they are attached ----

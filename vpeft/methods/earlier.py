@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..options import declared
 from .base import ALIASES, METHODS, Method, create
 
 # By the format of the file, then by method: what it did before the option came. Files hold all options of their time.
@@ -31,7 +32,33 @@ def options_of(method: str, options: Mapping[str, Any], written: int) -> dict[st
     for format_, methods in sorted(MEANT.items(), reverse=True):
         if format_ >= written:
             meant |= methods.get(method, {})
-    return meant | dict(options)
+    return meant | {name: _today(value, written) for name, value in options.items()}
+
+
+def _today(value: Any, written: int) -> Any:
+    """An option's value; where it is a list of methods with their options, these mean something of their time too."""
+    if not _are_parts(value):
+        return value
+    return [{"method": part["method"]} | options_of(part["method"], _without_name(part), written) for part in value]
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("method"), str) for p in value)
+
+
+def _without_name(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name != "method"}
+
+
+def lacking(method: str, options: Mapping[str, Any]) -> list[str]:
+    """What a file of today's format does not say of a method, or of the methods in its options, and would have to."""
+    cls = METHODS.get(ALIASES.get(method, method))
+    known = {this.name for this in declared(cls)} - cls.unsaid.keys() if cls is not None else set()
+    missing = sorted(known - options.keys())
+    for value in options.values():
+        for part in value if _are_parts(value) and "option" not in {k for p in value for k in p} else ():
+            missing += lacking(part["method"], _without_name(part))
+    return missing
 
 
 def method_of(metadata: Mapping[str, Any]) -> Method:

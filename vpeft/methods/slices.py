@@ -1,6 +1,6 @@
 """What a supernet is made of: parts whose tensors are slices of larger ones, and what lets one set of them act."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -11,10 +11,9 @@ from ..backbone.modules import CONTAINER, LAST, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
-from ..shards import is_shard
+from .compose import Built, exchanges_classifier
 from .space import Architecture, SearchSpace
 
-Built = tuple[int, str, nn.Module]
 Source = tuple[nn.Module, str, tuple[int, ...]]
 
 
@@ -23,8 +22,8 @@ class Parts(Protocol):
 
     sites: Sites
 
-    def parts(self, architecture: Architecture) -> Iterator[Built]:
-        """The number of the module, the path and the part, of each that acts."""
+    def parts(self, architecture: Architecture) -> list[Built]:
+        """Of each part that acts, the number of its module, its path, and itself."""
 
 
 class Slices(dict):
@@ -78,6 +77,7 @@ class SubNetwork(Intervention):
     """
 
     inert = True
+    unmergeable = True
 
     def __init__(self, make: Parts, space: SearchSpace, seed: int):
         super().__init__(LAST)
@@ -102,8 +102,8 @@ class SubNetwork(Intervention):
     def take(self, path: str, part: nn.Module) -> None:
         """A part at its largest size."""
         self.large[path] = part
-        if isinstance(part, Intervention):
-            part.mergeable = False
+        if isinstance(part, Intervention) and exchanges_classifier(part):
+            raise MethodError(f"{path}: its classifier's size would change with its own; a supernet has one for all")
 
     # ---- which one acts ----
 
@@ -162,10 +162,10 @@ class SubNetwork(Intervention):
         parts = [part for _, part in built]
         places = _places_of(self.hub, self.owner)
         self.hub.remove(self.owner)
-        for part in parts:
-            if isinstance(part, Intervention):
-                part.hub, part.owner = self.hub, self.owner
-                part.install()
+        interventions = {m for part in parts for m in part.modules() if isinstance(m, Intervention)}
+        for part in sorted(interventions, key=lambda i: i.sequence):
+            part.hub, part.owner = self.hub, self.owner
+            part.install()
         _put_back(self.owner, places)
         self.small, self.acting = [] if wanted is None else parts, wanted
 
@@ -178,7 +178,7 @@ class SubNetwork(Intervention):
             MethodError: a method's tensors at these sizes are no slices of the large ones.
         """
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            found = list(self.make.parts(architecture))
+            found = self.make.parts(architecture)
         for number, path, part in found:
             large = self.large.get(path)
             if large is None:
@@ -205,8 +205,6 @@ def _source(large: nn.Module, table: str, name: str, small: Tensor | None, where
     if whole is None or whole.ndim != small.ndim or any(a > b for a, b in zip(small.shape, whole.shape, strict=True)):
         has = "none" if whole is None else f"one of {tuple(whole.shape)}"
         raise MethodError(f"{where}.{name} of {tuple(small.shape)} is no slice: at the largest sizes there is {has}")
-    if is_shard(whole):
-        raise MethodError(f"{where}.{name} is in shards (fully_shard), of which a supernet cannot take slices")
     return large, name, tuple(small.shape)
 
 

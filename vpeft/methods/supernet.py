@@ -16,9 +16,9 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean, shown
 from ..options import SEED, declared, option
 from .base import Method, Paper, PerBlock, register
-from .compose import Apart, Compose, Part, as_part, part_method
+from .compose import Apart, Built, Compose, Part, as_part, in_turn, part_method
 from .noah import NOAH_PAPER
-from .slices import Built, SubNetwork
+from .slices import SubNetwork
 from .space import Architecture, SearchSpace, SpaceModule
 
 # NOAH's space, for a model of any depth: its depths are quarters of 12 blocks.
@@ -93,9 +93,9 @@ class Supernet(Method):
 
     In training a random sub-network acts, the same for the whole batch and in all processes; ``handle.after_step()`` draws
     the next. What is drawn depends on ``seed`` and on the number of updates, which the file holds, so that a resumed run
-    draws the same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts, unless
-    ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a sub-network
-    does not have them, as in the released code.
+    draws the same. (The released code seeds Python's generator with the epoch's number.) In evaluation the largest acts,
+    unless ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a
+    sub-network does not have them, as in the released code.
 
     The search is over sizes; its winner is trained anew, as a ``compose`` of the modules at these sizes.
 
@@ -186,13 +186,14 @@ class _Maker:
     def __init__(self, sized: list[SizedMethod], sites: Sites):
         self.sized, self.sites = sized, sites
 
-    def parts(self, architecture: Architecture) -> Iterator[Built]:
-        """The number of the module, the path and the part, of each that acts."""
-        for number, module in enumerate(self.sized):
-            sizes = architecture[module.space.name]
-            if any(sizes):
-                for path, part in part_method(module.at(sizes), module.where).build(self.sites):
-                    yield number, path, part
+    def parts(self, architecture: Architecture) -> list[Built]:
+        """See ``slices.Parts``."""
+        return in_turn(
+            (number, path, part)
+            for number, module in enumerate(self.sized)
+            if any(architecture[module.space.name])
+            for path, part in part_method(module.at(architecture[module.space.name]), module.where).build(self.sites)
+        )
 
 
 def _space(sized: Sequence[SizedMethod], depth: int) -> SearchSpace:

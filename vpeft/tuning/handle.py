@@ -225,16 +225,17 @@ class Handle:
         """Whether ``merge`` is exact here."""
         return all(i.mergeable for i in self.root.interventions)
 
-    def merge(self) -> "Handle":
+    def merge(self, partial: bool = False) -> "Handle":
         """Fold the method into the backbone's weights, computed in float32 (or float64) and cast once.
 
-        The hooks are off while merged; ``unmerge`` restores the original weights bit for bit.
+        The hooks are off while merged; ``unmerge`` restores the original weights bit for bit. With ``partial`` the parts
+        that fold exactly do so (LoRA beside prompts), and the others act on.
 
         Raises:
             MethodError: already merged, switched off, not exactly mergeable (with the reason), or another enabled
-                method acts on the same modules.
+                method, or a part that does not fold, acts on the same modules.
         """
-        merging.merge(self.root, self._others())
+        merging.merge(self.root, self._others(), partial)
         return self
 
     def unmerge(self) -> "Handle":
@@ -257,8 +258,8 @@ class Handle:
             MethodError: already detached, or ``keep_merged`` without ``merge``.
         """
         root = self.root
-        if keep_merged and not self.merged:
-            raise MethodError("detach(keep_merged=True): merge() first")
+        if keep_merged and (not self.merged or root.folded):
+            raise MethodError("detach(keep_merged=True): merge() first, and not in part")
         if keep_merged:
             self._container.own_classifier = root.classifier
         else:
@@ -344,7 +345,8 @@ class Handle:
 
     def summary(self) -> str:
         """Sites, parameters, properties and paper, as text for people."""
-        state = "merged" if self.merged else ("enabled" if self.enabled else "disabled")
+        merged = "merged in part" if self.root.folded else "merged"
+        state = merged if self.merged else ("enabled" if self.enabled else "disabled")
         return summary(self.root, self.boundary, self.mergeable, state)
 
     def __repr__(self) -> str:

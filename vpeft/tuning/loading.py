@@ -19,7 +19,7 @@ from ..errors import CheckpointError, some
 from ..files import naming
 from ..interventions.hub import Hub
 from ..methods.base import Method
-from ..methods.earlier import method_of
+from ..methods.earlier import lacking, method_of
 from .attaching import attach_method, built_tree, check_arguments
 from .container import container_of, originals_of
 from .handle import Handle
@@ -90,7 +90,7 @@ def _method_of(file: checkpoint.File) -> Method:
         method = method_of(file.metadata)
     except Exception as error:  # of whatever kind: the values come from a file
         raise CheckpointError(f"its method cannot be rebuilt here: {error}") from error
-    missing = sorted(method.options().keys() - stored["options"].keys() - method.unsaid.keys())
+    missing = lacking(method.name, stored["options"])
     if missing and written == checkpoint.FORMAT:  # what older files mean is in methods/earlier.py
         raise CheckpointError(f"its metadata lack {some(missing)} of {method.name}")
     return method
