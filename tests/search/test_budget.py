@@ -7,7 +7,7 @@ import pytest
 from tests.search.test_evolution import everything
 from vpeft.errors import ConfigError
 from vpeft.methods.space import SearchSpace, SpaceModule
-from vpeft.search.budget import Budget
+from vpeft.search.budget import Limits
 from vpeft.search.evolution import Rules, evolve
 
 
@@ -40,7 +40,7 @@ def test_it_is_refused_exactly_where_nothing_is_within(start):
         space, count, low, high = case(seed)
         counts = sorted(map(count, everything(space)))
         if any(low <= n <= high for n in counts):
-            budget, rng = Budget(space, count, low, high), Random(0)
+            budget, rng = Limits(space, count, low, high), Random(0)
             assert budget.exact
             drawn = [budget.draw(rng) for _ in range(20)]
             assert all(space.check(a) == a and low <= count(a) <= high for a in drawn)
@@ -48,7 +48,7 @@ def test_it_is_refused_exactly_where_nothing_is_within(start):
             continue
         refused += 1
         with pytest.raises(ConfigError, match="no architecture of the space has between") as raised:
-            Budget(space, count, low, high)
+            Limits(space, count, low, high)
         near = [max((n for n in counts if n < low), default=None), min((n for n in counts if n > high), default=None)]
         assert str(raised.value).endswith(f"the nearest have {' and '.join(f'{n:,}' for n in near if n is not None)}")
     assert 10 < refused < 90
@@ -60,14 +60,14 @@ def test_every_architecture_within_can_be_drawn():
     def count(architecture):
         return sum(architecture["a"]) + 2 * sum(architecture["b"])
 
-    budget, rng = Budget(space, count, 6, 9), Random(0)
+    budget, rng = Limits(space, count, 6, 9), Random(0)
     drawn = {space.key(budget.draw(rng)) for _ in range(400)}
     assert drawn == {space.key(a) for a in everything(space) if 6 <= count(a) <= 9}
 
 
 def test_without_an_upper_limit_the_largest_is_the_limit():
     space = SearchSpace((SpaceModule("a", (1, 2), None),), 3)
-    budget = Budget(space, lambda a: sum(a["a"]))
+    budget = Limits(space, lambda a: sum(a["a"]))
     assert (budget.low, budget.high, budget.smallest, budget.largest) == (0, 6, 3, 6)
 
 
@@ -80,15 +80,15 @@ def test_limits_far_above_the_space_cost_nothing(limits):
 
     if limits[0]:
         with pytest.raises(ConfigError, match="the largest 2,768,400, the nearest have 2,768,400"):
-            Budget(space, count, *limits)
+            Limits(space, count, *limits)
     else:
-        assert Budget(space, count, *limits).draw(Random(0))
+        assert Limits(space, count, *limits).draw(Random(0))
 
 
 def test_limits_the_wrong_way_round_are_refused():
     space = SearchSpace((SpaceModule("a", (1, 2), None),), 3)
     with pytest.raises(ConfigError, match=r"between 5 and 4 parameters.*the lower limit is above the upper one"):
-        Budget(space, lambda a: sum(a["a"]), 5, 4)
+        Limits(space, lambda a: sum(a["a"]), 5, 4)
 
 
 def test_counts_that_are_no_sums_are_bounded_by_their_ends():
@@ -98,13 +98,13 @@ def test_counts_that_are_no_sums_are_bounded_by_their_ends():
     def count(architecture):
         return 10 * max(architecture["a"]) + sum(architecture["a"])
 
-    budget = Budget(space, count, 0, 90)
+    budget = Limits(space, count, 0, 90)
     assert not budget.exact
     found = evolve(space, budget, lambda cs: [0.0] * len(cs), Rules(population=5, generations=30), 0)
     assert {space.key(s.candidate.architecture) for s in found} == {
         space.key(a) for a in everything(space) if count(a) <= 90
     }
     with pytest.raises(ConfigError, match="the smallest has 11, the largest 104, and others lie between these"):
-        Budget(space, count, 0, 10)
+        Limits(space, count, 0, 10)
     with pytest.raises(ConfigError, match="10,000 draws found none"):
-        Budget(space, count, 40, 50)
+        Limits(space, count, 40, 50)

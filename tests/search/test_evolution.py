@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from vpeft.methods.space import SearchSpace, SpaceModule
-from vpeft.search.budget import Budget
+from vpeft.search.budget import Limits
 from vpeft.search.evolution import Candidate, Rules, Scored, best_of, evolve, front, random_search
 
 VALUES = (1, 2, 4)
@@ -47,7 +47,7 @@ def best_possible(high):
 @pytest.mark.parametrize("value_prob", [0.2, 0.0])
 def test_evolution_finds_the_optimum(high, value_prob):
     """Of 8,100 architectures, with at most 1,050 scored; mutations of values find it where the released ones may not."""
-    found = evolve(SPACE, Budget(SPACE, count, 0, high), scores, Rules(value_prob=value_prob), seed=0)
+    found = evolve(SPACE, Limits(SPACE, count, 0, high), scores, Rules(value_prob=value_prob), seed=0)
     best = best_of(found, 1)[0]
     assert best.score >= best_possible(high) - (value_prob == 0)
     assert best.candidate.parameters <= high
@@ -55,7 +55,7 @@ def test_evolution_finds_the_optimum(high, value_prob):
 
 
 def test_evolution_is_better_than_random_search_on_average():
-    budget = Budget(SPACE, count, 0, 131)
+    budget = Limits(SPACE, count, 0, 131)
     rules = Rules(population=20, generations=9)
     evolved = [best_of(evolve(SPACE, budget, scores, rules, seed), 1)[0].score for seed in range(5)]
     drawn = [best_of(random_search(SPACE, budget, scores, rules, seed), 1)[0].score for seed in range(5)]
@@ -63,7 +63,7 @@ def test_evolution_is_better_than_random_search_on_average():
 
 
 def test_every_candidate_is_new_within_the_budget_and_of_the_space():
-    budget = Budget(SPACE, count, 60, 150)
+    budget = Limits(SPACE, count, 60, 150)
     found = evolve(SPACE, budget, scores, Rules(), seed=1)
     assert len(set(keys(found))) == len(found)
     for this in found:
@@ -73,7 +73,7 @@ def test_every_candidate_is_new_within_the_budget_and_of_the_space():
 
 def test_generations_are_made_as_published():
     """50 each: at most 25 mutations, then at most 25 crossovers, filled with random ones."""
-    found = evolve(SPACE, Budget(SPACE, count, 0, 200), scores, Rules(), seed=2)
+    found = evolve(SPACE, Limits(SPACE, count, 0, 200), scores, Rules(), seed=2)
     for generation in range(21):
         origins = [s.candidate.origin for s in found if s.candidate.generation == generation]
         number = Counter(origins)
@@ -87,7 +87,7 @@ def test_generations_are_made_as_published():
 def test_parents_are_the_best_ever_seen():
     """With crossovers alone, every later candidate has each module of one of the best of all earlier generations."""
     rules = Rules(mutations=0, crossovers=50, population=50, generations=3, parents=3, tries=40)
-    found = evolve(SPACE, Budget(SPACE, count), scores, rules, seed=3)
+    found = evolve(SPACE, Limits(SPACE, count), scores, rules, seed=3)
     crossed = [s for s in found if s.candidate.origin == "crossover"]
     assert crossed
     for this in crossed:
@@ -98,7 +98,7 @@ def test_parents_are_the_best_ever_seen():
 
 
 def test_the_same_seed_gives_the_same_search():
-    budget = Budget(SPACE, count, 0, 131)
+    budget = Limits(SPACE, count, 0, 131)
     first, again, other = (evolve(SPACE, budget, scores, Rules(generations=4), seed) for seed in (5, 5, 6))
     assert first == again
     assert keys(first) != keys(other)
@@ -116,7 +116,7 @@ def test_who_scores_and_in_which_order_does_not_matter():
             found[rank::3] = scores(candidates[rank::3])
         return found
 
-    budget = Budget(SPACE, count, 0, 131)
+    budget = Limits(SPACE, count, 0, 131)
     plain, back, three = (evolve(SPACE, budget, s, Rules(generations=4), 5) for s in (scores, backwards, dealt))
     assert plain == back == three
 
@@ -131,7 +131,7 @@ def test_ties_go_to_fewer_parameters_and_then_to_the_first():
 @pytest.mark.parametrize("algorithm", [evolve, random_search])
 def test_a_small_space_is_searched_through_once_and_no_longer(algorithm):
     space = SearchSpace((SpaceModule("a", (1, 2), (1, 2)),), 2)
-    found = algorithm(space, Budget(space, lambda a: sum(a["a"])), lambda cs: [0.0] * len(cs), Rules(generations=500), 0)
+    found = algorithm(space, Limits(space, lambda a: sum(a["a"])), lambda cs: [0.0] * len(cs), Rules(generations=500), 0)
     assert sorted(s.candidate.architecture["a"] for s in found) == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
 
 
@@ -145,13 +145,13 @@ def test_a_budget_for_one_architecture_finds_it(algorithm):
         return sum(cost[n] * sum(row) for n, row in architecture.items())
 
     least = total(space.smallest())
-    budget = Budget(space, total, least, least)
+    budget = Limits(space, total, least, least)
     found = algorithm(space, budget, lambda cs: [0.0] * len(cs), Rules(generations=1, population=5), 0)
     assert [s.candidate.architecture for s in found] == [space.smallest()]
 
 
 def test_random_search_scores_as_many_as_asked():
-    budget = Budget(SPACE, count, 0, 131)
+    budget = Limits(SPACE, count, 0, 131)
     found = random_search(SPACE, budget, scores, Rules(population=20), 0, evaluations=47)
     assert len(found) == len(set(keys(found))) == 47
     assert [s.candidate.generation for s in found] == [0] * 20 + [1] * 20 + [2] * 7

@@ -27,7 +27,7 @@ class Part:
     depths: dict[int, int]
 
 
-class Budget:
+class Limits:
     """Limits on the parameters of an architecture.
 
     In every method whose blocks have tensors of their own, the count is a sum over the blocks. Then the counts that can be

@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from ..engine.config import Config, check, from_container, merge, read_config
 from ..errors import ConfigError, did_you_mean
 from ..methods.base import Method
+from ..methods.supernet import Supernet
 from ..options import SEED, option
 from .evolution import Rules
 
-SUPERNET, WINNER, RANDOM = "supernet", "winner", "random"
+SUPERNET, WINNER, RANDOM = Supernet.name, "winner", "random"  # the stages' folders
 # What a stage may have otherwise than the experiment.
 OWN = ("optim", "schedule", "train", "augment", "model.drop_path", "model.drop", "cache")
 MOST = 10**13  # parameters

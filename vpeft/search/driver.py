@@ -27,8 +27,8 @@ from ..methods.supernet import Supernet, parameters, sub_network, winner
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from .apart import check_apart
-from .budget import Budget, sizes_of
-from .config import RANDOM, WINNER, rules_of, supernet_config, winner_config
+from .budget import Limits, sizes_of
+from .config import RANDOM, SUPERNET, WINNER, rules_of, supernet_config, winner_config
 from .evolution import Candidate, Scored, best_of, evolve, random_search
 from .folder import RANDOM_SCORES, RESULT, SCORES, SearchFolder, look_at
 from .journal import Journal
@@ -48,7 +48,7 @@ class Ground:
 
     method: Supernet
     space: SearchSpace
-    budget: Budget
+    budget: Limits
 
 
 def search(config: DictConfig) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def survey(config: DictConfig, method: Supernet) -> Ground:
     """The space and the budget on this model; refuses a budget that admits nothing, and a winner that cannot be trained.
 
     Raises:
-        ConfigError: see ``Budget``.
+        ConfigError: see ``Limits``.
     """
     stage = supernet_config(config)
     tree = _attached(stage, method).root
     found = sub_network(tree).space
-    budget = Budget(found, partial(parameters, tree), config.search.min_parameters, config.search.max_parameters)
+    budget = Limits(found, partial(parameters, tree), config.search.min_parameters, config.search.max_parameters)
     check(winner_config(config, winner(method, found.smallest())))
     return Ground(method, found, budget)
 
@@ -276,16 +276,16 @@ class Generations:
 def seconds(path: Path) -> dict[str, float]:
     """Wall time of each stage, over all its interruptions: epochs, and scored candidates, as they are written down."""
     found = {}
-    for name, file, key in (
-        ("supernet", "supernet/log.jsonl", "seconds"),
-        ("search", SCORES, "seconds"),
-        ("winner", f"{WINNER}/log.jsonl", "seconds"),
-        ("random_search", RANDOM_SCORES, "seconds"),
-        ("random_winner", f"{RANDOM}/log.jsonl", "seconds"),
+    for name, file in (
+        (SUPERNET, f"{SUPERNET}/log.jsonl"),
+        ("search", SCORES),
+        (WINNER, f"{WINNER}/log.jsonl"),
+        ("random_search", RANDOM_SCORES),
+        ("random_winner", f"{RANDOM}/log.jsonl"),
     ):
         if (path / file).exists():
             rows = map(json.loads, (path / file).read_text().splitlines())
-            found[name] = round(sum(r.get(key, 0.0) for r in rows), 2)
+            found[name] = round(sum(r.get("seconds", 0.0) for r in rows), 2)
     return found
 
 

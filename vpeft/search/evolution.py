@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 
 from ..methods.space import Architecture, SearchSpace
-from .budget import Budget
+from .budget import Limits
 
 Scores = Callable[[Sequence["Candidate"]], Sequence[float]]
 
@@ -76,7 +76,7 @@ class Population:
         seed: of the generator.
     """
 
-    def __init__(self, space: SearchSpace, budget: Budget, rules: Rules, seed: int | str):
+    def __init__(self, space: SearchSpace, budget: Limits, rules: Rules, seed: int | str):
         self.space, self.budget, self.rules = space, budget, rules
         self.rng, self.seen, self.found = Random(seed), set(), []
 
@@ -128,7 +128,7 @@ class Population:
         return made
 
 
-def evolve(space: SearchSpace, budget: Budget, scores: Scores, rules: Rules, seed: int | str) -> list[Scored]:
+def evolve(space: SearchSpace, budget: Limits, scores: Scores, rules: Rules, seed: int | str) -> list[Scored]:
     """Evolve architectures; all that were scored, in order. The best is ``best_of(…)[0]``.
 
     A generation's candidates are all drawn before the first of them is scored: who scores them, and in which order, cannot
@@ -154,7 +154,7 @@ def evolve(space: SearchSpace, budget: Budget, scores: Scores, rules: Rules, see
 
 
 def random_search(
-    space: SearchSpace, budget: Budget, scores: Scores, rules: Rules, seed: int | str, evaluations: int | None = None
+    space: SearchSpace, budget: Limits, scores: Scores, rules: Rules, seed: int | str, evaluations: int | None = None
 ) -> list[Scored]:
     """Score random architectures within the budget, as many as an evolution would; arguments and result as of ``evolve``.
 

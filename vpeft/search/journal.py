@@ -33,9 +33,9 @@ class Journal:
         whole = self.file.read_bytes() if self.file.exists() else b""
         lines, length = _lines(whole)
         if not lines:
-            write_text(self.file, json.dumps({"supernet": self.made_with}) + "\n")
+            write_text(self.file, json.dumps({"made_with": self.made_with}) + "\n")
             return
-        if lines[0].get("supernet") != self.made_with:
+        if lines[0].get("made_with") != self.made_with:
             raise ConfigError(
                 f"{self.file} holds the scores of another supernet; remove it to score all candidates again, or choose "
                 "another name=…"

@@ -5,14 +5,14 @@ from itertools import accumulate
 from statistics import mean
 from typing import Any
 
-from .budget import Budget
+from .budget import Limits
 from .evolution import Scored, best_of, front
 from .folder import PICTURES, RANDOM_SCORES, SCORES, SearchFolder
 
 TITLE = {SCORES: "search", RANDOM_SCORES: "random search"}
 
 
-def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Budget, title: str) -> None:
+def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> None:
     """All pictures, into the search's folder.
 
     Args:
@@ -27,7 +27,7 @@ def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Bu
         figure.savefig(folder.file(name), dpi=120)
 
 
-def front_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: str) -> Any:
+def front_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> Any:
     """Parameters against the validation score: all candidates, those that none beats with as few parameters, the budget."""
     figure, axis = _figure((8, 5))
     everything = [s for scored in found.values() for s in scored]
@@ -46,7 +46,7 @@ def front_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: 
     return figure
 
 
-def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: str) -> Any:
+def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> Any:
     """The selected architecture: each module's size in each block."""
     selected = {TITLE[file]: best_of(scored, 1)[0].candidate for file, scored in found.items()}
     modules = [m.name for m in budget.space.modules]
@@ -66,7 +66,7 @@ def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: 
     return figure
 
 
-def progress_picture(found: Mapping[str, Sequence[Scored]], budget: Budget, title: str) -> Any:
+def progress_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> Any:
     """Best so far and mean of each generation; of random search, as many candidates at a time."""
     figure, axis = _figure((8, 5))
     for number, (file, scored) in enumerate(found.items()):

@@ -11,11 +11,11 @@ from ..engine.settings import differences, harmful, said
 from ..errors import ConfigError
 from ..files import write_text
 from ..tasks.registry import get_task
-from .config import RANDOM, check_search, load_search_config, stored_search
+from .config import RANDOM, SUPERNET, WINNER, check_search, load_search_config, stored_search
 from .driver import search
 from .folder import ASKED, RESULT
 
-STAGES = ("supernet", "search", "winner")
+STAGES = (SUPERNET, "search", WINNER)
 
 
 def searches(
@@ -51,7 +51,7 @@ def searches(
     rows = [_row(found[0]["algorithm"], found, key, [r["seconds"] for r in found])]
     if all(RANDOM in r for r in found):
         times = [
-            {"supernet": s["supernet"], "search": s.get("random_search"), "winner": s.get("random_winner", s["winner"])}
+            {SUPERNET: s[SUPERNET], "search": s.get("random_search"), WINNER: s.get("random_winner", s[WINNER])}
             for s in (r["seconds"] for r in found)
         ]
         rows.append(_row(RANDOM, [r[RANDOM] for r in found], key, times))
