@@ -247,6 +247,9 @@ def test_an_ordinary_run_and_a_search_do_not_mix(whole, tiny_file):
     train(load_config(tiny_file.parent / "plain.yaml", ["name=plain", "train.epochs=1"]))
     with pytest.raises(ConfigError, match="holds a run that is no search; choose another name"):
         search(load_search_config(tiny_file, [f"output={config.output}", "name=plain"]))
+    with pytest.raises(ConfigError, match="lies in the folder of another run"):
+        search(load_search_config(tiny_file, [f"output={config.output}", "name=plain/inner"]))
+    assert not (folder_of(config).parent / "plain/inner").exists()
 
 
 def test_a_locked_folder_is_refused(tiny, monkeypatch):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import Dataset, IterableDataset
@@ -62,4 +63,6 @@ def _alike(one: Any, other: Any) -> bool:
         return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
     return bool(one == other)

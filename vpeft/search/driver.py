@@ -51,11 +51,12 @@ class Ground:
     budget: Limits
 
 
-def search(config: DictConfig) -> dict[str, Any]:
+def search(config: DictConfig, *, last: bool = True) -> dict[str, Any]:
     """Run a search, or go on with it; returns what was written to the folder's search.json.
 
     Args:
         config: see ``load_search_config``.
+        last: several processes part at the end; False where they will do more together.
 
     Raises:
         VpeftError: what a user can put right.
@@ -70,7 +71,10 @@ def search(config: DictConfig) -> dict[str, Any]:
     ground = survey(config, method)
     accelerator.wait_for_everyone()
     with _opened(config, accelerator) as folder:
-        return Search(config, accelerator, folder, ground, goes_on).run()
+        result = Search(config, accelerator, folder, ground, goes_on).run()
+    if last:
+        accelerator.end_training()
+    return result
 
 
 def survey(config: DictConfig, method: Supernet) -> Ground:
@@ -154,7 +158,7 @@ class Search:
     def _train(self, stage: DictConfig) -> None:
         """Train an experiment in a folder of the search's, where that is not done."""
         if not self._told((place(stage) / "metrics.json").exists()):
-            train(stage)
+            train(stage, last=False)
         self.accelerator.wait_for_everyone()
 
     def _search(self, algorithm: str, file: str, evaluations: int | None = None) -> list[Scored]:

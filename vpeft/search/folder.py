@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..engine.lock import LOCK, Holder, RunLock
-from ..engine.plan import FILES, NEXT, holds_run, place
+from ..engine.plan import FILES, NEXT, holds_run, look, place
 from ..engine.run import log_handlers, settle
 from ..engine.settings import differences, harmful, said
 from ..errors import ConfigError, some
 from ..files import write_text
-from .config import RANDOM, SUPERNET, WINNER, stored_search
+from .config import RANDOM, SUPERNET, WINNER, stored_search, supernet_config
 
 ASKED, RESULT, LOG = "search.yaml", "search.json", "search.log"
 SCORES, RANDOM_SCORES = "search.jsonl", "random.jsonl"
@@ -37,6 +37,7 @@ def look_at(config: DictConfig) -> bool:
         raise ConfigError(f"{path} holds a run that is no search; choose another name=…")
     if not (path / ASKED).is_file():
         _check_room(path, config.overwrite)
+        look(supernet_config(config))  # in the folder of another run there is no room either
         return False
     if config.overwrite:
         return False
@@ -138,7 +139,7 @@ class SearchFolder:
 
 def _drop(path: Path) -> None:
     """Remove the files of a search and of its stages, and nothing else."""
-    for name in (RESULT, *OURS):  # the mark of a finished one first
+    for name in OURS[1:]:  # the mark of a finished one first, that of a search last
         (path / name).unlink(missing_ok=True)
     for stage in STAGES:
         for inner in (path / stage / NEXT, path / stage):
@@ -146,3 +147,4 @@ def _drop(path: Path) -> None:
                 (inner / name).unlink(missing_ok=True)
             with suppress(OSError):  # not there, or something else is in it
                 inner.rmdir()
+    (path / ASKED).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """One search under several seeds: run where not yet run, as Markdown and JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,9 +44,9 @@ def searches(
         check_search(config)
         configs.append(config)
     done = [_is_done(config) for config in configs]  # all are looked at before the first one starts
-    for config, finished in zip(configs, done, strict=True):
+    for number, (config, finished) in enumerate(zip(configs, done, strict=True), 1):
         if not finished:
-            search(config)
+            search(config, last=number == len(configs))
     found = [json.loads((place(config) / RESULT).read_text()) for config in configs]
     key = f"test_{get_task(configs[0]).monitor}"
     rows = [_row(found[0]["algorithm"], found, key, [r["seconds"] for r in found])]
@@ -56,9 +57,10 @@ def searches(
         ]
         rows.append(_row(RANDOM, [r[RANDOM] for r in found], key, times))
     text = markdown(rows, f"test {found[0]['metric']}")
-    write_text(Path(f"{out}.json"), json.dumps(rows, indent=1))
-    write_text(Path(f"{out}.md"), text + "\n")
-    print(text)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        write_text(Path(f"{out}.json"), json.dumps(rows, indent=1))
+        write_text(Path(f"{out}.md"), text + "\n")
+        print(text)
     return rows
 
 
