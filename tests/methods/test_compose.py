@@ -39,7 +39,7 @@ def together(kind: str, parts: list[dict]):
     return model, handle, other, handles
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "parts",
     [

@@ -1,11 +1,14 @@
 """LoRA."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 
+import vpeft
 from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state, uniform
+from tests.support.models import attached, images, make
 from tests.support.reference import Reference
-from vpeft.methods import METHODS
+from vpeft.methods import METHODS, create
 
 
 class LoRA(Reference):
@@ -68,3 +71,24 @@ TABLE = [
 @pytest.mark.parametrize(("method", "options", "model", "expected"), TABLE)
 def test_counts(method, options, model, expected):
     assert count(method, options, model) == expected
+
+
+def test_both_factors_drawn_as_noahs():
+    s = state("lora", init="noah", rank=16)
+    for end in ("a", "b"):
+        drawn = torch.cat([t.flatten() for n, t in s.items() if n.endswith(f".{end}")])
+        assert drawn.std() == pytest.approx(0.02, rel=0.03)
+        assert drawn.mean().abs() < 1e-3
+    assert not create("lora", init="noah").starts_as_identity
+    assert not create("dora", init="noah").starts_as_identity
+    with pytest.raises(vpeft.MethodError, match="must be 'lora': the factors start at the singular triples"):
+        create("pissa", init="noah")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_fa", "delta_lora", "rslora"])
+def test_relatives_of_drawn_factors_merge_as_they_act(method):
+    model = make("vit", dtype=torch.float64)
+    handle = attached(model, method, init="noah").eval()
+    expected = model(images(model))
+    handle.merge()
+    assert torch.allclose(model(images(model)), expected, atol=1e-12)

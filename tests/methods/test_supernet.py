@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import vpeft
 from tests.engine.conftest import TINY
 from tests.methods.test_noah import NOAH
-from tests.support.compare import compare
+from tests.support.compare import VIT_B, compare, count
 from tests.support.models import attached, images, make, randomise, train_steps
 from vpeft import checkpoint
 from vpeft.engine.config import load_config
@@ -20,6 +20,7 @@ from vpeft.engine.loop import Trainer
 from vpeft.engine.train import train
 from vpeft.methods import METHODS, create
 from vpeft.methods.base import PerBlock
+from vpeft.methods.earlier import lacking, options_of
 from vpeft.methods.supernet import choose, parameters, sliced_state, space, sub_network, winner
 from vpeft.options import declared
 
@@ -32,12 +33,12 @@ TWO = [
     {"method": "adaptformer", "option": "bottleneck", "values": [2, 4], "depths": [1, 2, 3], "dropout": 0.0},
     {"method": "lora", "option": "rank", "values": [1, 3], "alpha": 4.0},
 ]
-# Every method with a size per block, by its options that are one.
+# Every method with a size per block, by its options that are one; further options of a method in the slow suite.
+SIZES = {name: [this.name for this in declared(cls) if this.hint == PerBlock] for name, cls in METHODS.items()}
 SIZED = [
-    (name, this.name)
-    for name, cls in METHODS.items()
-    for this in declared(cls)
-    if this.hint == PerBlock and name not in ("compose", "supernet")
+    pytest.param(name, option, marks=pytest.mark.slow if option != options[0] else ())
+    for name, options in SIZES.items()
+    for option in options
 ]
 # Those of which no smaller network is a slice, or that cannot be a part of several, and why.
 NO_SLICES = {
@@ -239,6 +240,18 @@ def test_the_default_is_written_out_in_files(tmp_path):
     assert [m["method"] for m in modules] == ["vpt_deep", "lora", "adapter"]
     assert modules[0]["values"] == [5, 10, 32]  # at most the width
     assert modules[0]["depths"] == [1, 2, 3]
+    options = {"modules": modules, "seed": 0}
+    assert lacking("supernet", options) == []
+    del modules[1]["init"], modules[1]["scale"]
+    assert lacking("supernet", options) == ["scale"]
+    assert options_of("supernet", options, 2)["modules"][1]["init"] == "lora"
+
+
+def test_counts_on_vit_b():
+    assert count("supernet", {}, VIT_B) == 12 * (100 * 768 + 100 * 4 * 768 + 100 * 1537 + 768)
+    sizes = {"vpt_deep": (5,) * 3 + (0,) * 9, "lora": (10,) * 6 + (0,) * 6, "adapter": (50, 100, 5) * 3 + (0,) * 3}
+    found = count("compose", winner(create("supernet"), sizes).options(), VIT_B)
+    assert found == 3 * 5 * 768 + 6 * 10 * 4 * 768 + 3 * (155 * 1537 + 3 * 768)
 
 
 def test_noahs_space():
@@ -342,7 +355,7 @@ def test_foreign_architectures_and_trees_are_refused():
 # ---- stage 1 ----
 
 OPTIONS = ("method.name=supernet", "method.options={modules: [{method: adaptformer, option: bottleneck, values: [2, 4], "
-           "depths: [1, 2]}, {method: lora, option: rank, values: [1, 2]}], seed: 3}", "train.epochs=3")  # fmt: skip
+           "depths: [1, 2]}, {method: lora, option: rank, values: [1, 2]}], seed: 3}", "train.epochs=2")  # fmt: skip
 
 
 def test_training_goes_on_after_an_interruption_as_if_there_was_none(tmp_path, monkeypatch):
@@ -367,7 +380,7 @@ def test_training_goes_on_after_an_interruption_as_if_there_was_none(tmp_path, m
         assert a.keys() == b.keys()
         assert all(torch.equal(a[n], b[n]) for n in a)
     last = (tmp_path / "runs/stopped/log.jsonl").read_text().splitlines()[-1]
-    assert a["supernet.steps"] == json.loads(last)["step"] == 27
+    assert a["supernet.steps"] == json.loads(last)["step"] == 18
     assert "resuming" in (tmp_path / "runs/stopped/console.log").read_text()
 
 

@@ -13,9 +13,11 @@ import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, state, uniform, vits
 from tests.support.models import images, make, randomise
 from tests.support.reference import Reference
+from vpeft.checkpoint import read
 from vpeft.docs.compatibility import small_model
 from vpeft.interventions.attention import ComputedKeysValues
 from vpeft.interventions.tokens import JoinWindows, PromptTokens
+from vpeft.methods.earlier import lacking, options_of
 
 
 class Prompts(Reference):
@@ -125,7 +127,7 @@ class SwinPrompts(Reference):
                     prompts = self.norm(f"{path}.norm", torch.cat([prompts] * 4, -1)) @ matrix
             for i, block in enumerate(stage.blocks):
                 path = f"layers.{stage_index}.blocks.{i}"
-                prompts = self.s.get(f"{path}.vpt.prompts", prompts)
+                prompts = self.entering(path, prompts)
                 if prompts is None:
                     prompts = x.new_zeros(0, x.shape[-1])
                 branch, heard = self.attend_with(
@@ -137,8 +139,86 @@ class SwinPrompts(Reference):
                 if not len(prompts):
                     prompts = None
         pooled = self.norm("norm", torch.cat([prompts, x.flatten(0, 1)])).mean(0)
-        assert m.tokens == len(prompts)
+        assert isinstance(m.tokens, list) or m.tokens == len(prompts)
         return self.linear("head.fc", pooled)
+
+    def entering(self, path, prompts):
+        return self.s.get(f"{path}.vpt.prompts", prompts)
+
+
+class CountedSwinPrompts(SwinPrompts):
+    """Fresh prompts throw away those of the block before; where it had none, they stand beside all that are there."""
+
+    def one(self, x):
+        self.last = 0
+        return super().one(x)
+
+    def entering(self, path, prompts):
+        fresh = self.s.get(f"{path}.vpt.prompts")
+        gone, self.last = self.last, 0 if fresh is None else len(fresh)
+        if fresh is None or prompts is None:
+            return prompts if fresh is None else fresh
+        return torch.cat([fresh, prompts[: len(prompts) - gone]]) if gone < len(prompts) else fresh
+
+
+class CountedPrompts(Reference):
+    """The same on a ViT, at the sequence's end, as NOAH's released code."""
+
+    def enter(self, index, path, x):
+        fresh, before = self.s.get(f"{path}.vpt.prompts"), self.s.get(f"blocks.{index - 1}.vpt.prompts")
+        if fresh is None:
+            return x
+        return torch.cat([x[:, : x.shape[1] - (0 if before is None else len(before))], fresh.expand(len(x), -1, -1)], 1)
+
+
+COUNTS = [[3, 2, 4], [3, 0, 2], [0, 2, 0], [2, 3, 0], [0, 0, 4], [1, 0, 0]]
+
+
+@vits
+@pytest.mark.parametrize("tokens", COUNTS)
+@pytest.mark.parametrize("path", ["literal", "auto"])
+def test_a_count_per_block(kind, tokens, path):
+    compare(kind, "vpt_deep", CountedPrompts, tokens=tokens, path=path)
+
+
+@pytest.mark.parametrize("tokens", [[3, 2, 1, 4], [2, 0, 3, 0], [0, 2, 0, 1], [2, 3, 0, 1]])
+def test_a_count_per_block_on_swin(tokens):
+    compare("swin", "vpt_deep", CountedSwinPrompts, tokens=tokens)
+
+
+def test_counts_per_block():
+    assert count("vpt_deep", {"tokens": [100] * 3 + [5] * 6 + [0] * 3}, VIT_B) == 330 * 768
+    assert count("vpt_deep", {"tokens": [5, 7], "blocks": [0, 11]}, VIT_B) == 12 * 768
+    kinds = [type(i).__name__ for i in vpeft.attach(make("vit"), "vpt_deep", tokens=[2, 3, 0]).root.interventions]
+    assert kinds == ["PromptKeys", "Prompts", "Prompts"]  # what the second makes of them is read by the third
+    s = state("vpt_deep", tokens=[4, 8, 2], start="xavier")
+    for block, tokens in enumerate([4, 8, 2]):
+        uniform(s[f"blocks.{block}.vpt.prompts"], math.sqrt(6 / ((tokens + 1) * 64)))
+
+
+def test_counts_that_cannot_be():
+    for options, said in (
+        ({"tokens": [1, 2]}, r"vpt_deep\.tokens: 2 sizes for 3"),
+        ({"tokens": [1, 2, 3], "shared": True}, "one shared set of prompts has one number"),
+        ({"tokens": 0}, "no place to act on"),
+        ({"tokens": [0, 0, 0]}, "no place to act on"),
+        ({"tokens": [1, -1, 1]}, "is impossible"),
+    ):
+        model = make("vit")
+        with pytest.raises(vpeft.MethodError, match=said):
+            vpeft.attach(model, "vpt_deep", **options)
+        assert not hasattr(model, "vpeft")
+    vpeft.attach(make("vit"), "vpt_deep", tokens=[2, 0, 2], shared=True)
+
+
+def test_files_from_before_the_option_mean_its_first_value(tmp_path):
+    handle = vpeft.attach(make("vit"), "vpt_deep", tokens=2)
+    file = read(handle.save(tmp_path / "a.safetensors"))
+    old = dict(file.metadata["method"]["options"])
+    assert old.pop("start") == "patch"
+    assert lacking("vpt_deep", old) == []
+    assert options_of("vpt_deep", old, 2) == file.metadata["method"]["options"]
+    assert lacking("vpt_deep", {n: v for n, v in old.items() if n != "path"}) == ["path"]
 
 
 @pytest.mark.parametrize(

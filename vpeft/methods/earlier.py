@@ -55,9 +55,9 @@ def lacking(method: str, options: Mapping[str, Any]) -> list[str]:
     cls = METHODS.get(ALIASES.get(method, method))
     known = {this.name for this in declared(cls)} - cls.unsaid.keys() if cls is not None else set()
     missing = sorted(known - options.keys())
-    for value in options.values():
-        for part in value if _are_parts(value) and "option" not in {k for p in value for k in p} else ():
-            missing += lacking(part["method"], _without_name(part))
+    for part in (part for value in options.values() if _are_parts(value) for part in value):
+        elsewhere = {part["option"], "blocks"} if isinstance(part.get("option"), str) else set()  # a supernet's sizes
+        missing += [name for name in lacking(part["method"], _without_name(part)) if name not in elsewhere]
     return missing
 
 

@@ -97,6 +97,8 @@ class Supernet(Method):
     unless ``vpeft.methods.supernet.choose`` has chosen one. All tensors get a gradient in each step, of 0 where a
     sub-network does not have them, as in the released code.
 
+    Every exchange is another program to ``torch.compile``, so that training is better left uncompiled.
+
     The search is over sizes; its winner is trained anew, as a ``compose`` of the modules at these sizes.
 
     Args:

@@ -137,6 +137,7 @@ def test_pooling_before_the_norm(kind):
 # Methods that act on the features of every frame behind the last block.
 BEHIND = {("ladder_adapter", "vit"), ("ladder_adapter", "swin"), ("lst", "vit"), ("vqt", "vit"), ("side_tuning", "vit")}
 BEHIND |= {("side_tuning", "swin"), ("vpt_shallow", "swin"), ("vpt_deep", "swin"), ("e2vpt", "swin")}
+BEHIND |= {(method, "swin") for method in ("compose", "noah", "supernet")}  # with prompts
 
 
 @pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c[1] != "vit_reg"])
