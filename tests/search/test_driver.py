@@ -11,16 +11,17 @@ from safetensors.torch import load_file, save_file
 import vpeft
 from tests.engine.conftest import TINY as PLAIN
 from tests.search.conftest import TINY
+from tests.support.places import ROOT
 from vpeft import checkpoint
 from vpeft.data.embedded import ArrayDataset
 from vpeft.engine.config import load_config
 from vpeft.engine.lock import RunLock
 from vpeft.engine.run import RunFolder
 from vpeft.engine.settings import stored_config
-from vpeft.engine.train import train
+from vpeft.engine.train import check, train
 from vpeft.errors import ConfigError, VpeftError
 from vpeft.search import driver
-from vpeft.search.config import load_search_config
+from vpeft.search.config import load_search_config, supernet_config
 from vpeft.search.driver import search
 from vpeft.search.folder import PICTURES
 from vpeft.search.journal import Journal, read_rows
@@ -280,3 +281,39 @@ def test_the_winner_is_loaded_by_the_library(whole):
     model.load_state_dict(load_file(folder / "backbone.safetensors"), strict=False)
     handle = vpeft.load(model, folder / "best.safetensors")
     assert sum(p.numel() for p in handle.parameters()) == result["parameters"]
+
+
+def test_the_shipped_searches_stand_on_firm_ground():
+    """The spaces and the budgets of the two for digits, whose modules alone are about as large as the budget."""
+    for name, total in (("digits", (4**2 + 4**4 + 4**6) ** 3), ("adaptformer_lora_digits", (4**2 + 4**4 + 4**6) ** 2)):
+        config = load_search_config(ROOT / f"configs/noah/{name}.yaml")
+        ground = driver.survey(config, check(supernet_config(config)))
+        assert ground.budget.exact
+        assert ground.space.total == total
+        assert ground.budget.smallest < config.search.max_parameters < ground.budget.largest
+    for name in ("lora", "adapter", "vpt_deep"):
+        config = load_config(ROOT / f"configs/noah/alone/{name}.yaml")
+        own = sum(p.numel() for p in driver._attached(config, check(config)).parameters())
+        assert 0.9 * 12288 <= own <= 12288
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["evolution", "random"])
+def test_other_methods_with_a_size_per_block_are_searched_too(tiny, algorithm):
+    modules = (
+        "[{method: adaptformer, option: bottleneck, values: [1, 2], depths: [1, 2]}, "
+        "{method: lora, option: rank, values: [1, 4], depths: null}]"
+    )
+    config = tiny(
+        f"method.options.modules={modules}", "search.max_parameters=null", f"search.algorithm={algorithm}",
+        "search.retrain_on=train",
+    )  # fmt: skip
+    result = search(config)
+    assert result["architecture"].keys() == {"adaptformer", "lora"}
+    assert result["evaluations"] == 12
+    assert ("random" in result) == (algorithm == "evolution")
+    file = checkpoint.read(folder_of(config) / result["checkpoint"])
+    own = sum(t.numel() for n, t in file.tensors.items() if n not in file.head_names)
+    assert own == result["parameters"]
+    assert stored_config(folder_of(config) / "winner").data.val_size == 40
+    assert not [k for k in result if k.startswith("val_")]
