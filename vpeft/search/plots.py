@@ -48,6 +48,8 @@ def front_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: 
 
 def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> Any:
     """The selected architecture: each module's size in each block."""
+    from matplotlib.ticker import MaxNLocator
+
     selected = {TITLE[file]: best_of(scored, 1)[0].candidate for file, scored in found.items()}
     modules = [m.name for m in budget.space.modules]
     figure, axes = _figure((3.2 * len(modules) + 1, 3.4), len(modules))
@@ -61,6 +63,7 @@ def sizes_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: 
             axis.bar_label(bars, fontsize=7)
         axis.set(title=module, xlabel="block", xticks=list(blocks))
         axis.margins(y=0.15)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylabel("size (0: absent)")
     _legend(figure, axes[0], len(selected))
     return figure
