@@ -99,7 +99,9 @@ def test_stages_train_on_what_they_may(whole):
 
 def test_no_image_of_the_test_split_is_read_before_the_winner_is_trained(tiny, monkeypatch):
     """Every read of a test image finds the winner's last epoch done; each is read once for each winner."""
-    config = tiny("search.compare_random=false", "data.num_samples=null", "data.val_size=900", "train.epochs=1")
+    config = tiny(
+        "search.compare_random=false", "data.num_samples=null", "data.val_size=900", "train.epochs=1", "search.generations=0"
+    )
     tests, reads = set(), []
 
     def opening(data, split, transform, *, training):

@@ -5,6 +5,7 @@ from itertools import accumulate
 from statistics import mean
 from typing import Any
 
+from ..files import replacing
 from .budget import Limits
 from .evolution import Scored, best_of, front
 from .folder import PICTURES, RANDOM_SCORES, SCORES, SearchFolder
@@ -13,7 +14,7 @@ TITLE = {SCORES: "search", RANDOM_SCORES: "random search"}
 
 
 def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> None:
-    """All pictures, into the search's folder.
+    """All pictures that are not there yet, into the search's folder.
 
     Args:
         folder: of the search.
@@ -22,9 +23,12 @@ def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Li
         title: of the score, with its unit.
     """
     for name, make in zip(PICTURES, (front_picture, sizes_picture, progress_picture), strict=True):
+        if folder.file(name).exists():
+            continue
         figure = make(found, budget, f"validation {title} (for the selection only)")
         figure.suptitle(str(folder.path))
-        figure.savefig(folder.file(name), dpi=120)
+        with replacing(folder.file(name)) as file:  # whole or not there
+            figure.savefig(file, format="png", dpi=120)
 
 
 def front_picture(found: Mapping[str, Sequence[Scored]], budget: Limits, title: str) -> Any:
