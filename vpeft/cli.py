@@ -114,6 +114,25 @@ def _table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
     return run
 
 
+def _search(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration with a section `search`")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one search for each, and a table of them")
+    parser.add_argument("--out", default="runs/search", metavar="PATH", help="of the table, without .md, .json")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def run(args: argparse.Namespace) -> None:
+        from .search.config import load_search_config
+        from .search.driver import search
+        from .search.table import searches
+
+        if args.seeds is None:
+            search(load_search_config(args.cfg, args.overrides))
+        else:
+            searches(args.cfg, args.overrides, seeds=args.seeds, out=args.out)
+
+    return run
+
+
 def _docs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--out", default="docs", metavar="DIR", help="where the pages are written")
     parser.add_argument("--compatibility", action="store_true", help="also try every method on every architecture (minutes)")
@@ -220,6 +239,7 @@ COMMANDS = {
     "test": (_test, "evaluate a checkpoint on a data set"),
     "predict": (_predict, "apply a checkpoint to image or video files"),
     "table": (_table, "train configurations under several seeds and compare them"),
+    "search": (_search, "search for the sizes of a method's modules in each block, under a budget"),
     "methods": (_methods, "list the methods, or describe one"),
     "bench": (_bench, "measure time and memory of methods on a backbone"),
     "docs": (_docs, "write the pages in docs/ that a program can write"),

@@ -8,6 +8,7 @@ from typing import Any
 from ..bench.config import BenchConfig, RoutingConfig
 from ..engine.config import Config
 from ..options import Declared, allowed, declared, readable, section_of
+from ..search.config import SearchConfig
 
 HEAD = """# Configuration
 
@@ -22,6 +23,13 @@ TABLE = ("| key | type | default | may be | what it is |", "|---|---|---|---|---
 def configuration_page() -> str:
     """The whole page as Markdown."""
     lines = [HEAD, "# Experiments", *_section(Config, "")]
+    lines += [
+        "",
+        "# Searches",
+        "",
+        "`vpeft search --cfg FILE`: an experiment with this section too.",
+        *_section(SearchConfig, "search."),
+    ]
     lines += ["", "# Benchmarks", "", "`vpeft bench --cfg FILE`.", *_section(BenchConfig, "")]
     lines += ["", "# Benchmarks of routing", "", "`vpeft bench-route --cfg FILE`.", *_section(RoutingConfig, "")]
     return "\n".join(lines) + "\n"

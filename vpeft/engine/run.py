@@ -85,7 +85,7 @@ class RunFolder:
         else:
             self._write_config()
         write_text(self.file("environment.json"), json.dumps(_environment(), indent=1))
-        self._log_to(*_handlers(self.file("console.log")))
+        self._log_to(*log_handlers(self.file("console.log")))
         if stale is not None:
             self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
         for note in self.plan.notes:
@@ -267,7 +267,7 @@ class _QuietFile(logging.FileHandler):
         """Say nothing."""
 
 
-def _handlers(file: Path) -> list[logging.Handler]:
+def log_handlers(file: Path) -> list[logging.Handler]:
     from rich.logging import RichHandler
 
     log = _QuietFile(file)

@@ -55,12 +55,13 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
     return method
 
 
-def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
+def train(config: DictConfig, task: Task | None = None, *, last: bool = True) -> dict[str, Any]:
     """Run one experiment; returns the metrics that were written to the run's metrics.json.
 
     Args:
         config: the experiment.
         task: of your own; the one that the configuration names where None.
+        last: several processes part at the end; False where they will do more together.
 
     Raises:
         VpeftError: what a user can put right; see ``check``.
@@ -87,7 +88,11 @@ def train(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
         names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
         metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
         metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
-        accelerator.end_training()
+        if last:
+            accelerator.end_training()
+        else:
+            for tracker in accelerator.trackers:
+                tracker.finish()
         if run.main:
             task.finish(built, data, run.path)
             show(run, handle, task, metrics)

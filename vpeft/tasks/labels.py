@@ -61,26 +61,26 @@ class LabelStep:
         """Mean loss of a test batch (a number), from its ``scores``."""
         return F.cross_entropy(scores, labels)
 
-    def metrics(self) -> MetricCollection:
-        """Fresh metrics, as shares; for each class the counts of ``MulticlassStatScores``."""
-        top5 = min(5, self.num_classes)
+    def metrics(self, together: bool = True) -> MetricCollection:
+        """Fresh metrics, as shares; for each class the counts of ``MulticlassStatScores``; see ``evaluate``."""
+        top5, kept = min(5, self.num_classes), {"sync_on_compute": together}
         return MetricCollection(
             {
-                "top1": MulticlassAccuracy(self.num_classes, average="micro"),
-                "top5": MulticlassAccuracy(self.num_classes, average="micro", top_k=top5),
-                "per_class": MulticlassStatScores(self.num_classes, average="none"),
+                "top1": MulticlassAccuracy(self.num_classes, average="micro", **kept),
+                "top5": MulticlassAccuracy(self.num_classes, average="micro", top_k=top5, **kept),
+                "per_class": MulticlassStatScores(self.num_classes, average="none", **kept),
             },
             compute_groups=False,
         )
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
         """Top-1, top-5 and class-mean accuracy in percent and mean loss over all processes' batches.
 
         Each process passes its own share of the samples; torchmetrics adds the counts up, so that every sample counts
-        once whatever the number of processes.
+        once whatever the number of processes. Not ``together``, each process has the metrics of its own batches.
         """
-        metrics, mean_loss = self.metrics().to(device), MeanMetric().to(device)
+        metrics, mean_loss = self.metrics(together).to(device), MeanMetric(sync_on_compute=together).to(device)
         for inputs, labels in batches:
             if not len(labels):
                 continue

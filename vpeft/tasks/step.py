@@ -47,8 +47,11 @@ class Step(Protocol):
         """What a batch of test inputs is judged by: (B, classes, …)."""
         ...
 
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
-        """Metrics over all processes' batches (each passes its own share), accuracies in percent."""
+    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
+        """Metrics over all processes' batches (each passes its own share), accuracies in percent.
+
+        Only a search that several processes share asks for metrics that are not ``together``: of this process's batches.
+        """
         ...
 
 

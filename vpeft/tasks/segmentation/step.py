@@ -60,9 +60,9 @@ class SegmentationStep:
         return outputs[0].movedim(1, -1).flatten(0, -2)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
         """Mean IoU over the classes that occur, mean class accuracy and pixel accuracy in percent, at the masks' size."""
-        matrix = MulticlassConfusionMatrix(self.num_classes, ignore_index=IGNORED).to(device)
+        matrix = MulticlassConfusionMatrix(self.num_classes, ignore_index=IGNORED, sync_on_compute=together).to(device)
         for batch in batches:
             for images, masks in of_one_size(*batch):
                 scores = self.scores(model, images.to(device), masks.shape[-2:])
