@@ -16,7 +16,7 @@ from ..shards import gather_uncalled
 from .flow import Flow
 from .junction import Junction, as_ordered, unhook
 from .operation import with_tensors
-from .rows import Part, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
+from .rows import RowPart, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 from .watched import Place, check_in_place, watch
 
 # timm's functions that start a forward when they are called by themselves.
@@ -356,7 +356,7 @@ class Hub:
     def _heads_of_spans(self, flow: Flow, plan: RowPlan, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``forward_head`` of each span's rows, with its own classifier, in the batch's order."""
 
-        def head(part: Part) -> Any:
+        def head(part: RowPart) -> Any:
             return self._function_of(plan.spans[part.number - 1].seen, STARTS[-1], flow)(
                 plan.rows_of(x, part), *args, **kwargs
             )

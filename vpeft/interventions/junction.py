@@ -12,7 +12,7 @@ from ..backbone.attention import pad_pairs
 from ..errors import MethodError
 from .flow import Flow
 from .operation import Inner, with_tensors
-from .rows import Part, in_parts, joined
+from .rows import RowPart, in_parts, joined
 from .watched import exchanged
 
 
@@ -276,7 +276,7 @@ class Junction:
 
     # ---- a forward in which each sample uses its own handle ----
 
-    def _parts(self, flow: Flow, owners: Iterable[str]) -> list[Part]:
+    def _parts(self, flow: Flow, owners: Iterable[str]) -> list[RowPart]:
         """The parts of the batch on which these handles act or not; none where they act on no row."""
         acting = frozenset(owners).intersection(flow.acting)
         return flow.plan.parts(acting) if acting else []
@@ -301,7 +301,7 @@ class Junction:
         if together is not None:
             return together
 
-        def run(part: Part) -> Any:
+        def run(part: RowPart) -> Any:
             own = plan.call_of(args, {}, part)[0] if args else ()
             return self._changed_output(flow, own, plan.rows_of(output, part))
 
@@ -337,7 +337,7 @@ class Junction:
             y = plan.samples(F.linear(args[0], self.module.weight))
             return y.add_(plan.of_each(biases)[:, None]).view(*args[0].shape[:-1], -1)
 
-        def run(part: Part) -> Any:
+        def run(part: RowPart) -> Any:
             own = plan.call_of(args, kwargs, part)
             if not alone:
                 return self._operated(flow, *own)

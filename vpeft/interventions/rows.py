@@ -38,7 +38,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Part:
+class RowPart:
     """Neighbouring rows that one call takes together.
 
     Attributes:
@@ -76,7 +76,7 @@ class RowPlan:
         self.sorted = order == sorted(order)
         back = sorted(range(len(order)), key=order.__getitem__)
         self.order, self.back = torch.tensor(order, dtype=torch.long), torch.tensor(back, dtype=torch.long)
-        self.known: dict[Any, list[Part]] = {}
+        self.known: dict[Any, list[RowPart]] = {}
         whose = [i for i, span in enumerate(self.spans) for _ in range(span.start, span.stop)]
         self.whose = {torch.device("cpu"): torch.tensor(whose, dtype=torch.long)}
 
@@ -153,38 +153,38 @@ class RowPlan:
 
     # ---- its parts ----
 
-    def parts(self, owners: frozenset[str] | None = None) -> list[Part]:
+    def parts(self, owners: frozenset[str] | None = None) -> list[RowPart]:
         """The rows of each span in which one of these handles acts, and between them what none of them acts on.
 
         Args:
             owners: names of handles; None for each span by itself.
         """
         if owners not in self.known:
-            parts: list[Part] = []
+            parts: list[RowPart] = []
             idle: list[Span] = []
             for span in self.spans:
                 if owners is None or not owners.isdisjoint(span.names):
-                    parts += [*self._idle(idle), Part(span.start, span.stop, span.names, None, span.number)]
+                    parts += [*self._idle(idle), RowPart(span.start, span.stop, span.names, None, span.number)]
                     idle = []
                 else:
                     idle.append(span)
             self.known[owners] = [*parts, *self._idle(idle)]
         return self.known[owners]
 
-    def _idle(self, spans: list[Span]) -> list[Part]:
+    def _idle(self, spans: list[Span]) -> list[RowPart]:
         if len(spans) < 2:
-            return [Part(s.start, s.stop, s.names, None, s.number) for s in spans]
+            return [RowPart(s.start, s.stop, s.names, None, s.number) for s in spans]
         first = spans[0].start
         moved = [Span(s.names, s.start - first, s.stop - first, s.number, s.model, s.see) for s in spans]
         plan = RowPlan(moved, range(moved[-1].stop))
-        return [Part(first, spans[-1].stop, plan.names, plan, 0)]
+        return [RowPart(first, spans[-1].stop, plan.names, plan, 0)]
 
-    def rows_of(self, x: Tensor, part: Part) -> Tensor:
+    def rows_of(self, x: Tensor, part: RowPart) -> Tensor:
         """The part's rows of a tensor."""
         times = self.times(x)
         return x[part.start * times : part.stop * times]
 
-    def call_of(self, args: tuple, kwargs: dict[str, Any], part: Part) -> tuple[tuple, dict[str, Any]]:
+    def call_of(self, args: tuple, kwargs: dict[str, Any], part: RowPart) -> tuple[tuple, dict[str, Any]]:
         """The part's rows of a module's inputs.
 
         Of tensors beside the tokens, those of four dimensions with as many rows (masks, rotary tables of each sample) are
@@ -199,7 +199,7 @@ class RowPlan:
         return tuple(own(v) for v in args), {k: own(v) for k, v in kwargs.items()}
 
 
-def in_parts(flow: Flow, parts: list[Part], run: Callable[[Part], Any]) -> list[Any]:
+def in_parts(flow: Flow, parts: list[RowPart], run: Callable[[RowPart], Any]) -> list[Any]:
     """``run`` for each part, while the forward is the part's alone."""
     plan, results = flow.plan, []
     try:
