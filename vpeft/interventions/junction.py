@@ -297,7 +297,7 @@ class Junction:
         plan, parts = flow.plan, self._parts(flow, (owner for owner, _ in self.after))
         if not parts:
             return output
-        together = self._output_together(flow, args, output)
+        together = self._together(flow, self.after, args, output)
         if together is not None:
             return together
 
@@ -312,11 +312,11 @@ class Junction:
         """Samples differ in a linear's bias and in nothing else: added behind one product, which is faster than slices."""
         return type(self.module).forward is nn.Linear.forward and {leaf for _, leaf, _ in self.trained} == {"bias"}
 
-    def _output_together(self, flow: Flow, args: tuple, output: Any) -> Any:
+    def _together(self, flow: Flow, entries: list[tuple[str, Callable]], *seen: Any) -> Any:
         """The output for all samples in one product, where every span has one change of one kind that can; else None."""
         changes = []
         for span in flow.plan.spans:
-            own = [change for owner, change in self.after if owner in span.names]
+            own = [change for owner, change in entries if owner in span.names]
             if len(own) != 1 or not isinstance(own[0], MethodType):
                 return None
             changes += own
@@ -324,7 +324,7 @@ class Junction:
         form = getattr(members[0], f"{changes[0].__name__}_together", None)
         if form is None or len({(type(c.__self__), c.__name__) for c in changes}) > 1:
             return None
-        return form(members, flow.plan, args, output)
+        return form(members, flow.plan, *seen)
 
     def _operated_in_parts(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> Any:
         plan, alone = flow.plan, self._run_alone_in(flow)
@@ -336,6 +336,11 @@ class Junction:
             biases = in_parts(flow, parts, lambda part: self.tensors(flow).get("bias", self.module.bias))
             y = plan.samples(F.linear(args[0], self.module.weight))
             return y.add_(plan.of_each(biases)[:, None]).view(*args[0].shape[:-1], -1)
+
+        if not (alone or self.trained or self.joined or self.replaced or kwargs):
+            together = self._together(flow, self.around, args)
+            if together is not None:
+                return together
 
         def run(part: RowPart) -> Any:
             own = plan.call_of(args, kwargs, part)
