@@ -13,6 +13,7 @@ import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds
 from tests.support.models import attached, calibrated, images, make, randomise
 from tests.support.reference import Reference
+from vpeft.docs.compatibility import try_cell
 from vpeft.interventions.lookup import running
 from vpeft.interventions.weights import ReplaceTensor
 from vpeft.methods.pixel_raw import first_come_map, greedy_map, mode_map
@@ -687,3 +688,9 @@ def test_frozen_classifier_and_plain_summary():
     tuned = attached(model, "dam_vp", head="tuned")
     assert model.head.weight.requires_grad
     assert {g["name"] for g in tuned.param_groups(lr=1.0)} == {"method", "head"}
+
+
+@pytest.mark.parametrize("method", ["evp", "ilm_vp"])
+def test_a_map_at_a_head_of_several_modules_is_saved_and_loaded(method):
+    cell = try_cell(method, "sam")  # timm's ClassifierHead
+    assert (cell.outcome, cell.reason) == ("works", "")

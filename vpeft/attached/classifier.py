@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..backbone.modules import ModuleRef, classifier_modules
+from ..backbone.modules import ModuleRef, classifier_modules, outputs_of
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Classifier:
     @property
     def outputs(self) -> int | None:
         """How many numbers it gives of an image, where that can be read; None where not, or where it has no tensors."""
-        return next((_outputs(head.module) for head in self.heads), None)
+        return next((outputs_of(head.module) for head in self.heads), None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its tensors, by their names in the model."""
@@ -124,12 +124,6 @@ def _copied(module: nn.Module) -> nn.Module:
     # Hooks that somebody put there stay theirs: what they are bound to is not copied.
     tables = (module._forward_hooks, module._forward_pre_hooks)
     return copy.deepcopy(module, {id(table): OrderedDict(table) for table in tables})
-
-
-def _outputs(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Sequential) and len(module):
-        return _outputs(module[-1])
-    return module.out_features if isinstance(module, nn.Linear) else None
 
 
 def fresh_classifier(model: nn.Module, classes: int) -> Classifier:

@@ -185,6 +185,14 @@ def classifier_modules(model: nn.Module) -> list[ModuleRef]:
     return [ModuleRef(paths[id(m)], m) for m in found if id(m) in paths]
 
 
+def outputs_of(head: nn.Module) -> int | None:
+    """How many numbers a classifier gives of an image, where that can be read: a linear, or what ends with one."""
+    if isinstance(head, nn.Sequential) and len(head):
+        return outputs_of(head[-1])
+    last = getattr(head, "fc", head)  # of timm's ClassifierHead
+    return last.out_features if isinstance(last, nn.Linear) else None
+
+
 def head_places(model: nn.Module) -> list[ModuleRef]:
     """The classifier module(s), as timm names them."""
     return [place for place in classifier_modules(model) if any(True for _ in place.module.parameters())]

@@ -35,7 +35,7 @@ class ClusterFrames(PixelPrompt):
         self.register_buffer("prototypes", torch.zeros(1, features_width(sites)))
 
     @property
-    def pickable(self) -> int:
+    def pickable(self) -> int | None:
         return self.prototypes.shape[1] if self.neurons else super().pickable
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attached.tree import Tree
-from ..backbone.modules import FIRST, ModuleRef
+from ..backbone.modules import FIRST, ModuleRef, outputs_of
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import set_tensor
@@ -55,14 +55,14 @@ class PixelPrompt(MapOutput):
         """The new classes are the new outputs, one for one, until they are mapped again."""
         if self.map is not None:
             self.heads = heads
-            set_tensor(self, "map", torch.arange(heads[0].module.out_features if heads else 0))
+            set_tensor(self, "map", torch.arange((heads and outputs_of(heads[0].module)) or 0))
             for head in heads:
                 self.act_after(head, self._pick)
 
     @property
-    def pickable(self) -> int:
-        """How many outputs there are to pick from."""
-        return self.heads[0].module.out_features
+    def pickable(self) -> int | None:
+        """How many outputs there are to pick from; None where a classifier of one's own does not tell."""
+        return outputs_of(self.heads[0].module)
 
     def why_not(self, tensors: dict[str, Tensor]) -> str | None:
         return why_no_map(tensors["map"], len(self.map), self.pickable) if "map" in tensors else None
@@ -87,13 +87,13 @@ class PixelPrompt(MapOutput):
             raise MethodError(f"the pixel prompt is made for images of {want}, this one has {got}")
 
 
-def why_no_map(found: Tensor, classes: int, outputs: int) -> str | None:
+def why_no_map(found: Tensor, classes: int, outputs: int | None) -> str | None:
     """Why numbers from a file cannot say which of so many outputs stands for each class; or None."""
     if len(found) != classes:
         return f"map: {len(found)} outputs for {classes} classes"
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         return f"map: numbers of outputs are whole, not {str(found.dtype).removeprefix('torch.')}"
-    wrong = [] if found.is_meta else [n for n in found.tolist() if not 0 <= n < outputs]
+    wrong = [] if found.is_meta else [n for n in found.tolist() if not 0 <= n < (n + 1 if outputs is None else outputs)]
     return f"map: output {wrong[0]} of {outputs}" if wrong else None
 
 
