@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
-from ..errors import MethodError, shown
+from ..errors import MethodError, VpeftError, shown
 from ..interventions.base import Intervention
 from ..interventions.context import Watch
 from ..interventions.weights import ExistingTensors
@@ -60,6 +60,14 @@ def part_method(part: Any, where: str, without: tuple[str, ...] = ()) -> Method:
 def as_part(method: Method) -> Part:
     """The mapping that names a method with all its options."""
     return {"method": method.name} | method.options()
+
+
+def built_by(method: Method, sites: Sites, where: str) -> Iterator[tuple[str, Any]]:
+    """What a part builds; its errors begin with its place."""
+    try:
+        yield from method.build(sites)
+    except VpeftError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 Built = tuple[int, str, nn.Module]
@@ -169,7 +177,11 @@ class Compose(Method):
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         apart, acting = Apart(f"{self.name}.parts"), set()
-        built = ((n, path, part) for n, method in enumerate(self.methods) for path, part in method.build(sites))
+        built = (
+            (n, path, part)
+            for n, method in enumerate(self.methods)
+            for path, part in built_by(method, sites, f"{apart.where}[{n}]")
+        )
         for number, path, module in in_turn(built):
             path = apart.add(number, self.methods[number], path, module)
             if isinstance(module, Intervention) and not isinstance(module, Watch):

@@ -16,7 +16,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean, shown
 from ..options import SEED, declared, option
 from .base import Method, Paper, PerBlock, register
-from .compose import Apart, Built, Compose, Part, as_part, in_turn, part_method
+from .compose import Apart, Built, Compose, Part, as_part, built_by, in_turn, part_method
 from .noah import NOAH_PAPER
 from .slices import SubNetwork
 from .space import Architecture, SearchSpace, SpaceModule
@@ -194,7 +194,9 @@ class _Maker:
             (number, path, part)
             for number, module in enumerate(self.sized)
             if any(architecture[module.space.name])
-            for path, part in part_method(module.at(architecture[module.space.name]), module.where).build(self.sites)
+            for path, part in built_by(
+                part_method(module.at(architecture[module.space.name]), module.where), self.sites, module.where
+            )
         )
 
 
