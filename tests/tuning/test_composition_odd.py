@@ -45,6 +45,13 @@ def test_a_file_that_could_not_be_loaded_is_not_named(name, tmp_path):
     assert not (tmp_path / "shop.json").exists()
 
 
+def test_a_list_names_no_part_that_could_not_be_attached(tmp_path):
+    _, handles = three()
+    with pytest.raises(vpeft.CheckpointError, match="'training' is an attribute"):
+        vpeft.save_composition(None, tmp_path / "tasks.json", {"training": saved(handles, tmp_path)["a"]})
+    assert not (tmp_path / "tasks.json").exists()
+
+
 def test_values_that_are_no_numbers_are_those_of_their_file(tmp_path):
     model, handles = three()
     with torch.no_grad():
@@ -99,6 +106,37 @@ def test_low_rank_updates_of_methods_without_targets(method, options):
     with pytest.raises(vpeft.MethodError, match=f"'other': {method} has no targets"):
         vpeft.combine([handles[0], other], [2, 1], head="a")
     assert vpeft.active(model) == ["other"]
+
+
+@pytest.mark.parametrize("parts", [("ssf", "bitfit"), ("norm", "ssf"), ("difffit", "ssf"), ("ssf", "partial")])
+def test_parts_that_meet_at_one_module_have_no_exact_sum(parts):
+    model = make("vit")
+    a, b = (attached(model, "compose", name=n, parts=[{"method": part} for part in parts]) for n in "ab")
+    randomise(b)
+    for weights in ([1, 1], [2, -1.5]):
+        with pytest.raises(vpeft.MethodError, match=r"no exact sum: .* change there together is not linear"):
+            vpeft.combine([a, b], weights, name="sum", head="a")
+    mean = vpeft.combine([a, b], [3, -2], name="line", head="a").state_dict()  # a point on the line through them
+    one, two = a.state_dict(), b.state_dict()
+    assert all(torch.allclose(t, 3 * one[n] - 2 * two[n], atol=1e-5) for n, t in mean.items())
+
+
+def test_parts_at_modules_of_their_own_have_an_exact_sum():
+    model = make("vit", dtype=torch.float64)
+    bare = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("head")}
+    parts = [{"method": "partial"}, {"method": "ssf", "blocks": [0]}]
+    handles = [attached(model, "compose", name=n, parts=parts) for n in "ab"]
+    for seed, handle in enumerate(handles):
+        randomise(handle, 0.1, seed)
+    handles.append(vpeft.combine(handles, [2, -1.5], name="sum", head="a"))
+    changes = []
+    for handle in handles:
+        vpeft.activate(model, handle)
+        handle.merge()
+        changes.append({n: dict(model.named_parameters())[n].detach() - p for n, p in bare.items()})
+        handle.unmerge()
+    one, two, total = changes
+    assert all(torch.allclose(total[n], 2 * one[n] - 1.5 * two[n], atol=1e-12) for n in bare)
 
 
 # ---- handles that another one detached ----

@@ -1,6 +1,6 @@
 """``compose``: several methods of the library as one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -233,6 +233,31 @@ class Compose(Method):
             parts.append(as_part(simpler))
             tensors |= state
         return Compose(parts=parts), tensors
+
+    def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> tuple[Method, dict[str, Tensor]]:
+        self._check_sums(trees[0])
+        return super().summed(trees, weights)
+
+    def _check_sums(self, tree: Tree) -> None:
+        """Refuse sums of parts that meet at one module: of a scaled output and a weight that trains, the product changes."""
+        acting: dict[str, int] = {}
+        training: dict[str, set[int]] = {}
+        for number, (_, view) in enumerate(self._views(tree)):
+            for part in view.interventions:
+                for name in part.own_entries():
+                    training.setdefault(name.rpartition(".")[0], set()).add(number)
+                for path in {place.path for place in part.hooked()}:
+                    others = ({acting.setdefault(path, number)} | training.get(path, set())) - {number}
+                    if others:
+                        self._refuse_sum(path, number, min(others))
+        for path, number in acting.items():
+            others = training.get(path, set()) - {number}
+            if others:
+                self._refuse_sum(path, number, min(others))
+
+    def _refuse_sum(self, path: str, one: int, other: int) -> None:
+        names = self.methods[one].name, self.methods[other].name
+        raise MethodError(f"{path}: what {names[0]} and {names[1]} change there together is not linear in their tensors")
 
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         for method, view in self._views(tree):

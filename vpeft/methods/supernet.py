@@ -270,6 +270,8 @@ def winner(method: Supernet, architecture: Mapping[str, Sequence[int]]) -> Compo
     Raises:
         MethodError: not of the search space.
     """
+    if not isinstance(architecture, Mapping) or not all(isinstance(sizes, Sequence) for sizes in architecture.values()):
+        raise MethodError(f"architecture: {shown(architecture)} is no mapping of modules to sizes")
     depth = max((len(sizes) for sizes in architecture.values()), default=1)
     sized = method._sized(depth)
     if method.modules is None:  # NOAH's values may have been cut to the model's width

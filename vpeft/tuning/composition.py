@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -20,7 +19,7 @@ from ..options import check_values, option
 from .active import Activated, activate, active
 from .attaching import check_arguments
 from .averaging import AVERAGE, Recipe, average, combine, make
-from .container import container_of, originals_of
+from .container import Container, container_of, originals_of
 from .handle import Handle
 from .loading import load
 
@@ -296,6 +295,8 @@ def _check(content: Mapping[str, Any]) -> None:
         name = part["name"]
         if name in seen:
             raise CheckpointError(f"two parts are called '{name}'")
+        if Container.has_attribute(name):
+            raise CheckpointError(f"'{name}' is an attribute of the module that holds attached methods; choose another")
         unknown = [other for other in part.get("of", ()) if other not in seen]
         if unknown:
             raise CheckpointError(f"'{name}' is made of '{unknown[0]}', which is no part before it")
