@@ -145,6 +145,8 @@ def test_a_copy_and_detach():
         ([{"method": 5}], r"parts\[0\]\.method: 5"),
         ([{"method": "lora", 5: 2}], r"parts\[0\]"),
         ([LORA, {"method": "adapter", "bottleneck": 0}], r"\[1\]: adapter has no place to act on"),
+        ([LORA, {"method": "adapter", "bottleneck": [1, 2]}], r"compose\.parts\[1\]: adapter\.bottleneck: 2 sizes for 3"),
+        ([LORA, {"method": "lora", "targets": ["fc1"], "rank": 33}], r"compose\.parts\[1\]: lora\.rank: 33 is above"),
         ([{"method": "vqt"}, {"method": "dam_vp"}], "looks at data|both have the model's classifier"),
         ([], "0 entries"),
         (5, "parts"),

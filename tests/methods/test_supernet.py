@@ -325,7 +325,7 @@ def test_a_supernet_does_not_merge():
         ([{"method": "lora", "option": "rank", "values": []}], r"modules\[0\]: search space, lora\.values"),
         ([{"method": "lora", "option": "rank", "values": [0, 2]}], r"lora\.values"),
         ([{"method": "lora", "option": "rank", "depths": [4]}], "the model has 3 blocks"),
-        ([{"method": "lora", "option": "rank", "values": [64]}], "highest rank"),
+        ([{"method": "lora", "option": "rank", "values": [64]}], r"modules\[0\]: lora\.rank: 64 is above .* highest rank"),
         ([{"method": "lora", "option": "rank", "values": [2]}] * 2, "no name twice"),
         ([{"method": "lora", "option": "rank", "values": [2]}, {"method": "lora", "option": "rank", "values": [2], "name": "x"}],
          "both have blocks.0.attn.qkv.lora"),
@@ -348,6 +348,9 @@ def test_foreign_architectures_and_trees_are_refused():
             function(handle.root, {"vpt_deep": (7, 0, 0), "lora": (2, 0, 0), "adapter": (1, 1, 0)})
     with pytest.raises(vpeft.MethodError, match="size 7 in block 0"):
         winner(handle.method, {"vpt_deep": (7, 0, 0), "lora": (2, 0, 0), "adapter": (1, 1, 0)})
+    for wrong in (None, 5, {"lora": None}):
+        with pytest.raises(vpeft.MethodError, match="is no mapping of modules to sizes"):
+            winner(handle.method, wrong)
     with pytest.raises(vpeft.MethodError, match="no supernet"):
         choose(vpeft.attach(make("vit"), "lora").root, None)
 

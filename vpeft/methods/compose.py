@@ -1,6 +1,6 @@
 """``compose``: several methods of the library as one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attached.tree import Tree
 from ..backbone.modules import ModuleRef
 from ..backbone.sites import Sites
-from ..errors import MethodError, shown
+from ..errors import MethodError, VpeftError, shown
 from ..interventions.base import Intervention
 from ..interventions.context import Watch
 from ..interventions.weights import ExistingTensors
@@ -60,6 +60,14 @@ def part_method(part: Any, where: str, without: tuple[str, ...] = ()) -> Method:
 def as_part(method: Method) -> Part:
     """The mapping that names a method with all its options."""
     return {"method": method.name} | method.options()
+
+
+def built_by(method: Method, sites: Sites, where: str) -> Iterator[tuple[str, Any]]:
+    """What a part builds; its errors begin with its place."""
+    try:
+        yield from method.build(sites)
+    except VpeftError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 Built = tuple[int, str, nn.Module]
@@ -169,7 +177,11 @@ class Compose(Method):
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         apart, acting = Apart(f"{self.name}.parts"), set()
-        built = ((n, path, part) for n, method in enumerate(self.methods) for path, part in method.build(sites))
+        built = (
+            (n, path, part)
+            for n, method in enumerate(self.methods)
+            for path, part in built_by(method, sites, f"{apart.where}[{n}]")
+        )
         for number, path, module in in_turn(built):
             path = apart.add(number, self.methods[number], path, module)
             if isinstance(module, Intervention) and not isinstance(module, Watch):
@@ -221,6 +233,31 @@ class Compose(Method):
             parts.append(as_part(simpler))
             tensors |= state
         return Compose(parts=parts), tensors
+
+    def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> tuple[Method, dict[str, Tensor]]:
+        self._check_sums(trees[0])
+        return super().summed(trees, weights)
+
+    def _check_sums(self, tree: Tree) -> None:
+        """Refuse sums of parts that meet at one module: of a scaled output and a weight that trains, the product changes."""
+        acting: dict[str, int] = {}
+        training: dict[str, set[int]] = {}
+        for number, (_, view) in enumerate(self._views(tree)):
+            for part in view.interventions:
+                for name in part.own_entries():
+                    training.setdefault(name.rpartition(".")[0], set()).add(number)
+                for path in {place.path for place in part.hooked()}:
+                    others = ({acting.setdefault(path, number)} | training.get(path, set())) - {number}
+                    if others:
+                        self._refuse_sum(path, number, min(others))
+        for path, number in acting.items():
+            others = training.get(path, set()) - {number}
+            if others:
+                self._refuse_sum(path, number, min(others))
+
+    def _refuse_sum(self, path: str, one: int, other: int) -> None:
+        names = self.methods[one].name, self.methods[other].name
+        raise MethodError(f"{path}: what {names[0]} and {names[1]} change there together is not linear in their tensors")
 
     def follow_classifier(self, tree: Tree, heads: list[ModuleRef]) -> None:
         for method, view in self._views(tree):

@@ -251,6 +251,8 @@ def low_rank_sum(trees: Sequence[Tree], weights: Sequence[float]) -> tuple[LoRA,
     """
     terms: Terms = {}
     for tree, weight in zip(trees, weights, strict=True):
+        if not hasattr(tree.method, "targets"):
+            raise MethodError(f"'{tree.name}': {tree.method.name} has no targets, and may hold more than low-rank updates")
         for part in tree.interventions:
             if not (isinstance(part, LoraLinear) and part.plain):
                 raise MethodError(f"'{tree.name}': {tree.method.name} adds something else than a product of two factors")

@@ -16,7 +16,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, did_you_mean, shown
 from ..options import SEED, declared, option
 from .base import Method, Paper, PerBlock, register
-from .compose import Apart, Built, Compose, Part, as_part, in_turn, part_method
+from .compose import Apart, Built, Compose, Part, as_part, built_by, in_turn, part_method
 from .noah import NOAH_PAPER
 from .slices import SubNetwork
 from .space import Architecture, SearchSpace, SpaceModule
@@ -194,7 +194,9 @@ class _Maker:
             (number, path, part)
             for number, module in enumerate(self.sized)
             if any(architecture[module.space.name])
-            for path, part in part_method(module.at(architecture[module.space.name]), module.where).build(self.sites)
+            for path, part in built_by(
+                part_method(module.at(architecture[module.space.name]), module.where), self.sites, module.where
+            )
         )
 
 
@@ -268,6 +270,8 @@ def winner(method: Supernet, architecture: Mapping[str, Sequence[int]]) -> Compo
     Raises:
         MethodError: not of the search space.
     """
+    if not isinstance(architecture, Mapping) or not all(isinstance(sizes, Sequence) for sizes in architecture.values()):
+        raise MethodError(f"architecture: {shown(architecture)} is no mapping of modules to sizes")
     depth = max((len(sizes) for sizes in architecture.values()), default=1)
     sized = method._sized(depth)
     if method.modules is None:  # NOAH's values may have been cut to the model's width

@@ -102,7 +102,7 @@ def _chosen(model: nn.Module, container: Container | None, names: Iterable[str |
     for item in given:
         if isinstance(item, Handle) and item.model is not model:
             raise MethodError(f"activate: '{item.name}' is attached to another model")
-        name = item.name if isinstance(item, Handle) else item
+        name = item.root.name if isinstance(item, Handle) else item
         if not isinstance(name, str) or name not in known:
             raise MethodError(f"{shown(name)} is not attached{did_you_mean(name, known) if known else ''}")
         if name in found:

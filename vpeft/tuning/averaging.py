@@ -80,8 +80,10 @@ def average(
     if mode not in ("tensors", "exact"):
         raise MethodError(f"average: mode={shown(mode)}; expected 'tensors' or 'exact'")
     found = _weights([1.0] * len(given) if weights is None else weights, given, "average")
-    if min(found) < 0 or not sum(found) > 0:
-        raise MethodError(f"average: weights {found} must not be negative, and not all 0; see vpeft.combine")
+    if min(found) < 0 or not 0 < sum(found) < math.inf:
+        raise MethodError(
+            f"average: weights {found} must not be negative, and not all 0, and have a finite sum; see vpeft.combine"
+        )
     return _attach(given, Recipe("average", _names(given), tuple(found), mode, _head_name(given, head)), name, heads)
 
 
@@ -141,7 +143,21 @@ def make(handles: Sequence[Handle], recipe: Recipe) -> Made:
         else:
             method, state = _total(trees, used, affine and recipe.by == "combine")
     shares = weights if affine else [1 / len(handles)] * len(handles)
-    return Made(method, state, *_head(handles, shares, recipe.head))
+    made = Made(method, state, *_head(handles, shares, recipe.head))
+    _check_finite(made, [handle.root for handle in handles])
+    return made
+
+
+def _check_finite(made: Made, trees: Sequence[Tree]) -> None:
+    """Refuse values that are too large for their type, where those that they were made of are numbers."""
+    lost = next((n for n, t in (made.state | made.head).items() if not _finite(t)), None)
+    if lost is not None and all(_finite(t) for tree in trees for t in (tree.state() | tree.head_tensors()).values()):
+        dtype = str((made.state | made.head)[lost].dtype).removeprefix("torch.")
+        raise MethodError(f"{lost} would be too large for {dtype}; take smaller weights")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(tensor.isfinite().all())
 
 
 def _total(trees: Sequence[Tree], weights: Sequence[float], or_mean: bool) -> tuple[Method, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -20,7 +19,7 @@ from ..options import check_values, option
 from .active import Activated, activate, active
 from .attaching import check_arguments
 from .averaging import AVERAGE, Recipe, average, combine, make
-from .container import container_of, originals_of
+from .container import Container, container_of, originals_of
 from .handle import Handle
 from .loading import load
 
@@ -91,6 +90,7 @@ def save_composition(model: nn.Module | None, path: str | Path, files: Mapping[s
         if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files):
             raise CheckpointError(f"files: expected a mapping of names to files, got {shown(files)}")
         parts = [_part(path, name, file) for name, file in files.items()]
+        _check_own_place(path, files)
         content: dict[str, Any] = {"kind": KIND, "format": FORMAT, "parts": parts, "made": [], "active": [], "head": None}
         content |= {"model": None, "fingerprint": None}
         if model is not None:
@@ -127,7 +127,9 @@ def load_composition(
     """
     check_arguments(model, None, None)
     path = existing_file(path)
-    heads = dict(heads or {})
+    heads = {} if heads is None else heads
+    if not isinstance(heads, Mapping):
+        raise MethodError(f"heads: expected modules by the handles' names, got {shown(heads)}")
     with naming(path):
         content = _read(path)
         files = {part["name"]: _verified(path, part) for part in content["parts"]}
@@ -191,8 +193,24 @@ def _part(path: Path, name: str, file: str | Path) -> dict[str, str]:
     whole = file.parent.resolve() / file.name  # a link is taken as where it stands
     if not whole.is_relative_to(folder):
         raise CheckpointError(f"files: {file} of '{name}' is not in the composition's folder or below it; put it there")
+    given = whole.relative_to(folder).as_posix()
+    if _leads_out(given):
+        raise CheckpointError(f"files: {shown(given)} of '{name}' is no path on every system; rename it, without \\ and :")
     checkpoint.read(file)
-    return {"name": name, "file": whole.relative_to(folder).as_posix(), "sha256": _sha256(file)}
+    return {"name": name, "file": given, "sha256": _sha256(file)}
+
+
+def _check_own_place(path: Path, files: Mapping[str, str | Path]) -> None:
+    """Refuse to write the composition over one of its parts."""
+    for name, file in files.items():
+        if path.exists() and path.samefile(file):
+            raise CheckpointError(f"this is the file of '{name}', which would be lost; give the composition another path")
+
+
+def _leads_out(given: str) -> bool:
+    """Whether a path may stand for another place than one in the composition's folder, on some system."""
+    pure = PurePosixPath(given)
+    return pure.is_absolute() or ".." in pure.parts or "\\" in given or ":" in given or "\0" in given
 
 
 def _check_same(tree: Tree, path: Path) -> None:
@@ -208,7 +226,12 @@ def _check_same(tree: Tree, path: Path) -> None:
 def _same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
     if one.keys() != two.keys():
         return False
-    return all(one[n].shape == two[n].shape and torch.equal(one[n].detach().cpu(), two[n].to(one[n].dtype)) for n in one)
+    return all(_equal(one[n].detach().cpu(), two[n].detach().cpu().to(one[n].dtype)) for n in one)
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Entry by entry; what is no number is equal to itself."""
+    return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def _recipe(model: nn.Module, name: str, trees: Mapping[str, Tree], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -272,6 +295,8 @@ def _check(content: Mapping[str, Any]) -> None:
         name = part["name"]
         if name in seen:
             raise CheckpointError(f"two parts are called '{name}'")
+        if Container.has_attribute(name):
+            raise CheckpointError(f"'{name}' is an attribute of the module that holds attached methods; choose another")
         unknown = [other for other in part.get("of", ()) if other not in seen]
         if unknown:
             raise CheckpointError(f"'{name}' is made of '{unknown[0]}', which is no part before it")
@@ -295,10 +320,9 @@ def _check_names(names: Iterable[str], known: set[str], what: str) -> None:
 def _verified(path: Path, part: Mapping[str, str]) -> Path:
     """The path of a part whose bytes are those that were there when the composition was written."""
     given = part["file"]
-    pure = PurePosixPath(given)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in given or ":" in given or "\0" in given:
+    if _leads_out(given):
         raise CheckpointError(f"'{part['name']}': {shown(given)} leads out of the composition's folder")
-    file = path.parent / pure
+    file = path.parent / given
     try:
         found = _sha256(existing_file(file))
     except CheckpointError as error:

@@ -35,7 +35,7 @@ class _Switch:
 
     def __exit__(self, *error) -> None:
         container = self.handle._container
-        if self.handle._root is None or set(container.trees) - self.there:
+        if container is None or not self.handle._there or set(container.trees) - self.there:
             return  # it was detached, or another one was attached, whose turn it is
         self.handle._switch(self.was)
         enabled = container.enabled_order  # someone else may have been switched meanwhile
@@ -60,9 +60,14 @@ class Handle:
     @property
     def root(self) -> Tree:
         """The method's modules, and what belongs to them."""
-        if self._root is None:
+        if self._root is None or not self._there:
             raise MethodError(f"'{self.name}' was detached")
         return self._root
+
+    @property
+    def _there(self) -> bool:
+        container = container_of(self.model)  # another handle of the same method may have detached it
+        return container is not None and container._modules.get(self.name) is self._root
 
     @property
     def method(self) -> Method:
@@ -346,7 +351,7 @@ class Handle:
         return summary(self.root, self.boundary, self.mergeable, state)
 
     def __repr__(self) -> str:
-        if self._root is None:
+        if self._root is None or not self._there:
             return f"{self.name}: detached"
         return self.summary()
 
