@@ -29,7 +29,8 @@ def fresh(code: str) -> str:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import vpeft", "from vpeft.tasks.video import FramewiseModel",
+    [pytest.param("import vpeft", marks=pytest.mark.slow),
+     pytest.param("from vpeft.tasks.video import FramewiseModel", marks=pytest.mark.slow),
      "import vpeft.tasks, vpeft.data, vpeft.engine, vpeft.cli, vpeft.bench, vpeft.docs, vpeft.integrations, "
      "vpeft.tasks.classification, vpeft.tasks.segmentation, vpeft.files, vpeft.numerics",
      "from vpeft.cli import main; main(['methods'])"],

@@ -49,7 +49,7 @@ def test_refusals_say_why_and_leave_nothing(method, kind):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@sweep
+@short_sweep
 def test_names_and_class_stay(method, kind):
     model = make(kind)
     names, cls, forward = list(model.state_dict()), type(model), type(model).forward
@@ -73,7 +73,7 @@ def test_identity_at_start(method, kind):
         assert changed > 1e-13
 
 
-@sweep
+@short_sweep
 def test_only_the_method_and_the_head_train(method, kind):
     model = make(kind)
     handle = attached(model, method)
@@ -109,7 +109,7 @@ def vars_of(model: nn.Module) -> dict:
     return found
 
 
-@sweep
+@short_sweep
 def test_detach_leaves_nothing(method, kind):
     model = make(kind)
     next(model.parameters()).requires_grad_(False)
@@ -128,7 +128,7 @@ def test_detach_leaves_nothing(method, kind):
         handle.enable()
 
 
-@sweep
+@short_sweep
 def test_save_load_is_bit_identical(method, kind, tmp_path):
     model = make(kind)
     handle = attached(model, method)
@@ -226,7 +226,7 @@ def test_compiles_in_one_graph(method):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-@sweep
+@short_sweep
 def test_activation_checkpointing_gives_the_same_gradients(method, kind):
     model = make(kind, dtype=torch.float64)
     handle = attached(model, method)
@@ -243,7 +243,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method, kind):
         assert torch.equal(a, b)
 
 
-@sweep
+@short_sweep
 def test_bf16_autocast_runs(method, kind):
     model = make(kind)
     handle = attached(model, method)
@@ -267,7 +267,9 @@ def differentiated(handle: vpeft.Handle, x: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
-@pytest.mark.parametrize("moved", [False, True], ids=["at its start", "moved"])
+@pytest.mark.parametrize(
+    "moved", [pytest.param(False, id="at its start", marks=pytest.mark.slow), pytest.param(True, id="moved")]
+)
 def test_half_precision_backbone(method, kind, moved):
     """Outputs and gradients are those of the same values in float32, up to bfloat16's three digits."""
     model = make(kind).to(torch.bfloat16)
@@ -291,7 +293,7 @@ def test_half_precision_backbone(method, kind, moved):
     assert torch.linalg.norm(ours - theirs) < 0.05 * torch.linalg.norm(theirs)
 
 
-@sweep
+@short_sweep
 def test_eval_is_deterministic(method, kind):
     model = make(kind, drop_rate=0.2, drop_path_rate=0.3)
     handle = attached(model, method)
@@ -337,7 +339,7 @@ def test_merge_and_unmerge(method, kind):
     assert not hasattr(plain, "vpeft")
 
 
-@sweep
+@short_sweep
 def test_switching_off_gives_the_bare_model(method, kind):
     model = make(kind)
     x = images(model)
@@ -392,7 +394,7 @@ def test_an_empty_batch_has_an_empty_answer(method):
     assert run(model, x).shape == expected
 
 
-@sweep
+@short_sweep
 def test_timm_calls_still_work(method, kind):
     model = make(kind)
     randomise(attached(model, method))

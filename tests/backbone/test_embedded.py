@@ -32,7 +32,8 @@ def neighbour_accuracy(model: nn.Module) -> float:
     return float(np.mean(train.labels[nearest] == test.labels[:400]))
 
 
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_features_carry_over_to_digits(name):
     torch.manual_seed(0)
     pretrained = timm.create_model(f"{name}.vpeft_fashion", pretrained=True, num_classes=0).eval()

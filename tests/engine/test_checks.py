@@ -101,6 +101,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_says_what_is_kept(tiny_file, tmp_path):
     """The system refuses to let files grow, from the second epoch's state on."""
     command = [sys.executable, "-c", FULL, "train", "--cfg", tiny_file, "train.epochs=3"]

@@ -28,7 +28,8 @@ def started(file, *overrides):
     )
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_ends_in_one_line(tiny_file, tmp_path, number):
     """As a terminal and a cluster's scheduler send it: the workers get it too."""
     folder = tmp_path / "runs/run"

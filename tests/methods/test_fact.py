@@ -240,7 +240,7 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("rank", TABLE)
+@pytest.mark.parametrize("rank", [pytest.param(r, marks=() if r == 4 else pytest.mark.slow) for r in TABLE])
 def test_counts(rank):
     options = {"rank": rank}
     found = [count(method, options, model) for model in (VIT_B, SWIN_B) for method in ("fact_tt", "fact_tk")]

@@ -557,7 +557,7 @@ def test_one_extra_forward_and_no_recursion():
     assert len(set(torch.cdist(f, s["dam_vp.prototypes"]).argmin(1).tolist())) == 3, "every frame is used"
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_three_frames_survive_copies_compilation_and_checkpointing(kind):
     model, handle, x = clustered(kind)
     y = model(x)

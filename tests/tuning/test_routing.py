@@ -96,7 +96,7 @@ def test_float32(method, kind):
     assert difference(found, alone(model, x, TASKS)) < 1e-5
 
 
-@sweep
+@short
 def test_each_gradient_reaches_its_own_handle_and_head(method, kind):
     model = with_handles(method, kind)
     a, b, c = vpeft.train_side_by_side(model, list("abc"))
@@ -123,7 +123,7 @@ def own(handle: vpeft.Handle) -> list[nn.Parameter]:
     return [p for _, p in sorted(named, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "vit" else pytest.mark.slow) for k in MODELS])
 @torch.no_grad()
 def test_every_method_in_one_batch(kind):
     model, tasks = make(kind, dtype=torch.float64), []

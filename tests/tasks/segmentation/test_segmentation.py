@@ -71,7 +71,7 @@ def test_every_head_trains_on_a_plain_vit(head):
     assert torch.isfinite(model.semantic(images)).all()
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_trains_and_infers(name, kind):
     """One step of every method moves what it trains, or it says why dense maps are not for it."""

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vpeft
-from tests.support.models import CASES, make, randomise
+from tests.support.models import SHORT_SWEEP, make, randomise
 from vpeft.methods import METHODS
 from vpeft.tasks.video.model import FramewiseModel, inflate, joint_vit, load_videomae, sinusoid
 
@@ -47,7 +47,7 @@ def exercise(model, handle, x):
         assert any(g is not None and g.abs().max() > 0 for g in found)
 
 
-@pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c[1] != "vit_reg"])
+@pytest.mark.parametrize(("method", "kind"), [c for c in SHORT_SWEEP if c.values[1] != "vit_reg"])
 def test_every_method_runs_on_frames(method, kind):
     backbone = make(kind)
     x = clip_of(backbone)
@@ -140,7 +140,7 @@ BEHIND |= {("side_tuning", "swin"), ("vpt_shallow", "swin"), ("vpt_deep", "swin"
 BEHIND |= {(method, "swin") for method in ("compose", "noah", "supernet")}  # with prompts
 
 
-@pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c[1] != "vit_reg"])
+@pytest.mark.parametrize(("method", "kind"), [c for c in SHORT_SWEEP if c.values[1] != "vit_reg"])
 def test_every_method_pooled_before_the_norm_or_refused(method, kind):
     backbone = make(kind)
     x = clip_of(backbone)
