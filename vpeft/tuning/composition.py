@@ -347,7 +347,9 @@ def _check_fits(
     if not (check_backbone and content["fingerprint"]) or _fingerprint(model) == content["fingerprint"]:
         return
     was, here = ((m["name"] or m["class"]) for m in (content["model"], checkpoint.model_metadata(model)))
-    reason = f"it was made on {was}, this model is {here}" if was != here else f"this {here} has other frozen weights"
+    reason = f"it was made on {was}, this model is {here}"
+    if was == here:
+        reason = f"this {here} has other frozen weights (another pretrained tag, input size, dtype, or random ones)"
     raise CheckpointError(f"made for another backbone: {reason}")
 
 
