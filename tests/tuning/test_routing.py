@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import timm
@@ -116,6 +117,34 @@ def test_each_gradient_reaches_its_own_handle_and_head(method, kind):
     for got, p in zip(found["a"], own(handle), strict=True):
         wanted = torch.zeros_like(p) if p.grad is None else p.grad
         assert ((torch.zeros_like(p) if got is None else got) - wanted).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("method", ["lora", "vpt_shallow", "lst", "bitfit"])
+def test_handles_that_are_off_train_without_being_asked(method):
+    model = with_handles(method, "vit")
+    x, tasks = batch(model, 4), ["a", "b", "a", "b"]
+    with torch.no_grad(), vpeft.route(model, tasks):
+        model(x)
+    handles = [vpeft.get_handle(model, n) for n in "abc"]
+    assert not any(p.requires_grad for h in handles for p in h.parameters())
+    with vpeft.route(model, tasks):
+        out = model(x)
+    out[[0, 2]].square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in handles[0].parameters())
+    assert not any(p.grad is not None and p.grad.any() for h in handles[1:] for p in own(h))
+    with torch.no_grad():
+        assert torch.equal(model(x), make("vit", dtype=torch.float64)(x))
+
+
+def test_parameters_that_an_optimizer_cannot_know_are_said():
+    model = with_handles("norm", "vit", "ab")
+    vpeft.get_handle(model, "a").train()
+    with pytest.warns(UserWarning, match="'a' trains the model's own tensors"), vpeft.route(model, ["a", "b"]):
+        model(batch(model, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vpeft.route(model, ["a", "b"]):
+            model(batch(model, 2))
 
 
 def own(handle: vpeft.Handle) -> list[nn.Parameter]:

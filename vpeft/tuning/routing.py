@@ -1,10 +1,12 @@
 """Batches of mixed tasks: one forward in which each sample uses its own handle and its own head."""
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 from ..attached.tree import Tree
@@ -25,8 +27,11 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
 
     Image b is computed as if handle ``tasks[b]`` alone were enabled; which handles are enabled outside of it does not
     matter. It holds for the forwards of this thread: of the model, of ``forward_features``, ``forward_intermediates`` and
-    ``forward_head``. Hooks of your own see the samples sorted by task. In training see ``train_side_by_side``. While it
-    runs, no other thread may switch a handle that trains the model's own tensors: they are written into the model.
+    ``forward_head``. Hooks of your own see the samples sorted by task. While it runs, no other thread may switch a handle
+    that trains the model's own tensors: they are written into the model.
+
+    Where gradients are recorded, handles that are switched off train too, each on its own samples; see
+    ``train_side_by_side``, which is to be called first for those that train the model's own tensors (else a warning).
 
     Args:
         model: a timm model with methods attached, or a module that holds one.
@@ -45,6 +50,7 @@ def route(model: nn.Module, tasks: Iterable[Task], *, pad: bool = False) -> Iter
     """
     container = _container_in(model)
     tasks, hub = _wanted(container, tasks), container.hub
+    _let_train(container, tasks)
     _prepare(container)
     plan = _plan(container, tasks, pad)
     before = getattr(hub.local, "plan", None)
@@ -59,8 +65,8 @@ def train_side_by_side(model: nn.Module, names: str | Handle | Iterable[str | Ha
     """Let several handles train at once, each on its own samples of routed batches (see ``route``).
 
     They are switched off, so that a forward that is not routed is the bare model's, and yet their parameters require
-    gradients: give ``handle.param_groups`` of all to an optimiser. ``handle.enable()`` or ``handle.disable()`` ends it for
-    that handle; called again, it goes on with the same parameters.
+    gradients: give ``handle.param_groups`` of all to an optimiser. ``handle.enable()`` ends it for that handle; called
+    again, it goes on with the same parameters.
 
     Their classifiers, and their values of the model's own tensors, are not in the model: ``model.parameters()``,
     ``model.zero_grad()`` and ``model.state_dict()`` do not have them. Use ``optimizer.zero_grad()`` and ``handle.save``.
@@ -83,6 +89,22 @@ def train_side_by_side(model: nn.Module, names: str | Handle | Iterable[str | Ha
     for handle in handles:
         handle.root.train_beside(True)
     return handles
+
+
+def _let_train(container: Container, tasks: list[tuple[str, ...]]) -> None:
+    """Where gradients are recorded, let the handles train that are switched off."""
+    if not torch.is_grad_enabled():
+        return
+    for tree in (container.trees[name] for names in dict.fromkeys(tasks) for name in names):
+        if tree.enabled or tree.beside:
+            continue
+        if tree.training and any(existing.slots and not existing.beside for existing in tree.existing):
+            warnings.warn(
+                f"route: '{tree.name}' trains the model's own tensors and was switched off; from now on it has parameters "
+                "of its own. Call vpeft.train_side_by_side(model) before its optimiser is made, which knows others else",
+                stacklevel=4,
+            )
+        tree.train_beside(True)
 
 
 def _prepare(container: Container) -> None:
