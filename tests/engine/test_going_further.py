@@ -41,7 +41,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("schedule", "whole"),
     [
-        ("constant", "train.epochs=4"),
+        pytest.param("constant", "train.epochs=4", marks=pytest.mark.slow),
         pytest.param("step", "train.epochs=4", marks=pytest.mark.slow),
         ("cosine", "schedule.cooldown_epochs=2"),
         pytest.param("poly", "schedule.cooldown_epochs=2", marks=pytest.mark.slow),

@@ -229,7 +229,9 @@ def finished(tmp_path_factory):
     return root, work, run(root, work)
 
 
-@pytest.mark.parametrize("stop", [3, 5])  # the second after a validation, which draws random numbers
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.slow), 5]
+)  # the second after a validation, which draws random numbers
 def test_a_resumed_run_ends_as_an_uninterrupted_one(finished, tmp_path, stop):
     root, _, whole = finished
     run(root, tmp_path, stop=stop)

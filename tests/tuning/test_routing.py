@@ -19,9 +19,6 @@ WEIGHTS = {
 }  # fmt: skip
 ROUTED = [(m, k) for m, k in CASES if m not in WEIGHTS]
 sweep = pytest.mark.parametrize(("method", "kind"), [
-    pytest.param(m, k, marks=pytest.mark.slow if k == "vit_reg" else ()) for m, k in ROUTED
-])  # fmt: skip
-short = pytest.mark.parametrize(("method", "kind"), [
     pytest.param(m, k, marks=() if k == "vit" else pytest.mark.slow) for m, k in ROUTED
 ])  # fmt: skip
 TASKS = ["a", "b", None, "a", "c", "b", "a"]
@@ -87,7 +84,7 @@ def test_each_sample_is_computed_by_its_own_handle(method, kind):
     assert difference(alone(model, x, TASKS), expected) == 0  # and nothing is left behind
 
 
-@short
+@sweep
 @torch.no_grad()
 def test_float32(method, kind):
     model = with_handles(method, kind, dtype=torch.float32)
@@ -97,7 +94,7 @@ def test_float32(method, kind):
     assert difference(found, alone(model, x, TASKS)) < 1e-5
 
 
-@short
+@sweep
 def test_each_gradient_reaches_its_own_handle_and_head(method, kind):
     model = with_handles(method, kind)
     a, b, c = vpeft.train_side_by_side(model, list("abc"))
@@ -152,7 +149,7 @@ def own(handle: vpeft.Handle) -> list[nn.Parameter]:
     return [p for _, p in sorted(named, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "vit" else pytest.mark.slow) for k in MODELS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "vit_reg" else ()) for k in MODELS])
 @torch.no_grad()
 def test_every_method_in_one_batch(kind):
     model, tasks = make(kind, dtype=torch.float64), []
