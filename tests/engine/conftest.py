@@ -5,19 +5,18 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from tests.support.runs import TINY_MODEL
 from vpeft.engine.config import load_config
 
-TINY = """
-model:
-  name: vit_tiny_patch16_224
-  pretrained: false
-  img_size: 16
-  kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}
+TINY = (
+    TINY_MODEL
+    + """\
 method: {name: lora, options: {rank: 2}}
 data: {source: digits, val_size: 100, batch_size: 400}
 train: {epochs: 2, batch_size: 100}
 optim: {lr: 5.0e-3}
 """
+)
 
 
 @pytest.fixture

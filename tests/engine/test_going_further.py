@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import vpeft
+from tests.support.runs import interrupted
 from tests.support.signed import edited
 from vpeft import checkpoint
 from vpeft.cli import main
@@ -241,17 +242,7 @@ def test_a_run_ends_when_nothing_gets_better(tiny, monkeypatch):
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate_split)
     config = tiny("train.epochs=9", "train.patience=2")
-    real_epoch = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 3:
-            raise KeyboardInterrupt
-        real_epoch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupted(config, 3)
     metrics = train(config)
     assert (metrics["epoch"], metrics["stopped_early"]) == (2, 4)
     log = " ".join((folder_of(config) / "console.log").read_text().split())

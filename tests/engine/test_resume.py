@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import vpeft
 from tests.engine.conftest import TINY
 from tests.support.places import ROOT
+from tests.support.runs import interrupted
 from vpeft import checkpoint
 from vpeft.cli import main
 from vpeft.engine.config import load_config
@@ -93,28 +94,13 @@ def test_control_c_ends_in_one_line_and_the_run_goes_on(file, tmp_path, capfd):
     assert (log.parent / "state.safetensors").exists()
 
 
-def interrupted(config, monkeypatch):
-    """A run that ends after its first epoch."""
-    real = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        real(self)
-
-    monkeypatch.setattr(Trainer, "_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(Trainer, "_epoch", real)
-
-
 def test_a_run_goes_on_with_the_defaults_that_it_began_with(file, tmp_path, monkeypatch):
     """An update may give an option another default; its configuration then says the same and means something else."""
     begun, now = (
         load_config(file, ["train.epochs=2", "method.name=mam", f"method.options={{tokens: 2, bottleneck: 2{extra}}}"])
         for extra in (", reads: normed", "")
     )
-    interrupted(begun, monkeypatch)
+    interrupted(begun)
     folder = next((tmp_path / "runs").iterdir())
     config = folder / "config.yaml"
     text = config.read_text()
@@ -126,7 +112,7 @@ def test_a_run_goes_on_with_the_defaults_that_it_began_with(file, tmp_path, monk
 
 
 def test_an_unfinished_run_with_other_settings_is_not_continued(tiny, monkeypatch):
-    interrupted(tiny(), monkeypatch)
+    interrupted(tiny())
     with pytest.raises(vpeft.ConfigError, match=r"other settings in: optim\.lr 0\.005 -> 0\.1"):
         train(tiny("optim.lr=0.1"))
     with pytest.raises(vpeft.ConfigError, match="resume=auto continues it"):
@@ -151,14 +137,14 @@ def test_workers_change_nothing_also_after_an_interruption(tiny_file, monkeypatc
     train(workers)
     assert same(weights(plain), weights(workers)), "as many as there are"
     stopped = load_config(tiny_file, [*options, "name=stopped", "data.workers=1"])
-    interrupted(stopped, monkeypatch)
+    interrupted(stopped)
     train(stopped)
     assert same(weights(plain), weights(stopped))
 
 
 def test_settings_that_change_nothing_pass_and_are_named(tiny, tmp_path, monkeypatch):
     constant = ["schedule.name=constant"]
-    interrupted(tiny(*constant), monkeypatch)
+    interrupted(tiny(*constant))
     free = [
         "data.workers=1",
         "data.batch_size=50",
@@ -189,13 +175,13 @@ def test_settings_that_change_nothing_pass_and_are_named(tiny, tmp_path, monkeyp
     ],
 )
 def test_settings_that_change_the_result_are_named(tiny, monkeypatch, change, named):
-    interrupted(tiny(), monkeypatch)
+    interrupted(tiny())
     with pytest.raises(vpeft.ConfigError, match=named):
         train(tiny(change))
 
 
 def test_a_run_goes_on_with_a_lower_rate_where_that_is_asked_for(tiny, monkeypatch):
-    interrupted(tiny("train.epochs=3"), monkeypatch)
+    interrupted(tiny("train.epochs=3"))
     with pytest.raises(vpeft.ConfigError, match=r"cannot change in the middle of a run: model\.kwargs\.depth"):
         train(tiny("train.epochs=3", "resume=changed", "model.kwargs.depth=3"))
     metrics = train(tiny("train.epochs=3", "resume=changed", "optim.lr=1e-4"))
@@ -228,17 +214,7 @@ def runs(tmp_path_factory):
     file.write_text(f"{TINY}output: {file.parent / 'runs'}\n")
     options = ["train.epochs=3", "optim.lr=1e-2"]
     train(load_config(file, [*options, "name=whole"]))
-    real = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-        real(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_epoch", stop)
-        with pytest.raises(KeyboardInterrupt, match="goes on from the state after epoch 2"):
-            train(load_config(file, options))
+    interrupted(load_config(file, options), 2, "goes on from the state after epoch 2")
     return file.parent / "runs"
 
 
@@ -269,22 +245,14 @@ def test_damaged_files_fall_back_to_what_is_whole(after_two, name, how):
 def test_a_best_epoch_that_is_lost_is_said(tiny, monkeypatch):
     """Its weights were in no other file: the best is chosen anew from the last one on."""
     config = tiny("train.epochs=3")
-    values, real, real_epoch = iter([90.0, 10.0, 20.0, 20.0, 20.0]), Trainer.evaluate, Trainer._epoch
+    values, real = iter([90.0, 10.0, 20.0, 20.0, 20.0]), Trainer.evaluate
 
     def evaluate(self, split):
         found = real(self, split)
         return found | {"top1": next(values)} if split == "val" else found
 
-    def stop(self):
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-        real_epoch(self)
-
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupted(config, 2)
     damage(Path(config.output) / "run/best.safetensors", "bit")
     metrics = train(config)
     assert (metrics["epoch"], metrics["lost_best"]) == (3, 1)

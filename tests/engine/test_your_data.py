@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import vpeft
 from tests.support.own_data import class_folders, mask_pairs
 from tests.support.places import ROOT
+from tests.support.runs import interrupted
 from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.test import test as evaluate
@@ -197,19 +198,8 @@ def test_the_class_mean_is_over_the_classes_that_occur():
 
 
 def test_a_run_goes_on_with_its_classes_alone(make, folders, monkeypatch):
-    from vpeft.engine.loop import Trainer
 
-    epoch = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        epoch(self)
-
-    monkeypatch.setattr(Trainer, "_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(make())
-    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    interrupted(make())
     (folders / "train/circle").rename(folders / "train/disc")
     with pytest.raises(vpeft.DataError, match="the data has the new class disc and lacks circle"):
         train(make())

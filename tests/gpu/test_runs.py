@@ -9,20 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.places import ROOT
+from tests.support.runs import TINY_MODEL
 
 pytestmark = pytest.mark.gpu
-TINY = """
-model:
-  name: vit_tiny_patch16_224
-  pretrained: false
-  img_size: 16
-  kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}
+TINY = (
+    TINY_MODEL
+    + """\
 method: {name: adaptformer, options: {bottleneck: 4}}
 data: {source: digits, val_size: 100, batch_size: 400, workers: 2}
 train: {epochs: 4, batch_size: 100}
 augment: {enabled: true}
 optim: {lr: 5.0e-3}
 """
+)
 
 
 def run(tmp_path, name, *options, launcher=()):

@@ -14,9 +14,9 @@ from tests.engine.conftest import TINY
 from tests.methods.test_noah import NOAH
 from tests.support.compare import VIT_B, compare, count
 from tests.support.models import attached, images, make, randomise, train_steps
+from tests.support.runs import interrupted
 from vpeft import checkpoint
 from vpeft.engine.config import load_config
-from vpeft.engine.loop import Trainer
 from vpeft.engine.train import train
 from vpeft.methods import METHODS, create
 from vpeft.methods.base import PerBlock
@@ -366,17 +366,7 @@ def test_training_goes_on_after_an_interruption_as_if_there_was_none(tmp_path, m
     file.write_text(TINY.replace("method: {name: lora, options: {rank: 2}}\n", "") + f"output: {tmp_path / 'runs'}\n")
     whole, stopped = (load_config(file, [*OPTIONS, f"name={name}"]) for name in ("whole", "stopped"))
     train(whole)
-    real = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        real(self)
-
-    monkeypatch.setattr(Trainer, "_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped)
-    monkeypatch.setattr(Trainer, "_epoch", real)
+    interrupted(stopped)
     train(stopped)
     for kind in ("best", "last"):
         a, b = (checkpoint.read(tmp_path / "runs" / n / f"{kind}.safetensors").tensors for n in ("whole", "stopped"))

@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from tests.support.runs import TINY_MODEL
 from vpeft.search.config import load_search_config
 
-TINY = """
-model:
-  name: vit_tiny_patch16_224
-  pretrained: false
-  img_size: 16
-  kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}
+TINY = (
+    TINY_MODEL
+    + """\
 method:
   name: supernet
   options:
@@ -32,6 +30,7 @@ search:
   compare_random: true
   supernet: {train: {epochs: 2}}
 """
+)
 
 
 @pytest.fixture

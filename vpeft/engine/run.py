@@ -60,7 +60,7 @@ class RunFolder:
         self.made, self.lock, self.plan = not self.path.exists(), RunLock(self.path), plan
         self.logger = logging.getLogger(f"vpeft.run.{self.path}")
         if plan is not None:
-            self._log_to(logging.NullHandler())
+            log_to(self.logger, logging.NullHandler())
         else:
             stale = self.lock.take()
             try:
@@ -85,7 +85,7 @@ class RunFolder:
         else:
             self._write_config()
         write_text(self.file("environment.json"), json.dumps(_environment(), indent=1))
-        self._log_to(*log_handlers(self.file("console.log")))
+        log_to(self.logger, *log_handlers(self.file("console.log")))
         if stale is not None:
             self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
         for note in self.plan.notes:
@@ -105,7 +105,7 @@ class RunFolder:
         """Give the lock back, and remove what a run that has not begun leaves: what it was to replace is untouched."""
         if not self.main:
             return
-        self._log_to()
+        log_to(self.logger)
         self._settle()
         if self.folder != self.path:
             _drop_next(self.path)
@@ -132,15 +132,6 @@ class RunFolder:
         if self.kept:
             return f"{again} goes on from the state after epoch {self.kept} in {self.path}"
         return f"no epoch was finished, so there is no state yet; {again} goes on from the start"
-
-    def _log_to(self, *handlers: logging.Handler) -> None:
-        self.logger.setLevel(logging.INFO)
-        self.logger.propagate = False
-        for old in list(self.logger.handlers):
-            self.logger.removeHandler(old)
-            old.close()
-        for new in handlers:
-            self.logger.addHandler(new)
 
     # ---- while it is trained ----
 
@@ -265,6 +256,17 @@ class _QuietFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say nothing."""
+
+
+def log_to(logger: logging.Logger, *handlers: logging.Handler) -> None:
+    """Let a logger write to these handlers and no others; what it had before is closed."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    for new in handlers:
+        logger.addHandler(new)
 
 
 def log_handlers(file: Path) -> list[logging.Handler]:

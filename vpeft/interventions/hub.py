@@ -41,6 +41,7 @@ class Hub:
         junctions: by module.
         places: each module's parent, its name there and its path when the hub was made; of a classifier no inner parts.
         watched: by the handle that acts, what has to be in its place for it.
+        prepared: the edition for which routed forwards were prepared last.
         edition: another text after each change of what is done at the modules, for compiled graphs.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
         own: functions that a user had put in the place of timm's before anything was attached.
@@ -49,7 +50,7 @@ class Hub:
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
         self.model, self.blocks = model, blocks
         self.acting: tuple[str, ...] = ()
-        self.edition = "0"
+        self.edition, self.prepared = "0", ""
         self.junctions: dict[nn.Module, Junction] = {}
         self.top = Junction(self, model, stands_in=False)
         self.own: dict[str, Any] = {}
@@ -68,7 +69,10 @@ class Hub:
         self.carried, self.entered = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "carried", "entered")} | {"watched": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "carried", "entered")} | {
+            "watched": {},
+            "prepared": "",
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -204,9 +208,16 @@ class Hub:
     def _begin(self, starter: nn.Module, args: tuple, kwargs: dict) -> None:
         """A module's call starts a forward, which ``_end`` ends."""
         flow = self._new(starter)
+        if starter is not self.model:
+            self._check_whole(flow)
         # Other threads, whose tensors are real, may run while one exports.
         flow.exported = is_exporting() and type(args[0] if args else next(iter(kwargs.values()))) is not Tensor
         self.local.flow = flow
+
+    def _check_whole(self, flow: Flow) -> None:
+        """Refuse a forward that is none of the model, and yet is to be routed."""
+        if flow.plan is not None and flow.outer is None:
+            raise MethodError(f"route: a part of the model by itself cannot know whose its rows are; call it, or {STARTS}")
 
     @contextmanager
     def running(self, acting: tuple[str, ...] | None = None, **facts: Any) -> Iterator[Flow]:
@@ -218,8 +229,7 @@ class Hub:
         """
         before = getattr(self.local, "flow", None)
         flow = self._new()
-        if flow.plan is not None and flow.outer is None:
-            raise MethodError(f"route: a part of the model by itself cannot know whose its rows are; call it, or {STARTS}")
+        self._check_whole(flow)
         if acting is not None:
             flow.acting = acting
         said = flow.facts if flow.outer is None else flow.outer.facts
@@ -270,8 +280,6 @@ class Hub:
             return
         task = torch._C._current_graph_task_id()
         if task == -1:  # a block called by itself
-            with self.running():  # refuses where that cannot be
-                pass
             self._begin(block, args, kwargs)
         else:
             self._enter_again(args[0] if args else kwargs["x"], task)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..engine.lock import LOCK, Holder, RunLock
 from ..engine.plan import FILES, NEXT, holds_run, look, place
-from ..engine.run import log_handlers, settle
+from ..engine.run import log_handlers, log_to, settle
 from ..engine.settings import differences, harmful, said
 from ..errors import ConfigError, some
 from ..files import write_text
@@ -86,7 +86,7 @@ class SearchFolder:
         self.logger = logging.getLogger(f"vpeft.search.{self.path}")
         self.lock = RunLock(self.path)
         self.standing: Callable[[], str] = lambda: "nothing is kept yet"
-        self._log_to(logging.NullHandler())
+        log_to(self.logger, logging.NullHandler())
         if not main:
             return
         made = not self.path.exists()
@@ -107,7 +107,7 @@ class SearchFolder:
             write_text(self.path / ASKED, OmegaConf.to_yaml(self.config, resolve=True))
         for stage in STAGES:
             settle(self.path / stage)
-        self._log_to(*log_handlers(self.path / LOG))
+        log_to(self.logger, *log_handlers(self.path / LOG))
         if stale is not None:
             self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
 
@@ -119,22 +119,13 @@ class SearchFolder:
 
     def close(self) -> None:
         """Give the lock back."""
-        self._log_to()
+        log_to(self.logger)
         if self.main:
             self.lock.release()
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder."""
         return self.path / name
-
-    def _log_to(self, *handlers: logging.Handler) -> None:
-        self.logger.setLevel(logging.INFO)
-        self.logger.propagate = False
-        for old in list(self.logger.handlers):
-            self.logger.removeHandler(old)
-            old.close()
-        for new in handlers:
-            self.logger.addHandler(new)
 
 
 def _drop(path: Path) -> None:

@@ -108,8 +108,10 @@ def _let_train(container: Container, tasks: list[tuple[str, ...]]) -> None:
 
 
 def _prepare(container: Container) -> None:
-    """Let the modules that a routed forward runs in parts be ready for it, once."""
+    """Let the modules that a routed forward runs in parts be ready for it, once for all that is attached."""
     with _PREPARING:  # another thread waits until they are
+        if container.hub.prepared == container.hub.edition:
+            return
         for intervention in (i for tree in container.trees.values() for i in tree.interventions):
             if intervention.why_not_routed() is None:
                 intervention.prepare_routing()
@@ -118,6 +120,7 @@ def _prepare(container: Container) -> None:
                 junction.prepare_routing()
             except TypeError as error:
                 raise MethodError(f"route: {container.hub.path(junction.module)}: {error}") from error
+        container.hub.prepared = container.hub.edition
 
 
 def _container_in(model: nn.Module) -> Container:

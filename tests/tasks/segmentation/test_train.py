@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vpeft
 from tests.support.fashion import fashion_root
+from tests.support.runs import interrupted
 from vpeft.cli import main
 from vpeft.data.images import read_mask
 from vpeft.engine.config import load_config
@@ -85,20 +86,9 @@ def test_san_trains_in_the_engine(make):
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
-    from vpeft.engine.loop import Trainer
 
     train(make("name=whole"))
-    epoch = Trainer._epoch
-
-    def stop(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        epoch(self)
-
-    monkeypatch.setattr(Trainer, "_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(make("name=cut"))
-    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    interrupted(make("name=cut"))
     config = make("name=cut")
     train(config)
     whole, cut = (load_file(Path(config.output) / n / "last.safetensors") for n in ("whole", "cut"))
