@@ -252,3 +252,18 @@ def parse_json(text: str, path: Path) -> Any:
 
 def _inside(value: Any) -> Iterable[Any]:
     return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def shipped(folder: str) -> Path:
+    """A folder of the repository's top level that the package carries: inside the package where it was built into a wheel.
+
+    Raises:
+        VpeftError: the installation lacks it.
+    """
+    package = Path(__file__).parent
+    for place in (package / "shipped" / folder, package.parent / folder):
+        if place.is_dir():
+            return place
+    raise VpeftError(
+        f"this installation of vpeft has no folder '{folder}'; install the wheel or a clone of the repository again"
+    )
