@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..options import SEED, SIZE, option
 from ..tasks.models import check_model_name
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # The row that huggingface's library gives, where it is installed.
 PEFT = "huggingface_lora"
 
@@ -62,6 +63,10 @@ class BenchConfig:
     warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
     update: bool = option(True, help="a step includes the optimiser's")
     compile: bool = option(False, help="by `torch.compile`, every row by itself; the warm-up makes the code")
+    compile_mode: str = option("default", choices=COMPILE_MODES, help="of `torch.compile`")
+    tables: list[str] = option(
+        [], free="configurations beside this one, of which each is a table; all else but `name` and `output` is theirs"
+    )
     experiment: str | None = option(None, free="a file's path")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)
@@ -95,6 +100,30 @@ class RoutingConfig:
     training: bool = option(False, help="measure a training step too, of all tasks side by side")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)
+
+
+def load_tables(file: str | Path, overrides: Sequence[str] = ()) -> list[DictConfig]:
+    """The configuration of a file, or of each table that it names, all checked before the first is measured.
+
+    Raises:
+        ConfigError: with the key's path, what was found, and the nearest valid name or value; a table that names tables.
+    """
+    config = read_config(BenchConfig, file, overrides)
+    check_options(config)
+    if not config.tables:
+        return [load_bench_config(file, overrides)]
+    found = []
+    for table in config.tables:
+        path = Path(file).parent / table
+        with_tables = [o for o in overrides if not o.startswith(("name=", "tables="))]
+        found.append(load_bench_config(path, [*with_tables, f"output={config.output}"]))
+        if found[-1].tables:
+            raise ConfigError(f"tables: {path} names tables itself")
+    names = [c.name for c in found]
+    for name in names:
+        if names.count(name) > 1 or name == config.name:
+            raise ConfigError(f"tables: two are called '{name}', and would be written to one file")
+    return found
 
 
 def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:

@@ -5,27 +5,51 @@ whatever else the machine does meets them alike. What is reported are medians ov
 the ratios within the rounds.
 """
 
+import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from .config import load_bench_config
+from ..engine.config import read_config
+from ..files import write_text
+from .config import BenchConfig, load_tables
+from .gpu import graphed_time, host_time, kernels_of
 from .report import write_report
 from .result import Result
 from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
 
 PASSES = ("step", "cached", "forward", "merged")
+HOST = "host"
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
-    """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print the table."""
-    config = load_bench_config(file, overrides)
-    results = measure(config)
-    print(write_report(config, results))
+    """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print the table.
+
+    Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last.
+    """
+    tables, results, texts = load_tables(file, overrides), [], []
+    for config in tables:
+        found = measure(config)
+        texts.append(write_report(config, found))
+        print(texts[-1], flush=True)
+        results += found
+        _forget()
+    whole = read_config(BenchConfig, file, overrides)
+    if whole.tables:
+        write_text(Path(whole.output) / f"{whole.name}.md", "\n\n".join(texts) + "\n")
     return results
+
+
+def _forget() -> None:
+    """Give back the memory of the table before; its models are in circles that Python finds when it looks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(config: DictConfig) -> list[Result]:
@@ -42,9 +66,20 @@ def measure(config: DictConfig) -> list[Result]:
             _round(rows, batch)
         rounds = track(range(config.rounds), "rounds", transient=True)
         times = [_round(rows[n % len(rows) :] + rows[: n % len(rows)], batch) for n in rounds]
+        more = {row.label: _on_gpu(row, config) for row in rows}
     finally:
         torch.set_num_threads(threads)
-    return [_result(row, times, memory) for row in rows]
+    return [replace(_result(row, times, memory), **more[row.label]) for row in rows]
+
+
+def _on_gpu(row: Row, config: DictConfig) -> dict[str, Any]:
+    """What a GPU alone has; a compiled row's forward is no plain one, and is not captured by itself."""
+    if row.batch.device.type != "cuda":
+        return {}
+    return {
+        "kernels": kernels_of(row) if row.trains else None,
+        "graphed": None if config.compile else graphed_time(row, config.rounds),
+    }
 
 
 Times = dict[tuple[str, str], float]
@@ -56,7 +91,7 @@ def _round(rows: list[Row], batch: Batch) -> Times:
     for row in rows:
         if row.trains:
             row.training()
-            found[row.label, "step"] = batch.time(row.step)
+            found[row.label, HOST], found[row.label, "step"] = host_time(batch, row.step)
             cached = row.cached()
             if cached is not None:
                 found[row.label, "cached"] = batch.time(cached)
@@ -121,7 +156,8 @@ def _result(row: Row, times: list[Times], memory: dict[str, tuple[int | None, in
     if peak is not None:
         ratios |= {f"peak/{base}": peak / memory[base][1] for base in (FULL, LIMIT)}
     found = {key: value for key, value in ratios.items() if value is not None}
-    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found)
+    host = _median(t.get((row.label, HOST)) for t in times) if row.batch.device.type == "cuda" else None
+    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found, host)
 
 
 def _median(values) -> float | None:

@@ -16,6 +16,7 @@ RATIOS = (
     f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", "cached/step", f"forward/{FROZEN}", f"merged/{FROZEN}",
     f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}",
 )  # fmt: skip
+ON_GPU = ("host_s", "kernels", "graphed_s")
 
 
 def write_report(config: DictConfig, results: list[Result]) -> str:
@@ -33,7 +34,7 @@ def as_csv(results: list[Result]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
-        ["row", "parameters", "step_s", "cached_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS]
+        ["row", "parameters", "step_s", "cached_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS, *ON_GPU]
     )
     for r in results:
         values = [
@@ -46,6 +47,9 @@ def as_csv(results: list[Result]) -> str:
             r.saved,
             r.peak,
             *(r.ratios.get(k) for k in RATIOS),
+            r.host,
+            r.kernels,
+            r.graphed,
         ]
         writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
     return stream.getvalue()
@@ -65,6 +69,7 @@ def markdown(config: DictConfig, results: list[Result]) -> str:
         "merged, ms",
         memory,
         *(k.replace("/", " / ") for k in shown),
+        *(("images / s", "host, ms", "kernels", "graphed, ms") if gpu else ()),
     ]
     lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results:
@@ -72,6 +77,9 @@ def markdown(config: DictConfig, results: list[Result]) -> str:
         cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.cached, r.forward, r.merged))]
         cells.append("–" if amount is None else f"{amount / 2**20:.1f}")
         cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
+        if gpu:
+            rate = "–" if r.step is None else f"{config.batch_size / r.step:,.0f}"
+            cells += [rate, _ms(r.host), "–" if r.kernels is None else str(r.kernels), _ms(r.graphed)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -86,7 +94,8 @@ def device_named(config: DictConfig) -> str:
 
 def _setting(config: DictConfig) -> str:
     update = "with" if config.update else "without"
-    compiled = ", compiled" if config.compile else ""
+    mode = "" if config.compile_mode == "default" else f" ({config.compile_mode})"
+    compiled = f", compiled{mode}" if config.compile else ""
     return (
         f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {device_named(config)}, "
         f"medians of {config.rounds} interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, "

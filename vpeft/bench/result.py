@@ -17,8 +17,11 @@ class Result:
         saved: bytes that autograd keeps from the forward for the backward; parameters, buffers and the images, which
             are there anyway, are not counted.
         peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
+        host: of a step on a GPU, until Python has asked for all of it; near ``step``, it is Python that is waited for.
+        kernels: that a step runs on a GPU.
+        graphed: the merged forward, or the adapted where nothing merges, replayed as a CUDA graph.
         ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
-            ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
+            ``forward``, ``merged`` and ``graphed`` to the frozen forward, as ``{"step/limit": …}``.
     """
 
     label: str
@@ -30,6 +33,9 @@ class Result:
     saved: int | None
     peak: int | None
     ratios: dict[str, float]
+    host: float | None = None
+    kernels: int | None = None
+    graphed: float | None = None
 
 
 @dataclass

@@ -245,7 +245,7 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     if config.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(rows))
         for row in rows:
-            row.model.compile()
+            row.model.compile(mode=None if config.compile_mode == "default" else config.compile_mode)
     return rows, batch
 
 

@@ -1,0 +1,74 @@
+"""What is measured on a GPU alone: kernels, the processor's part of a step, a forward replayed as a CUDA graph."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Batch, merged_forward
+from .rows import Row as BenchRow
+
+_WARMUP = 3  # runs before a capture, as torch asks for
+
+
+def kernels_of(row: BenchRow) -> int | None:
+    """How many kernels one step runs, copies and fills included; None elsewhere than on a GPU."""
+    if row.batch.device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    row.training()
+    row.step()
+    row.batch.finish()
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        row.step()
+        row.batch.finish()
+    return counted(watched.key_averages())
+
+
+def counted(events: Iterable[Any]) -> int:
+    """Of a profile's summed events, how often the device worked."""
+    return sum(e.count for e in events if getattr(e.device_type, "name", "") == "CUDA")
+
+
+def host_time(batch: Batch, run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until Python has asked for all of a call, and until it is done."""
+    batch.finish()
+    start = batch.clock()
+    run()
+    asked = batch.clock() - start
+    batch.finish()
+    return asked, batch.clock() - start
+
+
+def graphed_time(row: BenchRow, rounds: int) -> float | None:
+    """Median seconds of the row's forward replayed as a CUDA graph, merged where it merges; None elsewhere."""
+    if row.batch.device.type != "cuda":
+        return None
+    row.inference()
+    merged = merged_forward(row)
+    try:
+        replay = _captured(merged or row.forward)
+        return sorted(row.batch.time(replay) for _ in range(rounds))[rounds // 2]
+    finally:
+        if merged is not None:
+            row.handle.unmerge()
+
+
+def _captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARMUP):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = forward()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
