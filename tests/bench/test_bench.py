@@ -3,6 +3,7 @@
 import csv
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,7 +14,8 @@ import vpeft
 from tests.support.fashion import fashion_root
 from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
-from vpeft.bench.config import load_bench_config
+from vpeft.bench.config import load_bench_config, load_tables
+from vpeft.bench.gpu import counted
 from vpeft.bench.measure import bench, measure, saved_bytes
 from vpeft.bench.rows import make_rows, twin
 from vpeft.tasks.labels import LabelStep
@@ -257,3 +259,45 @@ rows: [{{name: lora, options: {{rank: 2}}}}]
     assert results["lora"].step > 0
     assert results["lora"].cached is None
     assert "vit_tiny_patch16_224, seg, batch 2, fp32" in next(tmp_path.rglob("*.md")).read_text(), "whose figures they are"
+
+
+def test_several_tables_by_one_command(tmp_path, capsys):
+    small = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            TINY.format(out="elsewhere", model=small).replace("name: tiny", f"name: {name}")
+        )
+    (tmp_path / "all.yaml").write_text("name: all\ntables: [one.yaml, two.yaml]\n")
+    out = tmp_path / "out"
+    results = bench(tmp_path / "all.yaml", [f"output={out}", "rounds=1"])
+    assert [r.label for r in results] == 2 * ["full", "frozen", "limit", "lora", "wide"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "all.md",
+        *(f"{n}.{e}" for n in ("one", "two") for e in ("csv", "md", "png")),
+    ]
+    whole = (out / "all.md").read_text()
+    assert whole == (out / "one.md").read_text() + "\n" + (out / "two.md").read_text()
+    assert "medians of 1 interleaved rounds" in whole
+    (tmp_path / "all.yaml").write_text("name: all\ntables: [one.yaml, one.yaml]\n")
+    with pytest.raises(vpeft.ConfigError, match="two are called 'one'"):
+        bench(tmp_path / "all.yaml", [])
+    (tmp_path / "all.yaml").write_text("name: all\ntables: [nothing.yaml]\n")
+    with pytest.raises(vpeft.ConfigError, match=r"nothing\.yaml"):
+        bench(tmp_path / "all.yaml", [])
+
+
+def test_kernels_are_the_devices_events():
+    def event(kind, count):
+        return types.SimpleNamespace(device_type=types.SimpleNamespace(name=kind), count=count)
+
+    assert counted([event("CUDA", 3), event("CPU", 100), event("CUDA", 4)]) == 7
+
+
+def test_the_gpu_command_is_complete():
+    """Every table of configs/bench/gpu.yaml is there; only the device is missing here."""
+    folder = Path(__file__).parents[2] / "configs" / "bench"
+    found = load_tables(folder / "gpu.yaml", ["device=cpu", "precision=fp32"])
+    assert [(c.name, c.compile, c.batch_size) for c in found] == [
+        ("vit_b16_gpu", False, 64), ("vit_b16_gpu_compiled", True, 64), ("vit_l14_gpu", False, 64), ("swin_b_gpu", False, 64),
+    ]  # fmt: skip
+    assert all(c.device == "cpu" for c in found)

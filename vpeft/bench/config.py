@@ -48,6 +48,8 @@ class BenchConfig:
 
     With ``experiment``, an experiment's YAML, the task's own model and loss are measured, on its first training samples;
     of the experiment's method no notice is taken, and ``model`` and ``num_classes`` are the experiment's.
+
+    With ``tables``, everything but ``name`` and ``output`` is those files' own, and one more page has all of them.
     """
 
     name: str = option("bench", free="the table's name")
@@ -64,9 +66,7 @@ class BenchConfig:
     update: bool = option(True, help="a step includes the optimiser's")
     compile: bool = option(False, help="by `torch.compile`, every row by itself; the warm-up makes the code")
     compile_mode: str = option("default", choices=COMPILE_MODES, help="of `torch.compile`")
-    tables: list[str] = option(
-        [], free="configurations beside this one, of which each is a table; all else but `name` and `output` is theirs"
-    )
+    tables: list[str] = option([], free="files beside this one, each a table")
     experiment: str | None = option(None, free="a file's path")
     model: BenchModel = field(default_factory=BenchModel)
     rows: list[BenchRow] = field(default_factory=list)

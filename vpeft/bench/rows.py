@@ -242,8 +242,8 @@ def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
     ]
     for label, build in zip(labels[3:], builders, strict=True):
         rows.append(build(label, twin(base), batch))
-    if config.compile:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(rows))
+    if config.compile:  # the rows share timm's code, of which each needs editions for training, inference and merged
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * len(rows))
         for row in rows:
             row.model.compile(mode=None if config.compile_mode == "default" else config.compile_mode)
     return rows, batch

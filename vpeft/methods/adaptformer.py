@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
+from ..interventions.gathered import Gathered
 from ..options import factor, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 from .sums import scaled
@@ -21,8 +23,10 @@ class ParallelBottleneck(AddToBranch):
 
     no_decay = frozenset({"scale"})
 
-    def __init__(self, method: "AdaptFormer", block: BlockSite, size: int):
+    def __init__(self, method: "AdaptFormer", block: BlockSite, size: int, gathered: Gathered):
         super().__init__(block, block.mlp_input, block.branch2)
+        self.gathered = gathered
+        gathered.members.append(self)
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
         self.drop, self.where = nn.Dropout(method.dropout), method.norm
         self.norm = nn.Identity() if method.norm == "none" else nn.LayerNorm(block.width)
@@ -43,9 +47,24 @@ class ParallelBottleneck(AddToBranch):
         """Of one: its up projection times the weight; what a norm ends has no such form."""
         return scaled(parts, weights, self.norm if self.where == "out" else parts[0].up)
 
+    def gathers(self) -> tuple[Tensor, ...]:
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+    def made_ready(self, *stacked: Tensor) -> tuple[Tensor, ...]:
+        """The up projection with the scale in it, where that is a constant."""
+        if isinstance(self.scale, Tensor):
+            return stacked
+        return *stacked[:2], *(self.scale * t for t in stacked[2:])
+
     def forward(self, u: Tensor) -> Tensor:
         v = self.norm(u) if self.where == "in" else u
-        a = self.scale * self.up(self.drop(self.down(v).relu()))
+        ready = self.gathered.ready(self, v)
+        if ready is None:
+            a = self.scale * self.up(self.drop(self.down(v).relu()))
+        else:
+            a = F.linear(self.drop(F.linear(v, *ready[:2]).relu()), *ready[2:])
+            if isinstance(self.scale, Tensor):
+                a = self.scale * a
         return self.norm(a) if self.where == "out" else a
 
 
@@ -91,5 +110,6 @@ class AdaptFormer(Method):
         return self.init == "zero"
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        gathered = Gathered()
         for block, size in self.sized_blocks(sites, "bottleneck", self.blocks):
-            yield f"{block.path}.adaptformer", ParallelBottleneck(self, block, size)
+            yield f"{block.path}.adaptformer", ParallelBottleneck(self, block, size, gathered)

@@ -12,6 +12,7 @@ from ..backbone.modules import SLOTS, LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..interventions.gathered import Gathered
 from ..interventions.linear import AddToLinear
 from ..interventions.rows import RowPlan
 from ..numerics import at_least_float32
@@ -54,6 +55,7 @@ class LoraLinear(AddToLinear):
     ):
         super().__init__(sites[0], position)
         self.init = init
+        self.gathered: Gathered | None = None
         self.scale, self.on_input, self.drop = scale, on_input, nn.Dropout(dropout)
         self.rows = [s.rows for s in sites]
         self.slots = [s.slot for s in sites] if sites[0].is_part else []
@@ -97,12 +99,32 @@ class LoraLinear(AddToLinear):
         blocks.append(b.new_zeros(whole - end, 0))
         return torch.cat([a for a, _ in pairs]), torch.block_diag(*blocks)
 
+    def gathers(self) -> tuple[Tensor, ...]:
+        """All A, then all B."""
+        pairs = [self.pair(part) for _, part in self.parts()]
+        return *(a for a, _ in pairs), *(b for _, b in pairs)
+
+    def made_ready(self, *stacked: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``factors``, for many at once: (L, R, in) and (L, whole out, R)."""
+        parts, whole = self.parts(), self.site.module.out_features
+        a, b = stacked[: len(parts)], stacked[len(parts) :]
+        if not self.slots:
+            return a[0], b[0]
+        rows, end, left, rank = [], 0, 0, sum(one.shape[-1] for one in b)
+        for ((start, stop), _), one in zip(parts, b, strict=True):
+            rows += [one.new_zeros(len(one), start - end, rank)] if start > end else []
+            rows.append(nn.functional.pad(one, (left, rank - left - one.shape[-1])))
+            end, left = stop, left + one.shape[-1]
+        rows += [b[0].new_zeros(len(b[0]), whole - end, rank)] if whole > end else []
+        return torch.cat(a, 1), torch.cat(rows, 1)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.update(self.drop(x) if self.on_input else x, y)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """y + scale * x A^T B^T, with the bottleneck's dropout where that is what was asked for."""
-        a, b = self.factors()
+        ready = None if self.gathered is None else self.gathered.ready(self, x)
+        a, b = self.factors() if ready is None else ready
         h = nn.functional.linear(x, a)
         if not self.on_input:
             h = self.drop(h)
@@ -194,10 +216,14 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        gathered = Gathered()
         for block, rank in self.sized_blocks(sites, "rank", self.blocks):
             for path, linears in linears_by_path(block, self.targets).items():
                 check_rank(f"{self.name}.rank", rank, linears)
-                yield f"{path}.lora", self.linear(linears, block.index, rank)
+                update = self.linear(linears, block.index, rank)
+                update.gathered = gathered
+                gathered.members.append(update)
+                yield f"{path}.lora", update
 
     def summed(self, trees: Sequence[Tree], weights: Sequence[float]) -> tuple[Method, dict[str, Tensor]]:
         """``lora`` with all ranks side by side, see ``low_rank_sum``."""

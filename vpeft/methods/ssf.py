@@ -33,7 +33,7 @@ class ScaleShiftFunction(torch.autograd.Function):
     def forward(
         y: Tensor, scale: Tensor, shift: Tensor, axis: int, again: Callable[[Tensor], Tensor] | None, source: Tensor | None
     ) -> Tensor:
-        return torch.addcmul(_along(shift, y, axis), y, _along(scale, y, axis))
+        return scaled_and_shifted(y, _along(scale, y, axis), _along(shift, y, axis))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -60,10 +60,15 @@ class ScaleShiftFunction(torch.autograd.Function):
         if ctx.again is None:
             to_scale = (to_scale - shift * to_shift) / scale
         factor = _along(scale, grad, ctx.axis)
-        if torch.is_grad_enabled() or product.dtype != dtype:
-            return grad * factor, to_scale, to_shift, None, None, None
+        if torch.is_grad_enabled():
+            return (grad * factor).to(grad.dtype), to_scale, to_shift, None, None, None
         # The product's memory is not needed any more.
         return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
+
+
+def scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """y * scale + shift in y's type: under autocast scale and shift are more precise than y, and what follows takes y's."""
+    return torch.addcmul(shift, y, scale).to(y.dtype)
 
 
 def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -148,7 +153,7 @@ class ScaleAndShift(MapOutput):
         axis = 1 if self.channel_first else y.ndim - 1
         if self._keeps_y(y):
             shape = (-1, *(1,) * (y.ndim - 1 - axis))
-            return torch.addcmul(shift.view(shape), y, scale.view(shape))
+            return scaled_and_shifted(y, scale.view(shape), shift.view(shape))
         if self.again and self._alone():
             return ScaleShiftFunction.apply(y, scale, shift, axis, self._once_more, x)
         return ScaleShiftFunction.apply(y, scale, shift, axis, None, None)

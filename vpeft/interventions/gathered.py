@@ -1,0 +1,75 @@
+"""Tensors of one kind in all blocks, made ready for a forward together: stacked, computed with and cast once."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .flow import Flow
+from .hub import Hub
+
+
+class Member(Protocol):
+    """An intervention whose tensors are gathered."""
+
+    hub: Hub | None
+
+    def gathers(self) -> tuple[Tensor, ...]:
+        """Its tensors, each to be stacked with those of the others of the same shapes."""
+
+    def made_ready(self, *stacked: Tensor) -> Sequence[Tensor]:
+        """Of tensors with the members as first dimension, what each forward needs, likewise."""
+
+
+class Gathered:
+    """The interventions of one method that get their tensors ready together.
+
+    On a GPU, and under autocast, what is small waits for Python and not for arithmetic: to cast and rearrange a few thousand
+    numbers costs as much there as a linear layer. All members' are done in one; the values are those that each would make.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+
+    def ready(self, member: Member, x: Tensor) -> tuple[Tensor, ...] | None:
+        """What ``made_ready`` gives for one member, in autocast's type; None where each has to see to itself.
+
+        Args:
+            member: one that was added to ``members``.
+            x: what the member is about to act on.
+        """
+        flow = None if member.hub is None else member.hub.now()
+        if flow is None or flow.starter is not member.hub.model or not self._pays(flow, x):
+            return None  # where a block is called by itself, other members do not run
+        found = flow.get(self, "ready")
+        if found is None:
+            found = dict(self._made(x.device.type))
+            flow.put(self, "ready", found)
+        return found.get(id(member))
+
+    def _pays(self, flow: Flow, x: Tensor) -> bool:
+        if not (x.is_cuda or _autocast(x.device.type)):
+            return False
+        if flow.checkpointed or flow.task is not None or flow.routed or flow.exported:
+            return False  # blocks run again by themselves; each sample has its own
+        return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+    def _made(self, device: str) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
+        for member in self.members:
+            tensors = member.gathers()
+            if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards
+                groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in tensors), []).append((member, tensors))
+        dtype = torch.get_autocast_dtype(device) if _autocast(device) else None
+        for found in groups.values():
+            stacked = [torch.stack(same) for same in zip(*(tensors for _, tensors in found), strict=True)]
+            made = [
+                t if dtype is None or t.dtype == torch.float64 else t.to(dtype) for t in found[0][0].made_ready(*stacked)
+            ]
+            for (member, _), own in zip(found, zip(*(t.unbind() for t in made), strict=True), strict=True):
+                yield id(member), own
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
