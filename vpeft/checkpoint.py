@@ -108,12 +108,30 @@ def save(
         "calibrated": described["calibrated"],
     }
     check_metadata(metadata, tensors, path)
-    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    text = _text(metadata)
     live = model.state_dict()
     check_same(live, lambda: checksum(text, {n: tensors[n] for n in own}), path)
-    blob = serialise(tensors, {KEY: text, "sha256": checksum(text, tensors)})
+    blob = _blob(text, tensors)
     first_writes(live, lambda: write_bytes(writable_file(path), blob), path)
     return path
+
+
+def with_metadata(file: File, metadata: dict[str, Any]) -> bytes:
+    """The bytes of a file with the same tensors and other metadata.
+
+    Raises:
+        CheckpointError: they do not fit the schema.
+    """
+    check_metadata(metadata, file.tensors, file.path)
+    return _blob(_text(metadata), file.tensors)
+
+
+def _text(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, allow_nan=False)
+
+
+def _blob(text: str, tensors: Mapping[str, Tensor]) -> bytes:
+    return serialise(dict(tensors), {KEY: text, "sha256": checksum(text, tensors)})
 
 
 def describe(class_names: Any, metrics: Any, data: Any, config: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def why_not(error: Exception, place: Place) -> str:
     if isinstance(error, GatedRepoError):
         return f"{place.repo} asks its users to accept its terms, on its page"
     if isinstance(error, RepositoryNotFoundError):
-        return f"the Hub has no repository '{place.repo}', or it is private and no token was given (HF_TOKEN, or `hf auth login`)"
+        return f"the Hub has no '{place.repo}', or it is private and no token was given (HF_TOKEN, or `hf auth login`)"
     if isinstance(error, RevisionNotFoundError):
         return f"'{place.repo}' has no revision '{place.revision}'"
     if isinstance(error, EntryNotFoundError):

@@ -88,29 +88,33 @@ def place_of(url: str) -> Path:
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
+def alone(target: Path, lock: Path | None = None) -> Iterator[None]:
     """One thread of one process at a time at a file; the others wait.
 
     The system takes the lock from a process that ends, however it ends.
+
+    Args:
+        target: the file.
+        lock: the file that is locked; one beside ``target`` where None.
 
     Raises:
         WriteError: no lock can be had in the folder.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(target.with_name(f"{target.name}.lock"))
+    held = FileLock(lock or target.with_name(f"{target.name}.lock"))
     try:
         try:
-            lock.acquire(timeout=_SHORTEST_WAIT)
+            held.acquire(timeout=_SHORTEST_WAIT)
         except Timeout:
-            logger.warning("waiting for another process that downloads %s", target)
-            lock.acquire()
+            logger.warning("waiting for another process that is at work on %s", target)
+            held.acquire()
     except (OSError, NotImplementedError) as error:
         raise WriteError(f"{target} cannot be locked: {error}; {CACHE} chooses another folder") from error
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def digest(path: Path) -> str:
