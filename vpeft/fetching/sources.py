@@ -39,7 +39,10 @@ def local_file(given: Any) -> Path:
         return as_path(given)
     if given.startswith(ZOO):
         return _of_zoo(given.removeprefix(ZOO))
-    scheme = given.partition("://")[0].lower()
+    scheme, _, rest = given.partition("://")
+    scheme = scheme.lower()
+    if "@" in rest.partition("/")[0]:  # before it could be in a message
+        raise DownloadError(f"{scheme}://…: an address with a password in it is not taken")
     if scheme == "hf":
         place = hub.Place.of(given)
         if not place.file or not place.file.endswith(ENDING):
@@ -48,7 +51,7 @@ def local_file(given: Any) -> Path:
         read_shapes(file)
         return file
     if scheme in ("http", "https"):
-        return _of_url(f"{scheme}{given[len(scheme) :]}")
+        return _of_url(f"{scheme}://{rest}")
     raise DownloadError(f"{given[:200]}: {scheme}:// is not known here; give {KINDS}")
 
 
