@@ -198,16 +198,16 @@ def test_a_truncated_file_is_never_used(adapter, cache):
 
 
 def test_a_truncated_file_of_unknown_length_is_never_used(adapter, cache):
-    with serving(a=Served(adapter, cuts=[5000] * 9, length=False)) as server:
-        with pytest.raises(DownloadError, match="damaged or no safetensors"):
-            local_file(f"{server.url}/a.safetensors")
+    served = Served(adapter, cuts=[5000] * 9, length=False)
+    with serving(a=served) as server, pytest.raises(DownloadError, match="damaged or no safetensors"):
+        local_file(f"{server.url}/a.safetensors")
     assert kept(cache) == []
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(adapter, cache):
-    with serving(a=Served(adapter)) as server:
-        with pytest.raises(DownloadError, match=f"wrong checksum.*{sha(adapter)}.*{'0' * 64}"):
-            local_file(f"{server.url}/a.safetensors#sha256={'0' * 64}")
+    wrong = f"wrong checksum.*{sha(adapter)}.*{'0' * 64}"
+    with serving(a=Served(adapter)) as server, pytest.raises(DownloadError, match=wrong):
+        local_file(f"{server.url}/a.safetensors#sha256={'0' * 64}")
     assert kept(cache) == []
     assert server.statuses == [200], "and is not had again"
 
@@ -307,16 +307,11 @@ def test_a_damaged_cache_is_had_again(adapter, damage):
 @pytest.mark.parametrize(
     "last",
     ["..safetensors", "CON.safetensors", "nul.safetensors", "%2e%2e%2fa.safetensors", "..%5C..%5Ca.safetensors", "a%00b.safetensors",
-     "-rf.safetensors", "a:b.safetensors", ".a.safetensors", f"{'a' * 300}.safetensors", "~.safetensors", "a*?.safetensors"],
+     "-rf.safetensors", "a:b.safetensors", ".a.safetensors", f"{'a' * 300}.safetensors", "~.safetensors", "a*.safetensors"],
 )  # fmt: skip
 def test_no_name_leaves_the_cache(adapter, last, cache):
-    path = "/" + last.partition("?")[0]
-    with Server(**{path: Served(adapter)}) as server:
-        try:
-            found = local_file(f"{server.url}/{last}")
-        except DownloadError as error:
-            assert "no pickle" in str(error)  # "?" begins a query
-            return
+    with Server(**{f"/{last}": Served(adapter)}) as server:
+        found = local_file(f"{server.url}/{last}")
     assert found.resolve().is_relative_to(cache.resolve())
     assert found.parent.parent == cache / "http"
     assert places.is_plain(found.name)

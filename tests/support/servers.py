@@ -80,7 +80,7 @@ class Server:
                 answer = Answer(self.path, dict(self.headers))
                 owner.log.append(answer)
                 served = owner.paths.get(self.path.partition("?")[0])
-                answer.status, sent = owner.answer(self, served, answer)
+                answer.status, answer.sent = owner.answer(self, served, answer)
 
             def log_message(self, *args: object) -> None:
                 """Say nothing."""

@@ -273,7 +273,7 @@ class _Transfer:
             file.truncate()
             while True:
                 try:
-                    block = response.read(BLOCK)
+                    block = response.read1(BLOCK)  # what is there, so that a kill loses nothing
                 except (OSError, http.client.HTTPException) as error:
                     raise _Cut(f"the connection broke after {have} bytes: {_text(error)}") from None
                 if not block:
