@@ -39,7 +39,8 @@ class ZooEntry:
     """A file of a zoo.
 
     ``file`` is relative to the index; with ``place`` package, to the installed package. ``metric`` names the one of
-    ``metrics`` that the entry is judged by. The file is that of the first of ``seeds``.
+    ``metrics`` that the entry is judged by. The file is that of the first of ``seeds``. ``seconds`` is about how long one
+    training took where it was trained.
     """
 
     name: str = option("", pattern=_NAME, free="small letters, digits and ._-")
@@ -55,6 +56,7 @@ class ZooEntry:
     metric: str = option("", pattern=r"\w+", free="a metric's name")
     metrics: list[ZooMetric] = option([])
     seeds: list[int] = option([], ge=0, le=2**31, length=(1, 1000))
+    seconds: float | None = option(None, ge=0, le=1e9, optional=True)
     parameters: int = option(0, ge=0, le=2**40, unit="trained numbers")
     config: dict[str, Any] = option({})
     licence: str = option("", pattern=".+", free="a licence")

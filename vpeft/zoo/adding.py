@@ -125,6 +125,7 @@ def add(
         "sha256": hashlib.sha256(blob).hexdigest(),
         **_metrics(found),
         "seeds": [run.config.seed for run in found],
+        "seconds": _seconds(first),
         "parameters": first.metrics["trainable"],
         "config": config,
         "licence": licence,
@@ -214,6 +215,11 @@ def metric(name: str, values: Sequence[float]) -> dict[str, Any]:
     values = [round(float(v), 6) for v in values]
     std = round(statistics.stdev(values), 6) if len(values) > 1 else None
     return {"name": name, "values": values, "mean": round(statistics.fmean(values), 6), "std": std}
+
+
+def _seconds(run: Run) -> float | None:
+    epoch = run.metrics.get("seconds_per_epoch")
+    return round(epoch * run.config.train.epochs, 1) if _is_number(epoch) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -38,7 +38,7 @@ def list_entries(
 
 def as_entry(entry: dict[str, Any]) -> ZooEntry:
     """An entry's plain values as an object; keys that a newer version wrote are left out."""
-    known = {key: entry[key] for key in ZooEntry.__dataclass_fields__}
+    known = {key: entry[key] for key in ZooEntry.__dataclass_fields__ if key in entry}
     metrics = [ZooMetric(**{key: metric[key] for key in ZooMetric.__dataclass_fields__}) for metric in entry["metrics"]]
     return ZooEntry(**known | {"metrics": metrics})
 
@@ -48,14 +48,14 @@ def main_metric(entry: ZooEntry) -> ZooMetric:
     return next(metric for metric in entry.metrics if metric.name == entry.metric)
 
 
-def load(model: nn.Module, name: str, *, index: Place = None, **how: Any) -> Handle:
+def load(model: nn.Module, name: str, /, *, index: Place = None, **how: Any) -> Handle:
     """Attach an adapter of a zoo to a model with its backbone's weights; ``vpeft.load(model, "zoo:NAME")`` does the same.
 
     Args:
         model: as ``vpeft.load`` takes it.
         name: of the entry; ``zoo:`` before it may be left out.
         index: of another zoo, see ``list``.
-        how: further keywords of ``vpeft.load``.
+        how: further keywords of ``vpeft.load``; its ``name`` is the handle's.
 
     Raises:
         DownloadError: no such adapter, or it cannot be had.
