@@ -188,10 +188,10 @@ def test_paths_of_this_machine(runs, tmp_path, monkeypatch):
     entry, _ = added(data__root=str(tmp_path / "data/images"))
     assert entry["config"]["data"]["root"] == "data/images"
     assert "data.root=data/images" in entry["command"]
-    for key in ("init", "model__checkpoint", "data__fashion_mnist"):
-        for path in ("/a/b.safetensors", "C:\\a.safetensors", "~/a.safetensors", "\\\\server\\a"):
-            with pytest.raises(CheckpointError, match="of this machine"):
-                added(**{key: path})
+    places = ("/a/b.safetensors", "C:\\a.safetensors", "~/a.safetensors", "\\\\server\\a")
+    for key, path in zip(("init", "model__checkpoint", "data__fashion_mnist", "init"), places, strict=True):
+        with pytest.raises(CheckpointError, match="of this machine"):
+            added(**{key: path})
 
 
 def test_frozen_weights_that_nobody_else_has(runs, tmp_path):

@@ -67,10 +67,9 @@ def test_list(zoo):
     assert {e.name for e in vpeft.zoo.list(kind="backbone")} >= {"vit_micro_patch4_28", "swin_micro_patch2_window7_28"}
 
 
-@pytest.mark.parametrize("name", ["a.linear", "zoo:a.linear"])
-def test_load_and_create_give_the_same_model(zoo, model, name):
-    handle = vpeft.zoo.load(model, name, index=zoo, name="mine")
-    made, its = vpeft.zoo.create(name, index=zoo)
+def test_load_and_create_give_the_same_model(zoo, model):
+    handle = vpeft.zoo.load(model, "a.linear", index=zoo, name="mine")
+    made, its = vpeft.zoo.create("zoo:a.linear", index=zoo)
     assert (handle.name, its.name, made.training) == ("mine", "linear", False)
     images = torch.rand(2, 3, 28, 28)
     assert torch.equal(model.eval()(images), made(images))
@@ -204,10 +203,10 @@ def server(zoo):
         yield found
 
 
-@pytest.mark.parametrize("address", ["/z", "/z/", "/z/index.json"])
-def test_a_zoo_on_a_web_server(server, model, monkeypatch, address):
-    monkeypatch.setenv("VPEFT_ZOO", server.url + address)
-    assert [entry.name for entry in vpeft.zoo.list()] == ["a.linear"]
+def test_a_zoo_on_a_web_server(server, model, monkeypatch):
+    for address in ("/z/", "/z/index.json", "/z"):
+        monkeypatch.setenv("VPEFT_ZOO", server.url + address)
+        assert [entry.name for entry in vpeft.zoo.list()] == ["a.linear"]
     vpeft.load(model, "zoo:a.linear")
     monkeypatch.setenv("VPEFT_OFFLINE", "1")
     asked = len(server.log)

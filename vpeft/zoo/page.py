@@ -12,8 +12,8 @@ Written by `vpeft zoo add` and `vpeft docs` from [`{folder}/index.json`]({folder
 holds each entry's resolved configuration and its metrics under every seed. How to use it: [docs/zoo.md](docs/zoo.md).
 
 ```python
-model, handle = vpeft.zoo.create("{example}")    # backbone and adapter
-handle = vpeft.zoo.load(model, "{example}")      # into a model of one's own
+model, handle = vpeft.zoo.create("{example}")  # backbone and adapter
+handle = vpeft.zoo.load(model, "{example}")  # into a model of one's own
 ```
 """
 BACKBONES = """## Embedded backbones

@@ -87,7 +87,7 @@ def _upload(folder: Path, place: hub.Place, private: bool) -> None:
             api.create_branch(place.repo, branch=place.revision, exist_ok=True)
         message = f"Upload {FILE} with vpeft"
         api.upload_folder(repo_id=place.repo, folder_path=folder, revision=place.revision, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:  # of each way to upload
         raise DownloadError(f"{place.repo}: {hub.why_not(error, place)}") from None
 
 
