@@ -80,7 +80,7 @@ class Server:
                 answer = Answer(self.path, dict(self.headers))
                 owner.log.append(answer)
                 served = owner.paths.get(self.path.partition("?")[0])
-                answer.status, answer.sent = owner.answer(self, served, answer)
+                owner.answer(self, served, answer)
 
             def log_message(self, *args: object) -> None:
                 """Say nothing."""
@@ -110,24 +110,24 @@ class Server:
     def statuses(self) -> list[int]:
         return [answer.status for answer in self.log]
 
-    def answer(self, handler: BaseHTTPRequestHandler, served: Served | None, answer: Answer) -> tuple[int, int]:
-        """Send one answer; its status and the bytes of its body."""
+    def answer(self, handler: BaseHTTPRequestHandler, served: Served | None, answer: Answer) -> None:
+        """Send one answer, and write down what it was before it is sent: who asked may look at once."""
         if served is None:
-            return _plain(handler, 404), 0
+            return _plain(handler, answer, 404)
         if served.statuses:
-            return _plain(handler, served.statuses.pop(0)), 0
+            return _plain(handler, answer, served.statuses.pop(0))
         if served.to:
-            return _plain(handler, served.code, {"Location": served.to}), 0
+            return _plain(handler, answer, served.code, {"Location": served.to})
         asked, start, status = handler.headers, 0, 200
         unchanged = (served.tag and asked.get("If-None-Match") == served.tag) or (
             served.modified and asked.get("If-Modified-Since") == served.modified
         )
         if unchanged:
-            return _plain(handler, 304), 0
+            return _plain(handler, answer, 304)
         if "Range" in asked and served.ranges and asked.get("If-Range") in (None, served.tag, served.modified):
             start, status = int(asked["Range"].removeprefix("bytes=").rstrip("-")), 206
             if start >= len(served.body):
-                return _plain(handler, 416), 0
+                return _plain(handler, answer, 416)
         body = served.body[start:]
         handler.send_response(status)
         if served.length:
@@ -139,32 +139,31 @@ class Server:
         for name, value in {"ETag": served.tag, "Last-Modified": served.modified, **served.headers}.items():
             if value:
                 handler.send_header(name, value)
-        handler.end_headers()
         answer.status = status
+        handler.end_headers()
         if served.cuts:
             body = body[: served.cuts.pop(0)]
             handler.close_connection = True
         if not served.length:
             handler.close_connection = True
         for at in range(0, len(body), served.block):
+            answer.sent += len(body[at : at + served.block])
             try:
                 handler.wfile.write(body[at : at + served.block])
                 handler.wfile.flush()
             except OSError:  # nobody reads any more
                 break
-            answer.sent += len(body[at : at + served.block])
             time.sleep(served.pause)
-        return status, answer.sent
 
 
-def _plain(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str] | None = None) -> int:
+def _plain(handler: BaseHTTPRequestHandler, answer: Answer, status: int, headers: dict[str, str] | None = None) -> None:
+    answer.status = status
     handler.send_response(status)
     for name, value in (headers or {}).items():
         handler.send_header(name, value)
     if status != 304:
         handler.send_header("Content-Length", "0")
     handler.end_headers()
-    return status
 
 
 @contextmanager

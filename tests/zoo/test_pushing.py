@@ -33,7 +33,9 @@ def test_a_run_arrives_with_its_configuration_and_card(runs, hub, capsys):
     assert where == "hf://ann/digits/adapter.safetensors"
     repo = hub.repos["ann/digits"]
     assert not repo.private
-    assert {path for _, path, token in hub.log if not token} <= {f"/upload/{oid}" for oid in hub.blobs} | {"/api/validate-yaml"}
+    assert {path for _, path, token in hub.log if not token} <= {f"/upload/{oid}" for oid in hub.blobs} | {
+        "/api/validate-yaml"
+    }
     assert len(repo.messages) == 1, "one commit"
     files = repo.branches["main"][-1]
     assert set(files) == {"adapter.safetensors", "config.yaml", "README.md"}

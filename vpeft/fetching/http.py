@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from ..errors import DownloadError, WriteError
 from ..files import write_text
 from .places import alone, digest, offline, place_of, timeout
-from .progress import Bar
+from .progress import DownloadBar
 
 BLOCK = 2**16
 LARGEST = 20 * 2**30  # bytes of a file of which nobody said how large it is
@@ -268,7 +268,7 @@ class _Transfer:
             file = self.part.open("r+b" if start else "wb")
         except OSError as error:
             raise WriteError(f"{self.part} cannot be written: {error.strerror}") from error
-        with file, Bar(self.target.name, start, total) as advance:
+        with file, DownloadBar(self.target.name, start, total) as advance:
             file.seek(start)
             file.truncate()
             while True:

@@ -7,7 +7,7 @@ from typing import Any
 SMALLEST = 2**20  # bytes of a file for which a bar is drawn
 
 
-class Bar:
+class DownloadBar:
     """A context that gives what to call with the number of each block's bytes; says nothing where stderr is no terminal.
 
     Args:
