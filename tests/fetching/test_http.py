@@ -1,6 +1,7 @@
 """Files over http from a server that misbehaves: nothing half-written is used, and nothing is sent twice."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from tests.support.models import images, make
 from tests.support.servers import Served, Server, serving
 from vpeft import checkpoint
 from vpeft.errors import CheckpointError, DownloadError, WriteError
-from vpeft.fetching import http, local_file, places
+from vpeft.fetching import http, local_file, places, progress
 
 
 def kept(cache: Path) -> list[str]:
@@ -138,6 +139,21 @@ def test_a_server_that_says_nothing_is_given_up(adapter, monkeypatch):
         with pytest.raises(DownloadError, match="timed out"):
             local_file(f"{server.url}/a.safetensors")
         assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(("smallest", "terminal"), [(0, True), (10**9, True), (0, False)])
+def test_a_bar_for_what_is_large_on_a_terminal(adapter, monkeypatch, smallest, terminal):
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setattr(progress, "SMALLEST", smallest)
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    with serving(a=Served(adapter, block=4000, pause=0.05)) as server:
+        local_file(f"{server.url}/a.safetensors")
+    shown = screen.getvalue()
+    assert bool(shown) == (terminal and not smallest)
+    assert not shown or ("a.safetensors" in shown and "kB" in shown)
 
 
 def test_an_unknown_length_is_no_obstacle(adapter):

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,7 +17,7 @@ from vpeft.engine.config import from_container, load_config
 from vpeft.errors import CheckpointError, ConfigError
 from vpeft.fetching import open_index
 from vpeft.files import shipped
-from vpeft.zoo import using
+from vpeft.zoo import adding, using
 from vpeft.zoo.adding import Run, add, command_of
 from vpeft.zoo.page import page_of, zoo_page
 
@@ -206,3 +207,11 @@ def test_a_run_read_again_is_the_run(runs):
     run = Run.of(runs[0])
     assert run.config.seed == 3
     assert run.metrics["trainable"] == 1290
+
+
+def test_the_zoo_of_an_installed_package_does_not_grow(runs, monkeypatch, tmp_path):
+    inside = Path(adding.__file__).parents[1] / "shipped" / "model_zoo"
+    monkeypatch.setattr(adding, "shipped", lambda folder: inside)
+    with pytest.raises(ConfigError, match="--folder"):
+        add(runs, "a", cfg=CFG)
+    assert not inside.exists()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 import timm
@@ -52,6 +53,13 @@ def model():
 
 
 # ---- in code ----
+
+
+def test_it_is_an_attribute_of_the_package():
+    assert vpeft.__getattr__("zoo") is sys.modules["vpeft.zoo"]
+    assert "zoo" in vpeft.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'zo'"):
+        _ = vpeft.zo
 
 
 def test_list(zoo):
@@ -153,6 +161,8 @@ def test_a_name_stands_for_a_checkpoint(zoo, monkeypatch, model, capsys, tmp_pat
     assert local_file("zoo:a.linear") == zoo / "adapters/a.linear.safetensors"
     assert checkpoint.read("zoo:a.linear").metadata["method"]["name"] == "linear"
     assert vpeft.load(model, "zoo:a.linear").name == "linear"
+    with pytest.raises(DownloadError, match="zoo:nothing: the zoo"):
+        vpeft.fuse(model, ["zoo:nothing"])
     with pytest.raises(CheckpointError, match="must lie in the composition's folder"):
         vpeft.save_composition(model, tmp_path / "c.json", files={"linear": "zoo:a.linear"})
 

@@ -96,6 +96,8 @@ def add(
             configuration that no command gives.
         CheckpointError: a file that is too large, or cannot be used elsewhere.
     """
+    if folder is None and shipped(FOLDER).is_relative_to(Path(__file__).parents[1]):
+        raise ConfigError("--folder: the zoo inside an installed package is not added to; give a folder of your own")
     folder = Path(folder) if folder is not None else shipped(FOLDER)
     if not is_plain(name) or name != name.lower():
         raise ConfigError(f"--name: {name[:100]!r} is no name; give small letters, digits and ._-")
