@@ -8,6 +8,7 @@ import pytest
 import vpeft
 from vpeft.backbone.embedded import default_cfgs
 from vpeft.cli import main
+from vpeft.docs import pages
 from vpeft.errors import DownloadError
 from vpeft.fetching import open_index
 from vpeft.fetching.index import as_text
@@ -127,3 +128,14 @@ def test_no_path_of_a_machine_is_in_the_index():
 
 def test_the_page_is_not_stale():
     assert (ROOT / "model_zoo.md").read_text() == zoo_page(ROOT / "model_zoo"), "run `vpeft docs`"
+
+
+def test_the_command_for_pages_writes_the_one_of_the_zoo_beside_it(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "page_makers", dict)
+    (tmp_path / "docs").mkdir()
+    assert pages.write_pages(tmp_path / "docs") == []
+    zoo.rename(tmp_path / "model_zoo")
+    assert pages.write_pages(tmp_path / "docs") == [tmp_path / "model_zoo.md"]
+    text = (tmp_path / "model_zoo.md").read_text()
+    assert "| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | 9 | Apache-2.0 |" in text
+    assert "vpeft train --cfg configs/digits/linear.yaml seed=3" in text
