@@ -11,7 +11,7 @@ ROOT = Path(vpeft.__file__).parent
 FLOORS = (
     ("errors", "files", "numerics", "options", "shards", "stopping"),
     ("backbone",),
-    ("checkpoint", "metadata"),
+    ("checkpoint", "fetching", "metadata"),
     ("interventions",),
     ("attached",),
     ("methods",),
@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "docs", "search"),
+    ("bench", "docs", "search", "zoo"),
     ("commands",),
     ("cli",),
 )

@@ -16,12 +16,22 @@ from .tuning.routing import route, train_side_by_side
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str):
+    """``vpeft.zoo``, which is imported when it is used."""
+    if name == "zoo":
+        import vpeft.zoo
+
+        return vpeft.zoo
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
 # Every method's class, under its own name: vpeft.LoRA, vpeft.AdaptFormer, …
 globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
     "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "fuse", "get_handle",
-    "list_methods", "load", "load_composition", "route", "save_composition", "train_side_by_side",
+    "list_methods", "load", "load_composition", "route", "save_composition", "train_side_by_side", "zoo",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

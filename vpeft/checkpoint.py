@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
-from .files import Shape, as_path, read_shapes, read_tensors, writable_file, write_bytes
+from .fetching import is_source, local_file
+from .files import Shape, naming, read_shapes, read_tensors, writable_file, write_bytes
 from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
 from .shards import check_same, class_of, first_writes, whole, wholes
 
@@ -107,12 +108,30 @@ def save(
         "calibrated": described["calibrated"],
     }
     check_metadata(metadata, tensors, path)
-    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    text = _text(metadata)
     live = model.state_dict()
     check_same(live, lambda: checksum(text, {n: tensors[n] for n in own}), path)
-    blob = serialise(tensors, {KEY: text, "sha256": checksum(text, tensors)})
+    blob = _blob(text, tensors)
     first_writes(live, lambda: write_bytes(writable_file(path), blob), path)
     return path
+
+
+def with_metadata(file: File, metadata: dict[str, Any]) -> bytes:
+    """The bytes of a file with the same tensors and other metadata.
+
+    Raises:
+        CheckpointError: they do not fit the schema.
+    """
+    check_metadata(metadata, file.tensors, file.path)
+    return _blob(_text(metadata), file.tensors)
+
+
+def _text(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, allow_nan=False)
+
+
+def _blob(text: str, tensors: Mapping[str, Tensor]) -> bytes:
+    return serialise(dict(tensors), {KEY: text, "sha256": checksum(text, tensors)})
 
 
 def describe(class_names: Any, metrics: Any, data: Any, config: Any) -> dict[str, Any]:
@@ -135,11 +154,22 @@ def describe(class_names: Any, metrics: Any, data: Any, config: Any) -> dict[str
 def read_header(path: str | Path) -> File:
     """Read and check what a file says of itself. A large one's tensors are left for later: see ``File.tensors``.
 
+    Args:
+        path: of the file; or ``zoo:NAME``, a URL, ``hf://user/repo/file@revision``, which are brought here first.
+
     Raises:
         CheckpointError: missing, of another format, with metadata that do not fit the schema; a file that is not large is
             also read and verified, so that damage is called damage.
+        DownloadError: a kind of it: it cannot be brought here.
     """
-    path = as_path(path)
+    if not is_source(path):
+        return _read_header(local_file(path))
+    file = local_file(path)
+    with naming(path):  # what is wrong in the cache is the source's
+        return _read_header(file)
+
+
+def _read_header(path: Path) -> File:
     header, shapes = read_shapes(path)
     if KEY not in header:
         raise CheckpointError(f"{path} is a safetensors file, but not one that vpeft wrote")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .commands import making, measuring, telling, training, using
+from .commands import making, measuring, telling, training, using, zoo
 from .errors import VpeftError
 from .stopping import stoppable
 
@@ -17,6 +17,8 @@ COMMANDS = {
     "predict": (using.predict, "apply a checkpoint to image or video files"),
     "table": (training.table, "train configurations under several seeds and compare them"),
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
+    "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
+    "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
     "methods": (telling.methods, "list the methods, or describe one"),
     "bench": (measuring.bench, "measure time and memory of methods on a backbone"),
     "docs": (telling.docs, "write the pages in docs/ that a program can write"),

@@ -21,6 +21,10 @@ class CheckpointError(VpeftError):
     """A checkpoint that is damaged, foreign, or made for another backbone."""
 
 
+class DownloadError(CheckpointError):
+    """A file that cannot be had from where it is said to be, or that is not what it should be when it comes."""
+
+
 class WriteError(VpeftError, OSError):
     """A file that cannot be written: a full or read-only disk, or a place where none can be."""
 

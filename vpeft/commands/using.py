@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Callable
 
+SOURCES = "or zoo:NAME, https://…, hf://user/repo/FILE@revision"
+
 
 def test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration (its model and data sections)")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help=f"checkpoint of vpeft train; {SOURCES}")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--merge", action="store_true", help="fold the method into the weights first")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -21,7 +23,7 @@ def test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None
 
 
 def predict(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help=f"checkpoint of vpeft train; {SOURCES}")
     parser.add_argument("paths", nargs="+", metavar="FILE", help="image or video files, or folders of them")
     parser.add_argument("--topk", type=int, metavar="N", help="classes to report per file; the five best where left out")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="files at once; 64 where left out")

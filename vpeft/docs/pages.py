@@ -4,7 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..fetching.index import FOLDER, INDEX
 from ..files import write_text
+from ..zoo.page import page_of, zoo_page
 from .compatibility import compatibility_page, matrix
 from .configuration import configuration_page
 from .methods import categories, category_page, index_page
@@ -25,4 +27,9 @@ def write_pages(folder: str | Path = "docs", *, compatibility: bool = False) -> 
         made[COMPATIBILITY] = lambda: compatibility_page(matrix())
     for name, text in made.items():
         write_text(Path(folder) / name, text())
-    return [Path(folder) / name for name in made]
+    paths = [Path(folder) / name for name in made]
+    zoo = Path(folder).resolve().parent / FOLDER  # of the repository whose pages these are
+    if (zoo / INDEX).is_file():
+        write_text(page_of(zoo), zoo_page(zoo))
+        paths.append(page_of(zoo))
+    return paths

@@ -11,6 +11,7 @@ from timm.optim import list_optimizers
 
 from ..data.splits import Datasets
 from ..errors import ConfigError, VpeftError, did_you_mean
+from ..fetching import is_source, local_file
 from .plan import why_no_extension
 from .settings import OPEN_ENDED
 from .setup import make_optimizer, make_schedule
@@ -28,11 +29,17 @@ def check_parts(config: DictConfig) -> None:
 
 
 def check_files(config: DictConfig) -> None:
-    """Refuse to start from a file that is not there.
+    """Refuse to start from a file that is not there, and bring one that is elsewhere.
 
     Raises:
         ConfigError: names the key.
     """
+    if is_source(config.init):
+        try:
+            local_file(config.init)
+        except VpeftError as error:
+            raise ConfigError(f"init: {error}") from error
+        return
     if config.init is not None and not Path(config.init).is_file():
         raise ConfigError(f"init: {config.init} {'is a folder' if Path(config.init).is_dir() else 'does not exist'}")
 

@@ -45,7 +45,7 @@ def predict(
     """Apply a checkpoint to files; each result is printed and written as it comes.
 
     Args:
-        ckpt: a file that ``vpeft train`` or ``Handle.save`` wrote.
+        ckpt: a file that ``vpeft train`` or ``Handle.save`` wrote; or ``zoo:NAME``, a URL, ``hf://user/repo/file@revision``.
         paths: files, or folders that are searched.
         topk: classes to report per file; the five best where None.
         batch_size: files at once.

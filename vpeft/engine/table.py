@@ -186,7 +186,7 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
     task, data = open_split(config, split, file.metadata["class_names"], str(ckpt))
     backbone = backbone_of(task, file, len(data.classes), keep_head=not make_method(config).trains_head)
     built = task.assemble(backbone, len(data.classes))
-    handle = load(backbone, ckpt, heads=built.heads)
+    handle = load(backbone, file.path, heads=built.heads)
     model = built.model.eval()
     handle.eval()
     own = sum(p.numel() for p in handle.parameters())

@@ -24,7 +24,7 @@ def test(
 
     Args:
         config: its model and data sections are used.
-        ckpt: a file that ``vpeft train`` or ``Handle.save`` wrote.
+        ckpt: a file that ``vpeft train`` or ``Handle.save`` wrote; or ``zoo:NAME``, a URL, ``hf://user/repo/file@revision``.
         split: ``train``, ``val`` or ``test``.
         merge: fold the method into the weights first.
         task: of your own; the one that the configuration names where None.
@@ -44,7 +44,7 @@ def test(
     with building(config):
         backbone = backbone_of(task, file, len(data.classes))
     built = task.assemble(backbone, len(data.classes))
-    handle = load(built.backbone, ckpt, heads=built.heads)
+    handle = load(built.backbone, file.path, heads=built.heads)
     if merge:
         handle.merge()
     built.model.to(accelerator.device).eval()

@@ -267,7 +267,7 @@ class E2VPT(VPTDeep):
 
 
 def _first_training(path: str | Path, tree: Tree) -> dict[str, Tensor]:
-    file = checkpoint.read(Path(path))
+    file = checkpoint.read(path)
     if file.metadata["method"]["name"] != E2VPT.name:
         raise MethodError(f"{E2VPT.name}.pruned_from: {path} holds {file.metadata['method']['name']}")
     checkpoint.check_backbone(tree.model, file)

@@ -39,7 +39,7 @@ class Scorer:
         self.task, data = open_split(config, "val", file.metadata["class_names"], str(ckpt))
         backbone = backbone_of(self.task, file, len(data.classes))
         self.built = self.task.assemble(backbone, len(data.classes))
-        self.handle = load(backbone, ckpt, heads=self.built.heads)
+        self.handle = load(backbone, file.path, heads=self.built.heads)
         self.built.model.to(accelerator.device).eval()
         self.handle.eval()
         self.accelerator = accelerator

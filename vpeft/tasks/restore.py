@@ -9,6 +9,7 @@ from torch import nn
 from .. import checkpoint
 from ..errors import CheckpointError
 from ..files import naming
+from ..tuning.handle import Handle
 from ..tuning.loading import load
 from .frozen import backbone_of, came_from_no_file
 from .protocol import Task, TaskModel
@@ -60,6 +61,13 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     Raises:
         CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
     """
+    built, _ = restored_with_handle(task, file, weights)
+    built.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return built
+
+
+def restored_with_handle(task: Task, file: checkpoint.File, weights: str | None = None) -> tuple[TaskModel, Handle]:
+    """As ``restored``, on the CPU; and the handle of the method."""
     names, number = file.metadata["class_names"], file.metadata["num_classes"] or 0
     classes = len(names) if names else number
     # A head has a tensor with at least as many rows: nothing larger is built than the file holds.
@@ -70,6 +78,6 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     with naming(file.path, Exception):  # its configuration may say what cannot be built
         built = task.assemble(backbone, classes)
     handle = load(built.backbone, file.path, heads=built.heads)
-    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    built.model.eval()
     handle.eval()
-    return built
+    return built, handle

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attached.tree import Tree
 from ..errors import CheckpointError, MethodError, shown
+from ..fetching import is_source
 from ..files import as_path, existing_file, naming, parse_json, writable_file, write_text
 from ..metadata import SavedModel
 from ..options import check_values, option
@@ -188,6 +189,10 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _part(path: Path, name: str, file: str | Path) -> dict[str, str]:
     """A file as the composition names it."""
+    if is_source(file):
+        raise CheckpointError(
+            f"files: {shown(file)} of '{name}' must lie in the composition's folder: download it there first"
+        )
     file = existing_file(file)
     folder = path.parent.resolve()
     whole = file.parent.resolve() / file.name  # a link is taken as where it stands

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..errors import MethodError, VpeftError, shown
+from ..fetching import is_source
 from ..files import naming
 from ..methods.base import Method
 from ..methods.fusion import TrainedAdapter, fusion_of, why_not_fused
@@ -94,7 +95,7 @@ def _source(model: nn.Module, adapter: Any, check_backbone: bool) -> tuple[str, 
         return adapter.name, _of_handle(model, adapter)
     if not isinstance(adapter, str | Path):
         raise MethodError(f"fuse: {shown(adapter)} is no handle, name or file")
-    if isinstance(adapter, str) and not os.path.exists(adapter):
+    if isinstance(adapter, str) and not is_source(adapter) and not os.path.exists(adapter):
         here = f"attached are {', '.join(attached)}" if attached else "nothing is attached"
         raise MethodError(f"fuse: {shown(adapter)} is neither attached ({here}) nor a file")
     file = checkpoint.read_header(adapter)

@@ -41,11 +41,11 @@ def load(
 
     The classifier is rebuilt where its number of classes differs, and taken away where the file's model had none. A
     classifier of one's own (no plain timm one) must stand in the model already. Floating-point values are converted to
-    the model's type. Needs no network.
+    the model's type. Needs no network where the file is here.
 
     Args:
         model: a fresh model with the backbone weights that the file was trained on.
-        path: a file that ``Handle.save`` wrote.
+        path: a file that ``Handle.save`` wrote; or ``zoo:NAME``, a URL, ``hf://user/repo/file@revision``.
         name: for the handle; the one it was saved under where None.
         head: also load the classifier and ``heads``.
         heads: the modules outside the model that trained with the method, as given to ``attach``.

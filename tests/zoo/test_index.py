@@ -1,0 +1,141 @@
+"""The index's schema, and the zoo that ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vpeft
+from vpeft.backbone.embedded import default_cfgs
+from vpeft.cli import main
+from vpeft.docs import pages
+from vpeft.errors import DownloadError
+from vpeft.fetching import open_index
+from vpeft.fetching.index import as_text
+from vpeft.files import shipped
+from vpeft.zoo.adding import KB, MAX_KB
+from vpeft.zoo.page import zoo_page
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(zoo: Path) -> dict:
+    return json.loads((zoo / "index.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "..", "name"),
+        ("name", "a/b", "name"),
+        ("name", "nul", "no name of a file"),
+        ("file", "../a.safetensors", "leads out"),
+        ("file", "/etc/a.safetensors", "leads out"),
+        ("file", "a/../../b.safetensors", "leads out"),
+        ("file", "C:\\a.safetensors", "leads out"),
+        ("file", "a\\..\\b.safetensors", "leads out"),
+        ("file", "aux.safetensors", "leads out"),
+        ("file", "a\0.safetensors", "leads out"),
+        ("file", "http://x/a.safetensors", "leads out"),
+        ("file", "a.pt", "file"),
+        ("sha256", "00", "SHA-256"),
+        ("size", -1, "size"),
+        ("size", True, "size"),
+        ("kind", "dataset", "kind"),
+        ("place", "elsewhere", "place"),
+        ("place", "package", "lies beside the index"),
+        ("method", None, "has a method"),
+        ("metric", "test_miou", "none of its metrics"),
+        ("seeds", [1], "one value for each of 1 seeds"),
+        ("seeds", [], "seeds"),
+        ("metrics", {}, "no list"),
+        ("config", [], "config"),
+        ("command", "", "command"),
+    ],
+)
+def test_an_index_that_is_none(zoo, key, value, message):
+    broken = content(zoo)
+    broken["entries"][0][key] = value
+    (zoo / "index.json").write_text(json.dumps(broken))
+    with pytest.raises(DownloadError, match=message) as error:
+        open_index(zoo)
+    assert str(zoo) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["entries"].append(c["entries"][0]), "two entries"),
+        (lambda c: c.update(format=2), "format 2"),
+        (lambda c: c.update(kind="recipe book"), "kind"),
+        (lambda c: c["entries"][0].pop("sha256"), "sha256 is missing"),
+        (lambda c: c["entries"][0]["metrics"][0].pop("values"), "values is missing"),
+    ],
+)
+def test_an_index_that_contradicts_itself(zoo, change, message):
+    broken = content(zoo)
+    change(broken)
+    (zoo / "index.json").write_text(json.dumps(broken))
+    with pytest.raises(DownloadError, match=message):
+        open_index(zoo)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "\xff", '{"format": 1}', "[" * 100 + "]" * 100])
+def test_what_is_no_index(tmp_path, text):
+    (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DownloadError):
+        open_index(tmp_path)
+
+
+def test_keys_of_a_newer_version_are_passed_over(zoo):
+    newer = content(zoo)
+    newer["entries"][0]["colour"] = "blue"
+    (zoo / "index.json").write_text(json.dumps(newer))
+    assert [entry.name for entry in vpeft.zoo.list(index=zoo)] == ["a.linear"]
+
+
+def test_it_is_written_as_it_is_read(zoo):
+    assert as_text(content(zoo)) == (zoo / "index.json").read_text()
+
+
+# ---- the zoo that ships ----
+
+
+def test_every_embedded_backbone_is_in_the_zoo():
+    entries = {entry.backbone for entry in vpeft.zoo.list(kind="backbone")}
+    assert entries == {f"{name}.{tag}" for name, cfg in default_cfgs.items() for tag in cfg.cfgs}
+
+
+def test_every_file_is_what_the_index_says(capsys):
+    main(["zoo", "verify"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(open_index().entries)
+    assert all(line.endswith(": ok") for line in lines)
+
+
+def test_adapters_are_small_and_none_is_left_over():
+    folder, entries = shipped("model_zoo"), vpeft.zoo.list(kind="adapter")
+    assert all(entry.size <= MAX_KB * KB for entry in entries)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} == {
+        entry.file for entry in entries
+    }
+
+
+def test_no_path_of_a_machine_is_in_the_index():
+    text = (shipped("model_zoo") / "index.json").read_text()
+    assert not [word for word in ('"/tmp', '"/home', '"/root', '"/work', "=/") if word in text]
+
+
+def test_the_page_is_not_stale():
+    assert (ROOT / "model_zoo.md").read_text() == zoo_page(ROOT / "model_zoo"), "run `vpeft docs`"
+
+
+def test_the_command_for_pages_writes_the_one_of_the_zoo_beside_it(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "page_makers", dict)
+    (tmp_path / "docs").mkdir()
+    assert pages.write_pages(tmp_path / "docs") == []
+    zoo.rename(tmp_path / "model_zoo")
+    assert pages.write_pages(tmp_path / "docs") == [tmp_path / "model_zoo.md"]
+    text = (tmp_path / "model_zoo.md").read_text()
+    assert "| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | 9 | Apache-2.0 |" in text
+    assert "vpeft train --cfg configs/digits/linear.yaml seed=3" in text
