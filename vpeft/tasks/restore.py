@@ -54,11 +54,35 @@ def restored_backbone(task: Task, file: checkpoint.File, classes: int, weights: 
         ) from error
 
 
-def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> TaskModel:
-    """A checkpoint's model in evaluation mode, on the GPU where there is one; arguments as of ``restored_backbone``.
+def restored(
+    task: Task, file: checkpoint.File, weights: str | None = None, backbone: nn.Module | None = None, name: str | None = None
+) -> TaskModel:
+    """A checkpoint's model in evaluation mode, on the GPU where there is one.
+
+    Args:
+        task, file, weights: see ``restored_backbone``.
+        backbone: the frozen backbone, which other checkpoints may be attached to already; built where None.
+        name: of the handle on it; the one that the checkpoint was saved under where None.
 
     Raises:
         CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
+    """
+    classes = class_count(file)
+    if backbone is None:
+        backbone = restored_backbone(task, file, classes, weights)
+    with naming(file.path, Exception):  # its configuration may say what cannot be built
+        built = task.assemble(backbone, classes)
+    handle = load(built.backbone, file.path, name=name, heads=built.heads)
+    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    handle.eval()
+    return built
+
+
+def class_count(file: checkpoint.File) -> int:
+    """The classes of a checkpoint's data, by its metadata; 0 where it has none.
+
+    Raises:
+        CheckpointError: more than its head has.
     """
     names, number = file.metadata["class_names"], file.metadata["num_classes"] or 0
     classes = len(names) if names else number
@@ -66,10 +90,4 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     largest = max((max(file.shapes[n].size, default=0) for n in file.head_names), default=0)
     if file.head_names and classes > largest:
         raise CheckpointError(f"{file.path}: its metadata say {classes} classes, which its head does not have")
-    backbone = restored_backbone(task, file, classes, weights)
-    with naming(file.path, Exception):  # its configuration may say what cannot be built
-        built = task.assemble(backbone, classes)
-    handle = load(built.backbone, file.path, heads=built.heads)
-    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    handle.eval()
-    return built
+    return classes
