@@ -4,6 +4,6 @@
 of answers; these know no gradio. ``page.py`` is the page.
 """
 
-from .adapters import Adapter, Adapters, Answer
+from .adapters import Adapters, Answer, Attached
 
-__all__ = ["Adapter", "Adapters", "Answer"]
+__all__ = ["Adapters", "Answer", "Attached"]

@@ -51,7 +51,7 @@ class Answer:
 
 
 @dataclass
-class Adapter:
+class Attached:
     """One checkpoint on the shared backbone.
 
     Attributes:
@@ -106,7 +106,7 @@ class Adapters:
         self._lock = threading.Lock()
         self.backbone, names = shared_backbone(tasks[0], files[0], class_count(files[0]), weights)
         self.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.adapters: list[Adapter] = []
+        self.adapters: list[Attached] = []
         for title, file, task in zip(_titles(files), files, tasks, strict=True):
             self._attach(title, file, task)
         self.bare = self._bare(names)
@@ -123,7 +123,7 @@ class Adapters:
             ) from error
         handle = get_handle(self.backbone, name)
         handle.disable()
-        self.adapters.append(Adapter(title, file, task, built, handle))
+        self.adapters.append(Attached(title, file, task, built, handle))
 
     def _bare(self, names: Sequence[str] | None) -> dict[str, Bare]:
         """For each kind of file, the backbone with its own classes, if it has any, prepared as for the first adapter."""
@@ -151,13 +151,14 @@ class Adapters:
             DataError: a file that can be read neither as an image nor, where an adapter takes them, as a video.
         """
         kinds = {adapter.reads: adapter for adapter in reversed(self.adapters)}
-        fitting = [adapter for kind, adapter in kinds.items() if not _wrong_kind(path, kind)]
-        for adapter in fitting[:-1]:
+        problem = f"{Path(path).name} is no {' or '.join(kinds)} file"
+        for adapter in kinds.values():
             try:
-                return adapter.task.preview(path)
-            except DataError:
-                continue
-        return (fitting or [self.adapters[0]])[-1].task.preview(path)
+                if not _wrong_kind(path, adapter.reads):
+                    return adapter.task.preview(path)
+            except DataError as error:
+                problem = _without_folder(str(error), path)
+        raise DataError(f"{problem}; the adapters here take {' and '.join(f'{kind}s' for kind in kinds)}")
 
     def look(self, path: str | Path, titles: Sequence[str] | None = None, topk: int = 5) -> list[Answer]:
         """What the bare backbone and each of the chosen adapters say of a file; what fails says why in its answer.
@@ -175,20 +176,21 @@ class Adapters:
         if unknown:
             raise ConfigError(f"no adapter is called '{unknown[0]}'; there are {', '.join(self.titles)}")
         chosen = [adapter for adapter in self.adapters if adapter.title in titles]
-        kind = chosen[0].reads if chosen else self.adapters[0].reads
+        kinds = [adapter.reads for adapter in chosen or self.adapters]
+        kind = next((kind for kind in kinds if not _wrong_kind(path, kind)), kinds[0])
         answers = [self._answer(Answer("the bare backbone", "its own classes"), self.bare.get(kind), kind, path, topk)]
         for adapter in chosen:
             answers.append(self._answer(Answer(adapter.title, adapter.about), adapter, adapter.reads, path, topk))
         return answers
 
-    def _answer(self, answer: Answer, who: "Adapter | Bare | None", kind: str, path: str | Path, topk: int) -> Answer:
+    def _answer(self, answer: Answer, who: "Attached | Bare | None", kind: str, path: str | Path, topk: int) -> Answer:
         if who is None:
             answer.problem = "it has no classifier whose classes have names"
             return answer
         try:
             if _wrong_kind(path, kind):
                 raise DataError(f"{path} is no {kind} file; {answer.title} takes {kind}s")
-            with self._alone(who.handle if isinstance(who, Adapter) else None):
+            with self._alone(who.handle if isinstance(who, Attached) else None):
                 self._fill(answer, who, path, topk)
         except VpeftError as error:
             answer.problem = _without_folder(str(error), path)
@@ -205,7 +207,7 @@ class Adapters:
                 stack.enter_context(handle.enable())
             yield
 
-    def _fill(self, answer: Answer, who: "Adapter | Bare", path: str | Path, topk: int) -> None:
+    def _fill(self, answer: Answer, who: "Attached | Bare", path: str | Path, topk: int) -> None:
         draws, found = getattr(who.task, "draws", True), who.file.metadata
         count = len(found["class_names"] or ()) or found["num_classes"] or topk
         options = PredictOptions(None if draws else min(topk, count), 1, built=who.built)

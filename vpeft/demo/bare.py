@@ -78,7 +78,7 @@ class Bare:
         names: of its own classes.
 
     Attributes:
-        task, file, built: as of an ``Adapter``.
+        task, file, built: as of an ``Attached`` checkpoint.
     """
 
     def __init__(self, task: Task, file: checkpoint.File, backbone: nn.Module, names: Sequence[str]):

@@ -44,8 +44,7 @@ def answered(adapters: Adapters, path: str | None, titles: Sequence[str], topk: 
     try:
         shown = drawing.preview(adapters.preview(path), Path(path).name)
     except VpeftError as error:
-        text = str(error).replace(f"{Path(path).parent}{os.sep}", "")
-        return "", drawing.problem(text)
+        return "", drawing.problem(str(error))
     return shown, drawing.cards(adapters.look(path, titles, topk))
 
 
