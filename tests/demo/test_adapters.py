@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vpeft
+from tests.support.videos import frames_of, write
 from vpeft.cli import main
 from vpeft.data.embedded import FASHION_CLASSES
 from vpeft.demo import Adapters, Answer, drawing
 from vpeft.demo.adapters import _read_pictures
+from vpeft.demo.bare import own_classes
 from vpeft.demo.page import answered
 from vpeft.engine.predict import predict
 from vpeft.tasks.segmentation.pictures import write_pictures
@@ -26,15 +28,14 @@ NAMES = ["<b>boot</b>", "bag ${x} {{y}}", "coat"]
 METHODS = {"lora": {"rank": 2}, "bitfit": {}, "vpt_deep": {"tokens": 2}, "full": {}}
 
 
-def saved(path, method, name=VIT, title=None, pretrained=True, **options):
+def saved(path, method, name=VIT, config=None, **options):
     """A checkpoint whose tensors were moved away from where the method starts."""
     torch.manual_seed(len(method))
-    model = timm.create_model(name, pretrained=pretrained, num_classes=3).eval()
+    model = timm.create_model(name, pretrained=True, num_classes=3).eval()
     handle = vpeft.attach(model, method, **options)
     with torch.no_grad():
         for parameter in handle.trainable_parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    config = {"name": title} if title else None
     return handle.save(path, class_names=NAMES, config=config)
 
 
@@ -140,13 +141,42 @@ def test_what_fails_inside_one_adapter_leaves_the_others(adapters, images):
 
 
 def test_alike_names_are_numbered_and_chosen_one_by_one(tmp_path, images):
-    file = saved(tmp_path / "a.safetensors", "lora", title="digits/lora", rank=1)
+    file = saved(tmp_path / "a.safetensors", "lora", config={"name": "digits/lora"}, rank=1)
     twice = Adapters([file, file])
     assert twice.titles == ["digits/lora", "digits/lora (2)"]
     assert [a.title for a in twice.look(images[0], ["digits/lora (2)"])[1:]] == ["digits/lora (2)"]
     assert len(twice.look(images[0], [], topk=2)[0].classes) == 2
     with pytest.raises(vpeft.ConfigError, match="no adapter is called 'x'; there are digits/lora"):
         twice.look(images[0], ["x"])
+
+
+def test_images_and_videos_on_one_page(files, images, tmp_path):
+    config = {"name": "motion", "task": "video", "video": {"frames": 2}}
+    both = Adapters([files["lora"], saved(tmp_path / "v.safetensors", "bitfit", config=config)])
+    video = write(tmp_path / "clip.mp4", frames_of(5))
+    first, image, motion = both.look(video)
+    assert image.problem.startswith("clip.mp4 is not a readable image")
+    (row,) = predict(tmp_path / "v.safetensors", [video])
+    assert [(n, p) for n, p, _ in motion.classes] == [(c["class"], c["probability"]) for c in row["classes"]]
+    assert len(first.classes) == 5  # of the frames' own classes, as the video's adapter is given them
+    assert first == both.look(video, ["motion"])[0]
+    assert len(both.preview(video)) == 5
+    first, image, motion = both.look(images[0])
+    assert motion.problem == "0.png is no video file; motion takes videos"
+    assert first == both.look(images[0], ["lora"])[0]
+    assert not image.problem
+    assert both.preview(images[0])[0].shape == (40, 30, 3)
+
+
+def test_own_classes_are_those_that_timm_knows():
+    small = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    names = own_classes(timm.create_model("vit_tiny_patch16_224", **small))
+    assert len(names) == 1000
+    assert names[0].startswith("tench")
+    assert own_classes(timm.create_model("vit_tiny_patch16_224", num_classes=3, **small)) is None
+    assert own_classes(timm.create_model("vit_base_patch16_clip_224.openai", **small)) is None  # a projection
+    assert own_classes(timm.create_model(VIT)) == list(FASHION_CLASSES)
+    assert own_classes(timm.create_model(VIT, num_classes=0)) is None
 
 
 def test_names_from_a_file_are_text_on_the_page(adapters, images):

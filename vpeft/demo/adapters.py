@@ -75,9 +75,9 @@ class Attached:
 
     @property
     def about(self) -> str:
-        """The method and the number of its parameters."""
+        """The method and the number of its parameters, those of the head left out."""
         count = sum(p.numel() for p in self.handle.parameters())
-        return f"{self.handle.method.name}, {count:,} parameters"
+        return f"{self.handle.method.name}, {count:,} parameters beside the head"
 
 
 class Adapters:
@@ -176,12 +176,19 @@ class Adapters:
         if unknown:
             raise ConfigError(f"no adapter is called '{unknown[0]}'; there are {', '.join(self.titles)}")
         chosen = [adapter for adapter in self.adapters if adapter.title in titles]
-        kinds = [adapter.reads for adapter in chosen or self.adapters]
-        kind = next((kind for kind in kinds if not _wrong_kind(path, kind)), kinds[0])
-        answers = [self._answer(Answer("the bare backbone", "its own classes"), self.bare.get(kind), kind, path, topk)]
+        answers = [self._bare_answer([adapter.reads for adapter in chosen or self.adapters], path, topk)]
         for adapter in chosen:
             answers.append(self._answer(Answer(adapter.title, adapter.about), adapter, adapter.reads, path, topk))
         return answers
+
+    def _bare_answer(self, kinds: Sequence[str], path: str | Path, topk: int) -> Answer:
+        """As an image, or as a video: whichever of these kinds the file turns out to be."""
+        for kind in dict.fromkeys(kinds):
+            bare = Answer("the bare backbone", "its own classes")
+            answer = self._answer(bare, self.bare.get(kind), kind, path, topk)
+            if not answer.problem:
+                break
+        return answer
 
     def _answer(self, answer: Answer, who: "Attached | Bare | None", kind: str, path: str | Path, topk: int) -> Answer:
         if who is None:

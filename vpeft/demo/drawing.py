@@ -12,8 +12,8 @@ from .adapters import Answer, Colour
 
 SMALLEST, LARGEST = 224, 896  # pixels of the longer side at which pictures are shown
 CSS = """
-.vp-row {display: flex; flex-wrap: wrap; gap: 14px; align-items: stretch}
-.vp-card {flex: 1 1 260px; max-width: 440px; min-width: 0; border: 1px solid var(--border-color-primary);
+.vp-row {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)); gap: 14px}
+.vp-card {min-width: 0; border: 1px solid var(--border-color-primary);
   border-radius: 10px; padding: 12px 14px; background: var(--block-background-fill); color: var(--body-text-color)}
 .vp-bare {border-style: dashed}
 .vp-title {font-weight: 600; font-size: 1.05em; overflow-wrap: anywhere}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import gradio
 
 LARGEST_FILE = "200mb"
-SHOWN_AT_FIRST = 3  # adapters that are ticked when the page opens
+SHOWN_AT_FIRST = 2  # adapters that are ticked when the page opens
 
 
 def _gradio():
