@@ -1,4 +1,7 @@
-"""The page in headless Chromium: what a visitor sees. Needs the extra ``demo``, playwright and Debian's chromium."""
+"""The page in headless Chromium: what a visitor sees.
+
+``pip install -e ".[dev,demo]" playwright``, Debian's chromium, and ``python -m pytest -m slow tests/demo``.
+"""
 
 import base64
 import re
