@@ -112,6 +112,6 @@ def demo(
             footer_links=[], ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
         )  # fmt: skip
     except OSError as error:
-        raise ConfigError(f"--port: nothing can listen at {host}:{port}: {error}") from error
+        raise ConfigError(f"--port: {host}:{port} is taken, or no address of this machine; choose another") from error
     print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
     page.block_thread()
