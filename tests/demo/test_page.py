@@ -126,7 +126,7 @@ def test_two_visitors_get_their_own_answers(browser, files, images):  # noqa: F8
             visitor.evaluate(DROP, [image.name, base64.b64encode(image.read_bytes()).decode()])
         for visitor, image in zip(pages, images[:2], strict=True):
             visitor.wait_for_selector("#answers .vp-card")
-            for name in list(METHODS)[:3]:
+            for name in list(METHODS)[:2]:  # those that are ticked at first
                 (row,) = predict(files[name], [image])
                 assert cards(visitor)[name] == [c["class"] for c in row["classes"]]
             visitor.close()

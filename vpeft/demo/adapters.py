@@ -21,8 +21,7 @@ from ..errors import CheckpointError, ConfigError, DataError, VpeftError
 from ..tasks.prediction import check_preparation, names_of
 from ..tasks.protocol import PredictOptions, Task, TaskModel
 from ..tasks.registry import get_task
-from ..tasks.restore import class_count, restored
-from ..tuning.attaching import get_handle
+from ..tasks.restore import class_count, put_on
 from ..tuning.handle import Handle
 from .bare import Bare, shared_backbone
 
@@ -114,15 +113,15 @@ class Adapters:
     def _attach(self, title: str, file: checkpoint.File, task: Task) -> None:
         name = f"adapter{len(self.adapters)}"
         try:
-            built = restored(task, file, backbone=self.backbone, name=name)
+            built, handle = put_on(task, file, self.backbone, name)
         except CheckpointError as error:
             if not self.adapters or "another backbone" not in str(error):
                 raise
             raise CheckpointError(
                 f"{error}; one page shows adapters of one backbone, here that of {self.adapters[0].file.path}"
             ) from error
-        handle = get_handle(self.backbone, name)
-        handle.disable()
+        built.model.to(next(self.backbone.parameters()).device).eval()
+        handle.eval().disable()
         self.adapters.append(Attached(title, file, task, built, handle))
 
     def _bare(self, names: Sequence[str] | None) -> dict[str, Bare]:

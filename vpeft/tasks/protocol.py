@@ -76,7 +76,7 @@ class PredictOptions:
         out: folder for what is a picture (masks, overlays).
         skip_broken: leave out files that cannot be read, and count them in ``watch``.
         watch: what is told while the work goes on.
-        built: the checkpoint's model, where it was built before (``restored``), in evaluation mode; else it is built.
+        built: the checkpoint's model in evaluation mode, where ``restored`` or ``put_on`` gave it before; else it is built.
     """
 
     topk: int | None = None

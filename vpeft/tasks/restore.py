@@ -9,6 +9,7 @@ from torch import nn
 from .. import checkpoint
 from ..errors import CheckpointError
 from ..files import naming
+from ..tuning.handle import Handle
 from ..tuning.loading import load
 from .frozen import backbone_of, came_from_no_file
 from .protocol import Task, TaskModel
@@ -54,35 +55,24 @@ def restored_backbone(task: Task, file: checkpoint.File, classes: int, weights: 
         ) from error
 
 
-def restored(
-    task: Task, file: checkpoint.File, weights: str | None = None, backbone: nn.Module | None = None, name: str | None = None
-) -> TaskModel:
-    """A checkpoint's model in evaluation mode, on the GPU where there is one.
-
-    Args:
-        task, file, weights: see ``restored_backbone``.
-        backbone: the frozen backbone, which other checkpoints may be attached to already; built where None.
-        name: of the handle on it; the one that the checkpoint was saved under where None.
+def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> TaskModel:
+    """A checkpoint's model in evaluation mode, on the GPU where there is one; arguments as of ``restored_backbone``.
 
     Raises:
         CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
     """
-    classes = class_count(file)
-    if backbone is None:
-        backbone = restored_backbone(task, file, classes, weights)
-    with naming(file.path, Exception):  # its configuration may say what cannot be built
-        built = task.assemble(backbone, classes)
-    handle = load(built.backbone, file.path, name=name, heads=built.heads)
+    backbone = restored_backbone(task, file, class_count(file), weights)
+    built, handle = put_on(task, file, backbone)
     built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     handle.eval()
     return built
 
 
 def class_count(file: checkpoint.File) -> int:
-    """The classes of a checkpoint's data, by its metadata; 0 where it has none.
+    """The number of classes that a checkpoint says.
 
     Raises:
-        CheckpointError: more than its head has.
+        CheckpointError: its head does not have them.
     """
     names, number = file.metadata["class_names"], file.metadata["num_classes"] or 0
     classes = len(names) if names else number
@@ -91,3 +81,23 @@ def class_count(file: checkpoint.File) -> int:
     if file.head_names and classes > largest:
         raise CheckpointError(f"{file.path}: its metadata say {classes} classes, which its head does not have")
     return classes
+
+
+def put_on(
+    task: Task, file: checkpoint.File, backbone: nn.Module, name: str | None = None, check_backbone: bool = True
+) -> tuple[TaskModel, Handle]:
+    """A checkpoint's model around a backbone that may have other methods attached, and the handle of its method.
+
+    Args:
+        task: made from the checkpoint's configuration.
+        file: the checkpoint.
+        backbone: as ``restored_backbone`` gives it.
+        name: for the handle; the one it was saved under where None.
+        check_backbone: compare the frozen weights with those it was trained on.
+
+    Raises:
+        CheckpointError: see ``vpeft.load``.
+    """
+    with naming(file.path, Exception):  # its configuration may say what cannot be built
+        built = task.assemble(backbone, class_count(file))
+    return built, load(built.backbone, file.path, name=name, heads=built.heads, check_backbone=check_backbone)
