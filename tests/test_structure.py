@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "docs", "search", "zoo"),
+    ("bench", "demo", "docs", "search", "zoo"),
     ("commands",),
     ("cli",),
 )

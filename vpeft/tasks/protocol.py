@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,6 +76,7 @@ class PredictOptions:
         out: folder for what is a picture (masks, overlays).
         skip_broken: leave out files that cannot be read, and count them in ``watch``.
         watch: what is told while the work goes on.
+        built: the checkpoint's model in evaluation mode, where ``restored`` or ``put_on`` gave it before; else it is built.
     """
 
     topk: int | None = None
@@ -83,6 +85,7 @@ class PredictOptions:
     out: str | Path | None = None
     skip_broken: bool = False
     watch: PredictWatch = field(default_factory=PredictWatch)
+    built: TaskModel | None = None
 
 
 class Task(Step, Protocol):
@@ -94,6 +97,7 @@ class Task(Step, Protocol):
     Attributes:
         no_cache: why frozen features cannot be stored (``cache.mode``), and what to choose instead; None where they can:
             the loop then calls the timm model itself, on one image for each integer label.
+        reads: what ``predict`` is given: ``image`` or ``video`` files; images where a task does not say.
         draws: whether ``predict`` writes pictures into ``PredictOptions.out``; taken to be so where a task does not say.
         class_order: names of the classes in the order of the labels, set before ``open_data`` by who knows a checkpoint's;
             None takes the training split's own.
@@ -103,6 +107,7 @@ class Task(Step, Protocol):
     """
 
     no_cache: ClassVar[str | None]
+    reads: ClassVar[str]
     draws: ClassVar[bool]
     config: "DictConfig"
     class_order: Sequence[str] | None
@@ -161,5 +166,13 @@ class Task(Step, Protocol):
         Raises:
             DataError: a path that does not exist, or a file that cannot be read.
             CheckpointError: a checkpoint that does not serve the task.
+        """
+        ...
+
+    def preview(self, path: str | Path) -> list[np.ndarray]:
+        """What of a file is shown beside its prediction: the image, or a few frames, each (H, W, 3), uint8, upright.
+
+        Raises:
+            DataError: a file that cannot be read.
         """
         ...

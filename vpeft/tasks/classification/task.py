@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from timm.data import create_transform
@@ -17,7 +18,7 @@ from torch import nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
-from ...data.images import open_image
+from ...data.images import open_image, read_image
 from ...data.splits import Datasets, check_class_count, make_transforms
 from ...files import naming
 from ...methods.base import Method
@@ -37,6 +38,7 @@ class ImageClassification(LabelStep):
     """
 
     no_cache = None
+    reads = "image"
     draws = False
 
     def __init__(self, config: DictConfig):
@@ -86,10 +88,15 @@ class ImageClassification(LabelStep):
         files = find_inputs(paths)
         check_classifier(file)
         check_topk(file, options.topk)
-        built, transform = restored(self, file, options.weights), _transform_of(file)
+        built = options.built or restored(self, file, options.weights)
+        transform = _transform_of(file)
         for names, images in read_batches(files, lambda path: transform(open_image(path)), options):
             scores = self.scores(built.model, torch.stack(images).to(built.device)).softmax(-1).cpu()
             yield from ranked(file, names, scores, options)
+
+    def preview(self, path: str | Path) -> list[np.ndarray]:
+        """The image."""
+        return [read_image(path)]
 
 
 def _transform_of(file: checkpoint.File) -> Callable:

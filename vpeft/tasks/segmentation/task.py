@@ -43,6 +43,7 @@ class SemanticSegmentation(SegmentationStep):
     """
 
     no_cache = "features are stored for task=classification alone; choose that"
+    reads = "image"
     draws = True
 
     def __init__(self, config: DictConfig):
@@ -217,7 +218,7 @@ class SemanticSegmentation(SegmentationStep):
         files, described = find_inputs(paths), preparation(file, "mean", "std")
         out = picture_folder(options.out or "predictions")
         stems = picture_names(files, out)
-        built = restored(self, file, options.weights)
+        built = options.built or restored(self, file, options.weights)
         transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
         names = names_of(file, self.num_classes)
         one = replace(options, batch_size=1)  # images of any sizes
@@ -230,6 +231,10 @@ class SemanticSegmentation(SegmentationStep):
                 leave_out(options, error)
                 continue
             yield write_pictures(path, image, scores.argmax(1)[0].cpu().numpy(), names, out / stems[path])
+
+    def preview(self, path: str | Path) -> list[np.ndarray]:
+        """The image."""
+        return [read_image(path)]
 
     def _found(self, built: TaskModel, x: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
         """The class ids (H, W) that the model finds in one normalised image (3, h, w)."""

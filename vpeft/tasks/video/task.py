@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +19,7 @@ from ..models import build_model, check_augmentation, check_outputs, data_stats,
 from ..prediction import check_classifier, check_topk, preparation, ranked, read_batches
 from ..protocol import PredictOptions, TaskModel
 from ..restore import restored
-from .data import Clips, build_clips, check_video_source, find_videos, open_files
+from .data import Clips, build_clips, check_video_source, find_videos, open_files, spread_frames
 from .model import FramewiseModel, inflate, joint_vit, load_videomae
 from .pictures import draw_strips
 from .step import ClipStep
@@ -32,6 +33,7 @@ class ActionRecognition(ClipStep):
     """
 
     no_cache = "features are stored for task=classification alone; choose that"
+    reads = "video"
     draws = False
 
     def __init__(self, config: DictConfig):
@@ -117,7 +119,11 @@ class ActionRecognition(ClipStep):
         check_classifier(file)
         check_topk(file, options.topk)
         clips = open_files(files, video, preparation(file, "input_size", "mean", "std", "crop_pct", "interpolation"))
-        built = restored(self, file, options.weights)
+        built = options.built or restored(self, file, options.weights)
         for indices, views in read_batches(range(len(files)), clips.clip, options):
             scores = self.scores(built.model, torch.stack(views)).cpu()
             yield from ranked(file, [files[i] for i in indices], scores, options)
+
+    def preview(self, path: str | Path) -> list[np.ndarray]:
+        """Eight frames from the first to the last one, or all of a shorter video."""
+        return list(spread_frames(path, 8))

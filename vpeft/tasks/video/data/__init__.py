@@ -2,5 +2,6 @@
 
 from .build import build_clips, check_video_source, find_videos, open_files
 from .clips import ClipOptions, Clips
+from .decode import spread_frames
 
-__all__ = ["ClipOptions", "Clips", "build_clips", "check_video_source", "find_videos", "open_files"]
+__all__ = ["ClipOptions", "Clips", "build_clips", "check_video_source", "find_videos", "open_files", "spread_frames"]

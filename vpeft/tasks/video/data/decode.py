@@ -144,6 +144,13 @@ def read_frames(path: str | Path, indices: Sequence[int], timeline: Timeline | N
     return np.stack([found[int(i)] for i in indices])
 
 
+def spread_frames(path: str | Path, count: int) -> np.ndarray:
+    """Up to ``count`` frames (T, H, W, 3) at equal distances, the first and the last one included; see ``read_frames``."""
+    timeline = scan(path)
+    chosen = np.linspace(0, timeline.count - 1, min(count, timeline.count)).round().astype(int)
+    return read_frames(path, chosen, timeline)
+
+
 def _seek(path: str | Path, wanted: list[int], timeline: Timeline) -> dict[int, np.ndarray] | None:
     """The wanted frames by their times; None where not all came up, as after a seek that landed too late."""
     times = timeline.times()[wanted]
