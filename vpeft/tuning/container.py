@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attached.classifier import Classifier
 from ..attached.tree import Tree
-from ..backbone.modules import CONTAINER, ModuleRef
+from ..backbone.modules import CONTAINER, ModuleRef, keeps_statistics
 from ..errors import MethodError
 from ..interventions.hub import Hub
 from ..shards import reshard
@@ -33,6 +33,7 @@ class Container(nn.Module):
         shown: whose classifier is in the model; None for the model's own.
         users_own: functions that a user had put in the place of timm's, which the container's stand before.
         patched: attentions that were set to call their own qkv module.
+        stilled: frozen modules with running statistics, which would be in the model's mode if nothing were attached.
     """
 
     hub: Hub
@@ -43,11 +44,12 @@ class Container(nn.Module):
     patched: list[ModuleRef]
     shown: str | None
     users_own: dict[str, Callable]
+    stilled: set[nn.Module]
 
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
-        self.enabled_order, self.stated, self.patched = [], [], []
+        self.enabled_order, self.stated, self.patched, self.stilled = [], [], [], set()
         self._mark = torch.ones(1, dtype=torch.uint8, device="cpu")
         self._seen: list[str] | None = None  # the call of ``load_state_dict`` that was seen last
         self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
@@ -60,6 +62,7 @@ class Container(nn.Module):
                 setattr(model, name, getattr(self, name))
         for module in self._loadable():
             module.register_load_state_dict_pre_hook(self._before_load)
+        self._still()
 
     def uninstall(self) -> None:
         """Give the model its functions back."""
@@ -67,10 +70,33 @@ class Container(nn.Module):
         for name in STANDS_BEFORE:
             vars(model).pop(name, None)
         vars(model).update(self.users_own)
+        for module in self.stilled:
+            module.training = model.training
         for module in self._loadable():
             hooks = module._load_state_dict_pre_hooks
             for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
                 del hooks[key]
+
+    def train(self, mode: bool = True) -> "Container":
+        """Called by torch for each ``model.train(mode)``, after the model's own parts.
+
+        What is frozen includes the running statistics of norms (the convolutions of hybrid models have them): no file
+        of a method holds them. Loops that are not vpeft's call ``model.train()`` on everything. Classifiers that wait for
+        their turn follow the model's mode.
+        """
+        super().train(mode)
+        for module in self._waiting():
+            module.train(mode)
+        self._still()
+        return self
+
+    def _still(self) -> None:
+        """Evaluation mode for the frozen modules whose buffers a forward in training mode would change."""
+        heads = {m for tree in self.children() for h in tree.classifier.modules.values() for m in h.modules()}
+        for module in {*self.hub.model.modules()} - {*self.modules()} - heads:
+            if module.training and keeps_statistics(module):
+                module.training = False
+                self.stilled.add(module)
 
     def _loadable(self) -> list[nn.Module]:
         """The model and its parts, whose own ``load_state_dict`` is seen too; the classifier's belong to handles."""
@@ -245,12 +271,15 @@ class Container(nn.Module):
             missing.remove(f"{prefix}_extra_state")
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Container":
-        inside = set(self.hub.model.modules())
-        for classifier in (self.own_classifier, *(tree.classifier for tree in self.children())):
-            for module in classifier.modules.values():
-                if module not in inside:  # it waits for its turn, and moves along
-                    module._apply(fn, recurse)
+        for module in self._waiting():  # they move along
+            module._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _waiting(self) -> list[nn.Module]:
+        """Modules of classifiers that wait for their turn outside of the model."""
+        inside = set(self.hub.model.modules())
+        classifiers = (self.own_classifier, *(tree.classifier for tree in self.children()))
+        return [m for classifier in classifiers for m in classifier.modules.values() if m not in inside]
 
 
 def container_of(model: nn.Module) -> Container | None:

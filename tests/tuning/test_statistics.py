@@ -1,0 +1,140 @@
+"""What a loop that is not vpeft's does by ``model.train()``: running statistics of a frozen model stay as they are."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+import vpeft
+from tests.support.models import attached, make
+
+SOME = ("lora", "full", "vpt_deep")
+methods = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in SOME else pytest.mark.slow) for m in vpeft.list_methods()]
+)
+
+
+def hybrid() -> nn.Module:
+    """A ViT behind a small ResNet, whose batch norms have running statistics."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 5}
+    return timm.create_model("vit_base_resnet26d_224", **small)
+
+
+def images(n: int = 4) -> torch.Tensor:
+    return 3 + 2 * torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def steps(model, handle, n=2):
+    optimizer = torch.optim.SGD(handle.param_groups(lr=1e-2))
+    for _ in range(n):
+        model(images()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@methods
+def test_a_loop_that_calls_train_on_everything(method, tmp_path):
+    """The file fits the backbone that it was made for, and ``detach`` leaves that backbone."""
+    model = hybrid()
+    fresh = copy.deepcopy(model)
+    try:
+        handle = attached(model, method)
+    except vpeft.UnsupportedModelError:
+        assert method not in SOME
+        return
+    model.train()
+    steps(model, handle)
+    model.eval()
+    expected = model(images()).detach()
+    handle.save(tmp_path / "h.safetensors")
+    vpeft.load(again := copy.deepcopy(fresh), tmp_path / "h.safetensors")
+    assert torch.equal(again.eval()(images()), expected)
+    handle.detach()
+    assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_also_where_train_is_never_called():
+    """timm's models are made in training mode."""
+    model = hybrid()
+    before = copy.deepcopy(model.state_dict())
+    handle = vpeft.attach(model, "linear")
+    steps(model, handle)
+    assert model.training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before and "head." not in n)
+    handle.train(backbone=True)
+    model(images())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before and "head." not in n)
+
+
+def test_detach_gives_the_modes_back():
+    model = hybrid()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].eval()
+    modes = [m.training for m in model.modules()]
+    first, second = vpeft.attach(model, "lora"), vpeft.attach(model, "adaptformer")
+    assert not any(m.training for m in norms)
+    second.detach()
+    assert not any(m.training for m in norms)
+    first.detach()
+    assert [m.training for m in model.modules()] == modes
+    handle = vpeft.attach(model, "lora")
+    model.eval()
+    handle.detach()
+    assert not any(m.training for m in model.modules())
+    handle = vpeft.attach(model, "lora")
+    twin = copy.deepcopy(model).train()
+    vpeft.get_handle(twin).detach()
+    assert all(m.training for m in twin.modules())
+    assert not any(m.training for m in model.modules())
+
+
+def test_a_head_with_statistics_trains_whole(tmp_path):
+    """In the handle's own heads, inside the model and outside, statistics move, and are in the file."""
+
+    def decoder():
+        return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))
+
+    model = make("vit").train()
+    model.head = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5))
+    bare, outside = copy.deepcopy(model), decoder()
+    handle = vpeft.attach(model, "lora", heads={"decoder": outside})
+    model.train()
+    x = 2 + torch.randn(8, 3, 32, 32)
+    outside(model(x)).sum().backward()
+    assert handle.head_state_dict()["head.0.running_mean"].abs().max() > 0
+    assert outside[0].running_mean.abs().max() > 0
+    expected = outside.eval()(model.eval()(x))
+    handle.save(tmp_path / "h.safetensors")
+    vpeft.load(bare, tmp_path / "h.safetensors", heads={"decoder": (new := decoder())})
+    assert torch.equal(new.eval()(bare.eval()(x)), expected)
+
+
+def test_classifiers_that_wait_follow_the_mode():
+    """Else the bare model would drop features at random after ``model.eval()``."""
+    model = make("vit").train()
+    model.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 5))
+    x = torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(model).eval()(x)
+    handle = vpeft.attach(model, "lora")
+    model.eval()
+    with handle.disable():
+        assert torch.equal(model(x), expected)
+    model.train()
+    with handle.disable():
+        assert not torch.equal(model(x), expected)
+    assert torch.equal(handle.detach().eval()(x), expected)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, spectral_norm])
+def test_estimates_of_spectral_norms_stay(norm):
+    model = make("vit")
+    norm(model.blocks[1].mlp.fc1)
+    before = copy.deepcopy(model.state_dict())
+    vpeft.attach(model, "lora", targets=["q"])
+    model.train()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before)
