@@ -138,3 +138,21 @@ def test_estimates_of_spectral_norms_stay(norm):
     model.train()
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before)
+
+
+def test_a_handle_that_trains_has_a_head_that_trains():
+    """Its own mode, whoever's turn it was meanwhile; a teacher without the method is in the frozen model's mode."""
+    model = make("vit").eval()
+    model.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 5))
+    model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    handle = vpeft.attach(model, "lora").train()
+    with handle.disable():
+        assert torch.equal(model(x), expected)
+    assert model.head[0].training
+    other = vpeft.attach(model, "adaptformer")
+    other.eval()
+    other.disable()
+    handle.enable()
+    assert not model.head[0].training, "other.eval() was for everything"

@@ -81,12 +81,9 @@ class Container(nn.Module):
         """Called by torch for each ``model.train(mode)``, after the model's own parts.
 
         What is frozen includes the running statistics of norms (the convolutions of hybrid models have them): no file
-        of a method holds them. Loops that are not vpeft's call ``model.train()`` on everything. Classifiers that wait for
-        their turn follow the model's mode.
+        of a method holds them. Loops that are not vpeft's call ``model.train()`` on everything.
         """
         super().train(mode)
-        for module in self._waiting():
-            module.train(mode)
         self._still()
         return self
 
@@ -150,8 +147,13 @@ class Container(nn.Module):
         """Put the classifier of the handle that was enabled last into the model, or the model's own."""
         self.adopt_classifier(refuse=False)
         self.enabled_order = [name for name in self.enabled_order if name in self._modules and self._modules[name].enabled]
+        shown = self.enabled_order[-1] if self.enabled_order else None
+        if shown != self.shown:  # the mode was set while another one stood there
+            mode = (self.hub.model if shown is None else self._modules[shown]).training
+            for module in self.current_classifier().modules.values():
+                module.train(mode)
         self.current_classifier().put_into(self.hub.model)
-        self.shown = self.enabled_order[-1] if self.enabled_order else None
+        self.shown = shown
 
     def adopt_classifier(self, refuse: bool = True) -> None:
         """A classifier that a user has put into the model by hand belongs to whose was there before.
@@ -271,15 +273,12 @@ class Container(nn.Module):
             missing.remove(f"{prefix}_extra_state")
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Container":
-        for module in self._waiting():  # they move along
-            module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def _waiting(self) -> list[nn.Module]:
-        """Modules of classifiers that wait for their turn outside of the model."""
         inside = set(self.hub.model.modules())
-        classifiers = (self.own_classifier, *(tree.classifier for tree in self.children()))
-        return [m for classifier in classifiers for m in classifier.modules.values() if m not in inside]
+        for classifier in (self.own_classifier, *(tree.classifier for tree in self.children())):
+            for module in classifier.modules.values():
+                if module not in inside:  # it waits for its turn, and moves along
+                    module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def container_of(model: nn.Module) -> Container | None:
