@@ -62,6 +62,7 @@ class Container(nn.Module):
                 setattr(model, name, getattr(self, name))
         for module in self._loadable():
             module.register_load_state_dict_pre_hook(self._before_load)
+        self.training = model.training
         self._still()
 
     def uninstall(self) -> None:
