@@ -16,6 +16,7 @@ from ..interventions.hub import Hub
 from ..shards import reshard
 from .beside import check_together
 from .following import check_other_weights, follow_size, follow_weights
+from .stepping import warn_unfrozen
 
 # timm's functions that change the model; the container's, of the same names, stand before them.
 STANDS_BEFORE = ("reset_classifier", "set_input_size", "prune_intermediate_layers", "load_pretrained")
@@ -86,6 +87,8 @@ class Container(nn.Module):
         """
         super().train(mode)
         self._still()
+        if mode:
+            warn_unfrozen(self.hub.model, self.children())
         return self
 
     def _still(self) -> None:

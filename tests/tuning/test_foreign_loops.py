@@ -1,6 +1,7 @@
-"""What a loop that is not vpeft's does by ``model.train()``: running statistics of a frozen model stay as they are."""
+"""What loops do that are not vpeft's: ``model.train()`` on everything, modes that change, frozen parts that they unfreeze."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import vpeft
-from tests.support.models import attached, make
+from tests.support.models import REFUSED, attached, make
 
 SOME = ("lora", "full", "vpt_deep")
 methods = pytest.mark.parametrize(
@@ -156,3 +157,67 @@ def test_a_handle_that_trains_has_a_head_that_trains():
     other.disable()
     handle.enable()
     assert not model.head[0].training, "other.eval() was for everything"
+
+
+# ---- loops that unfreeze everything ----
+
+
+def test_a_model_that_someone_unfroze_is_talked_of(tmp_path):
+    """What trains there would be in no file, which would then fit no backbone."""
+    model = make("vit")
+    handle = vpeft.attach(model, "lora")
+    model.requires_grad_(True)
+    message = r"cls_token, pos_embed, patch_embed.proj.weight and \d+ more of the model require .* lora does not train them"
+    for use in (
+        model.train,
+        lambda: handle.param_groups(lr=1.0),
+        lambda: list(handle.trainable_parameters()),
+        lambda: handle.save(tmp_path / "h.safetensors"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            use()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()
+        handle.disable()
+        model.requires_grad_(True)
+        model.train()  # the bare model may train
+        handle.enable()
+        model.requires_grad_(False)
+        handle.requires_grad_()
+        handle.save(model.train() and tmp_path / "h.safetensors")
+
+
+@methods
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_nothing_is_said_where_all_is_as_it_should_be(method, kind, tmp_path):
+    model = make(kind)
+    try:
+        handle = attached(model, method)
+    except vpeft.UnsupportedModelError:
+        assert (method, kind) in REFUSED
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
+        handle.train(backbone=True)
+        assert list(handle.trainable_parameters()) or not handle.param_groups(lr=1.0)
+        handle.save(tmp_path / "h.safetensors")
+        other = vpeft.attach(model, "adaptformer", name="other")
+        model.train()
+        other.disable()
+        handle.enable()
+        model.train()
+        handle.param_groups(lr=1.0)
+
+
+def test_nothing_is_said_of_two_at_once(tmp_path):
+    model = make("vit")
+    first, second = vpeft.attach(model, "bitfit", name="first"), vpeft.attach(model, "lora", name="second")
+    vpeft.activate(model, ["first", "second"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
+        for handle in (first, second):
+            assert list(handle.trainable_parameters())
+            handle.save(tmp_path / "h.safetensors")
