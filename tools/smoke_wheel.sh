@@ -36,7 +36,7 @@ import vpeft
 
 assert "elsewhere" not in vpeft.__file__ and "site-packages" in vpeft.__file__, vpeft.__file__
 print(f"vpeft {vpeft.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, timm {timm.__version__}")
-x = torch.randn(2, 3, 28, 28)
+x, labels = torch.randn(8, 3, 28, 28), torch.arange(8) % 2  # or one clip of eight frames
 done = []
 for name in ("vit_micro_patch4_28.vpeft_fashion", "swin_micro_patch2_window7_28.vpeft_fashion"):
     for method in vpeft.list_methods():
@@ -47,7 +47,7 @@ for name in ("vit_micro_patch4_28.vpeft_fashion", "swin_micro_patch2_window7_28.
             print(f"  {method} on {name}: {error}"[:150])
             continue
         if handle.method.needs_calibration:
-            handle.calibrate([(x, torch.tensor([0, 1]))], progress=False)
+            handle.calibrate([(x, labels)], progress=False)
         with torch.no_grad():
             for p in handle.parameters():
                 p.add_(0.01 * torch.randn_like(p))
