@@ -16,8 +16,8 @@ def main(epochs: int = 5, images: int = 1000, out: str = "fastai.safetensors") -
     model = backbone()
     train, test = loaders(model, images)
     peft = vpeft.attach(model, "adaptformer", bottleneck=16)
-    # unfreeze(), which fine_tune() calls, sets free what the splitter gives: with the handle's parameters the rest stays
-    # frozen. What is not to be decayed is a matter of wd_bn_bias and wd.
+    # Two groups, so that fine_tune() trains the head alone first. unfreeze() sets free what the splitter gives: never give it
+    # model.parameters().
     learner = Learner(
         DataLoaders(train, test, device=torch.device("cpu")),
         model,

@@ -41,7 +41,7 @@ class Tuned(lightning.LightningModule):
         return torch.optim.AdamW(self.peft.param_groups(lr=self.hparams.lr))
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        trained = {f"model.{n}" for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {f"model.{name}" for name in (*self.peft.state_dict(), *self.peft.head_state_dict())}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained or n.startswith("model.vpeft.")}
 
