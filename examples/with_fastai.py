@@ -16,8 +16,8 @@ def main(epochs: int = 5, images: int = 1000, out: str = "fastai.safetensors") -
     model = backbone()
     train, test = loaders(model, images)
     peft = vpeft.attach(model, "adaptformer", bottleneck=16)
-    # Two groups, so that fine_tune() trains the head alone first. unfreeze() sets free what the splitter gives: never give it
-    # model.parameters().
+    # Two groups, so that fine_tune() trains the head alone first. Its unfreeze() sets free what the splitter gives: never
+    # give model.parameters().
     learner = Learner(
         DataLoaders(train, test, device=torch.device("cpu")),
         model,
