@@ -162,7 +162,7 @@ def test_links_and_named_files_exist(name):
     text = file.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert not [link for link in links if link and not (file.parent / link).exists()]
-    named = re.findall(r"`((?:vpeft|tests|tools|configs|docs|examples)/[\w/.-]+)`", text)
+    named = re.findall(r"`((?:vpeft|tests|tools|configs|docs)/[\w/.-]+|examples/\w+\.py)`", text)
     assert not [path for path in named if not (ROOT / path).exists() and "shift" not in path]  # the example's own files
 
 
