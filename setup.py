@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("configs", "model_zoo")
+SHIPPED = ("configs", "model_zoo")  # named in MANIFEST.in too
 
 
 class BuildWithFolders(build_py):

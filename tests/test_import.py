@@ -43,7 +43,7 @@ def test_import_is_light(statement):
 # Rooms of the package that attaching a method needs; the others are for training, data and measurements.
 ROOMS = {
     "vpeft", "vpeft.attached", "vpeft.backbone", "vpeft.checkpoint", "vpeft.cli", "vpeft.commands", "vpeft.errors", "vpeft.fetching", "vpeft.files", "vpeft.numerics",
-    "vpeft.interventions", "vpeft.metadata", "vpeft.methods", "vpeft.options", "vpeft.shards", "vpeft.stopping", "vpeft.tuning",
+    "vpeft.interventions", "vpeft.metadata", "vpeft.methods", "vpeft.options", "vpeft.shards", "vpeft.stopping", "vpeft.tuning", "vpeft.version",
 }  # fmt: skip
 
 

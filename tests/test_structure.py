@@ -9,7 +9,7 @@ from vpeft.methods import METHODS
 ROOT = Path(vpeft.__file__).parent
 # From the ground up. A module imports from its own floor or from below. See docs/architecture.md.
 FLOORS = (
-    ("errors", "files", "numerics", "options", "shards", "stopping"),
+    ("errors", "files", "numerics", "options", "shards", "stopping", "version"),
     ("backbone",),
     ("checkpoint", "fetching", "metadata"),
     ("interventions",),

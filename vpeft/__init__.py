@@ -13,8 +13,7 @@ from .tuning.fusing import fuse
 from .tuning.handle import Handle
 from .tuning.loading import load
 from .tuning.routing import route, train_side_by_side
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 
 def __getattr__(name: str):

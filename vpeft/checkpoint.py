@@ -20,6 +20,7 @@ from .fetching import is_source, local_file
 from .files import Shape, naming, read_shapes, read_tensors, writable_file, write_bytes
 from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
 from .shards import check_same, class_of, first_writes, whole, wholes
+from .version import __version__
 
 KEY = "vpeft"
 SMALL = 64 * 2**20  # bytes of a file whose checksum costs nothing that anybody would notice
@@ -102,7 +103,7 @@ def save(
         "num_classes": described["num_classes"],
         "class_names": described["class_names"],
         "metrics": described["metrics"],
-        "versions": {p: _version(p) for p in ("vpeft", "torch", "timm", "safetensors")},
+        "versions": {"vpeft": __version__, **{p: _version(p) for p in ("torch", "timm", "safetensors")}},
         "config": described["config"],
         "head": sorted(head),
         "calibrated": described["calibrated"],

@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
-from .commands import making, measuring, showing, telling, training, using, zoo
+from .commands import making, measuring, shipping, showing, telling, training, using, zoo
 from .errors import VpeftError
 from .stopping import stoppable
+from .version import __version__
 
 COMMANDS = {
     "train": (training.train, "train a method on a data set"),
@@ -20,6 +20,7 @@ COMMANDS = {
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
+    "configs": (shipping.configs, "list, show or copy the example configurations"),
     "methods": (telling.methods, "list the methods, or describe one"),
     "bench": (measuring.bench, "measure time and memory of methods on a backbone"),
     "docs": (telling.docs, "write the pages in docs/ that a program can write"),
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         parser.set_defaults(run=COMMANDS[command][0](parser))
     else:
         argv = sys.argv[1:] if argv is None else argv
-        parser.add_argument("--version", action="version", version=f"vpeft {version('vpeft')}")
+        parser.add_argument("--version", action="version", version=f"vpeft {__version__}")
         parsers = parser.add_subparsers(required=True, metavar="COMMAND")
         for name, (build, text) in COMMANDS.items():
             child = parsers.add_parser(name, help=text, description=text)

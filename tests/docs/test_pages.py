@@ -151,8 +151,8 @@ def test_description_measures_the_method_on_vit_b():
 # ---- pages that people write ----
 
 BY_HAND = (
-    "README.md", "CONTRIBUTING.md", "model_zoo.md",
-    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data", "search", "zoo")),
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "model_zoo.md",
+    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data", "search", "zoo", "examples")),
 )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_links_and_named_files_exist(name):
     text = file.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert not [link for link in links if link and not (file.parent / link).exists()]
-    named = re.findall(r"`((?:vpeft|tests|tools|configs|docs)/[\w/.-]+)`", text)
+    named = re.findall(r"`((?:vpeft|tests|tools|configs|docs)/[\w/.-]+|examples/\w+\.py)`", text)
     assert not [path for path in named if not (ROOT / path).exists() and "shift" not in path]  # the example's own files
 
 

@@ -5,7 +5,10 @@ from typing import Any
 
 from timm.layers import LayerNorm, use_reentrant_ckpt
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import UnsupportedModelError, VpeftError, did_you_mean
 
@@ -196,3 +199,12 @@ def outputs_of(head: nn.Module) -> int | None:
 def head_places(model: nn.Module) -> list[ModuleRef]:
     """The classifier module(s), as timm names them."""
     return [place for place in classifier_modules(model) if any(True for _ in place.module.parameters())]
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a forward in training mode changes the module's buffers: running means, and estimates of spectral norms."""
+    if isinstance(module, _NormBase):
+        return module.track_running_stats
+    return isinstance(module, _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+    )

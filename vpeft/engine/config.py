@@ -16,6 +16,7 @@ from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, pr
 from ..tasks.registry import TASKS, task_class
 from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
+from .shipped import local_or_shipped
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -221,7 +222,7 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: as ``load_config``.
     """
-    layers, given = _read(Path(file), ()), []
+    layers, given = _read(local_or_shipped(Path(file)), ()), []
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override '{item}': expected key.sub=value")

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..attached.classifier import Classifier
 from ..attached.tree import Tree
-from ..backbone.modules import CONTAINER, ModuleRef
+from ..backbone.modules import CONTAINER, ModuleRef, keeps_statistics
 from ..errors import MethodError
 from ..interventions.hub import Hub
 from ..shards import reshard
 from .beside import check_together
 from .following import check_other_weights, follow_size, follow_weights
+from .stepping import warn_unfrozen
 
 # timm's functions that change the model; the container's, of the same names, stand before them.
 STANDS_BEFORE = ("reset_classifier", "set_input_size", "prune_intermediate_layers", "load_pretrained")
@@ -33,6 +34,7 @@ class Container(nn.Module):
         shown: whose classifier is in the model; None for the model's own.
         users_own: functions that a user had put in the place of timm's, which the container's stand before.
         patched: attentions that were set to call their own qkv module.
+        stilled: frozen modules with running statistics, which would be in the model's mode if nothing were attached.
     """
 
     hub: Hub
@@ -43,11 +45,12 @@ class Container(nn.Module):
     patched: list[ModuleRef]
     shown: str | None
     users_own: dict[str, Callable]
+    stilled: set[nn.Module]
 
     def __init__(self, hub: Hub, classifier: Classifier, required_grad: dict[str, bool]):
         super().__init__()
         self.hub, self.own_classifier, self.required_grad = hub, classifier, required_grad
-        self.enabled_order, self.stated, self.patched = [], [], []
+        self.enabled_order, self.stated, self.patched, self.stilled = [], [], [], set()
         self._mark = torch.ones(1, dtype=torch.uint8, device="cpu")
         self._seen: list[str] | None = None  # the call of ``load_state_dict`` that was seen last
         self.shown, self.users_own = None, {n: vars(hub.model)[n] for n in STANDS_BEFORE if n in vars(hub.model)}
@@ -60,6 +63,8 @@ class Container(nn.Module):
                 setattr(model, name, getattr(self, name))
         for module in self._loadable():
             module.register_load_state_dict_pre_hook(self._before_load)
+        self.training = model.training
+        self._still()
 
     def uninstall(self) -> None:
         """Give the model its functions back."""
@@ -67,10 +72,32 @@ class Container(nn.Module):
         for name in STANDS_BEFORE:
             vars(model).pop(name, None)
         vars(model).update(self.users_own)
+        for module in self.stilled:
+            module.training = model.training
         for module in self._loadable():
             hooks = module._load_state_dict_pre_hooks
             for key in [k for k, hook in hooks.items() if getattr(hook.hook, "__self__", None) is self]:
                 del hooks[key]
+
+    def train(self, mode: bool = True) -> "Container":
+        """Called by torch for each ``model.train(mode)``, after the model's own parts.
+
+        What is frozen includes the running statistics of norms (the convolutions of hybrid models have them): no file
+        of a method holds them. Loops that are not vpeft's call ``model.train()`` on everything.
+        """
+        super().train(mode)
+        self._still()
+        if mode:
+            warn_unfrozen(self.hub.model, self.children())
+        return self
+
+    def _still(self) -> None:
+        """Evaluation mode for the frozen modules whose buffers a forward in training mode would change."""
+        heads = {m for tree in self.children() for h in tree.classifier.modules.values() for m in h.modules()}
+        for module in {*self.hub.model.modules()} - {*self.modules()} - heads:
+            if module.training and keeps_statistics(module):
+                module.training = False
+                self.stilled.add(module)
 
     def _loadable(self) -> list[nn.Module]:
         """The model and its parts, whose own ``load_state_dict`` is seen too; the classifier's belong to handles."""
@@ -124,8 +151,13 @@ class Container(nn.Module):
         """Put the classifier of the handle that was enabled last into the model, or the model's own."""
         self.adopt_classifier(refuse=False)
         self.enabled_order = [name for name in self.enabled_order if name in self._modules and self._modules[name].enabled]
+        shown = self.enabled_order[-1] if self.enabled_order else None
+        if shown != self.shown:  # the mode was set while another one stood there
+            mode = (self.hub.model if shown is None else self._modules[shown]).training
+            for module in self.current_classifier().modules.values():
+                module.train(mode)
         self.current_classifier().put_into(self.hub.model)
-        self.shown = self.enabled_order[-1] if self.enabled_order else None
+        self.shown = shown
 
     def adopt_classifier(self, refuse: bool = True) -> None:
         """A classifier that a user has put into the model by hand belongs to whose was there before.
