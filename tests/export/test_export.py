@@ -168,7 +168,7 @@ def test_what_the_model_was_built_with_survives(tmp_path, more):
     with torch.no_grad():
         assert torch.allclose(model(x), own(x), atol=1e-6)  # the kernels of attention may differ
     data = timm.data.resolve_model_data_config(model)
-    assert data["input_size"] == (3, 16, 16)
+    assert tuple(data["input_size"]) == (3, 16, 16)
 
 
 def test_handles_in_memory_and_the_model_as_it_was(tmp_path):
@@ -285,8 +285,8 @@ train: {epochs: 1, batch_size: 4}
 """
 SAN = ["seg.head=san", "seg.options={width: 16, depth: 4, heads: 2, queries: 5, hidden: 8, patch: 8, tower_ratio: 0.5, loss: {points: 32}}",
        "model.img_size=16"]  # fmt: skip
-HEADS = [[], ["seg.head=upernet", "seg.options.channels=16", "seg.pyramid=true", "method.name=adaptformer"],
-         ["seg.head=segmenter", "seg.aux=[1]", "method.name=vpt_deep"], ["seg.head=setr_pup", "seg.mode=slide", "seg.stride=20"],
+HEADS = [[], ["seg.head=upernet", "seg.options.channels=16", "seg.pyramid=feature2pyramid", "method.name=adaptformer"],
+         ["seg.head=segmenter", "seg.aux=[0]", "method.name=vpt_deep"], ["seg.head=setr_pup", "seg.mode=slide", "seg.stride=20"],
          ["seg.head=psp", "seg.options.channels=16"], [*SAN, "method.name=linear"], [*SAN, "method.name=lora"]]  # fmt: skip
 
 
@@ -319,7 +319,7 @@ train: {epochs: 1, batch_size: 8, select: last}
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch", "onnx"])
 @pytest.mark.parametrize(
-    "overrides", [[], ["method.name=aim"], ["method.name=st_adapter", "video.pool=before"], ["video.mode=joint", "method.name=lora"]],
+    "overrides", [[], ["method.name=aim", "method.options.frames=2"], ["method.name=st_adapter", "method.options.frames=2", "video.pool=before"], ["video.mode=joint", "method.name=lora"]],
     ids=lambda v: "-".join(v) or "bitfit",
 )  # fmt: skip
 def test_programs_of_clips(tmp_path, form, overrides):

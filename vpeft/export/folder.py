@@ -14,7 +14,7 @@ from ..backbone.reading import input_size
 from ..errors import MethodError, UnsupportedModelError, some
 from ..files import write_tensors, write_text
 from ..tuning.summary import model_name
-from .source import BATCHES, Source
+from .source import BATCHES, Exportable
 
 FILES = ("config.json", "model.safetensors")
 # Of timm's ``PretrainedCfg``: what describes a model and its images, and not where other weights lie.
@@ -37,7 +37,7 @@ def strange(path: Path) -> str:
     return some(sorted({p.name for p in path.iterdir()} - set(FILES)))
 
 
-def check(source: Source) -> None:
+def check(source: Exportable) -> None:
     """Refuse what timm alone cannot rebuild, before anything is merged.
 
     Raises:
@@ -53,7 +53,7 @@ def check(source: Source) -> None:
         raise UnsupportedModelError("timm builds float32 models, which float64 does not fit into; call model.float() first")
 
 
-def write(source: Source, folder: Path) -> None:
+def write(source: Exportable, folder: Path) -> None:
     """Write the plain model, what it is built from, and how its images are prepared.
 
     Raises:
@@ -118,7 +118,7 @@ def _pretrained_cfg(model: nn.Module, data: Mapping[str, Any], args: dict[str, A
 
 
 @torch.no_grad()
-def verify(source: Source, folder: Path) -> None:
+def verify(source: Exportable, folder: Path) -> None:
     """Compare what timm makes of the folder with the model, bit for bit.
 
     Raises:
@@ -151,7 +151,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _advice(source: Source) -> str:
+def _advice(source: Exportable) -> str:
     if source.model_args is None:
         return "say what timm.create_model was given (model_args=…), or choose the format torch or onnx"
     return "choose the format torch or onnx, which hold the model as it is"

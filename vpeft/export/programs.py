@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
-from .source import Source
+from .source import Exportable
 
 KEY = "vpeft"  # of the description, in the file
 INPUT, OUTPUT = "input", "output"
@@ -34,7 +34,7 @@ def need_onnx() -> None:
             raise ConfigError(f"--format onnx needs {name} ({error}); pip install 'vpeft[export]'") from error
 
 
-def write_torch(source: Source, file: Path) -> None:
+def write_torch(source: Exportable, file: Path) -> None:
     """Write a program of ``torch.export`` for any number of inputs; the description is one of its extra files."""
     with _quiet(), torch.no_grad():
         program = _exported(source)
@@ -48,7 +48,7 @@ def run_torch(file: Path) -> Run:
         return torch.export.load(stream).module()
 
 
-def _exported(source: Source) -> Any:
+def _exported(source: Exportable) -> Any:
     # Not under one image: torch would take a size of 1 for a constant.
     batch = torch.export.Dim("batch", min=1)
     try:
@@ -57,7 +57,7 @@ def _exported(source: Source) -> Any:
         raise UnsupportedModelError(f"torch.export does not take this model: {_first(error)}") from error
 
 
-def write_onnx(source: Source, file: Path) -> None:
+def write_onnx(source: Exportable, file: Path) -> None:
     """Write one ONNX file for any number of inputs; the description is in its ``metadata_props``.
 
     Raises:

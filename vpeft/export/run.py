@@ -18,7 +18,7 @@ from ..files import replacing, replacing_folder, write_text
 from ..tuning.handle import Handle
 from . import folder as timm_folder
 from . import programs
-from .source import Source, acting, merge_all, of_checkpoint, of_handle
+from .source import Exportable, acting, merge_all, of_checkpoint, of_handle
 
 FORMATS = ("timm", "torch", "onnx")
 MERGE = ("auto", "yes", "no")
@@ -151,7 +151,7 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
 
 
-def _merge(source: Source, merge: str, form: str) -> bool:
+def _merge(source: Exportable, merge: str, form: str) -> bool:
     """Fold what acts into the weights, where it is asked for or exact; whether that was done."""
     if merge == "no" or (merge == "auto" and form != "timm" and not all(h.mergeable for h in acting(source.backbone))):
         return False
@@ -169,7 +169,7 @@ def _merge(source: Source, merge: str, form: str) -> bool:
     return True
 
 
-def _write_program(source: Source, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
+def _write_program(source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
     write, run = getattr(programs, f"write_{report.format}"), getattr(programs, f"run_{report.format}")
     with replacing(report.path) as temporary:
         write(source, temporary)
@@ -180,7 +180,7 @@ def _write_program(source: Source, report: Report, expected: dict[int, Tensor], 
         write_text(beside(report.path), json.dumps(source.describe(), indent=1) + "\n")
 
 
-def _write_folder(source: Source, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
+def _write_folder(source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
     older = None
     try:
         with _folder(report.path) as temporary:
@@ -219,7 +219,7 @@ def _set_aside(path: Path) -> Path | None:
 
 
 @torch.no_grad()
-def _compare(source: Source, report: Report, expected: dict[int, Tensor], program: Callable[[Tensor], Tensor]) -> None:
+def _compare(source: Exportable, report: Report, expected: dict[int, Tensor], program: Callable[[Tensor], Tensor]) -> None:
     """Note how far a program is from the model.
 
     Raises:

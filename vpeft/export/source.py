@@ -28,7 +28,7 @@ BATCHES = (1, 2, 5)  # at which what was written is compared
 
 
 @dataclass
-class Source:
+class Exportable:
     """A model that is nobody else's, in eval mode on the CPU, and what must be known to use it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Source:
         }
 
 
-def of_checkpoint(path: str | Path, weights: str | None) -> Source:
+def of_checkpoint(path: str | Path, weights: str | None) -> Exportable:
     """The model that a file holds.
 
     Args:
@@ -97,10 +97,10 @@ def of_checkpoint(path: str | Path, weights: str | None) -> Source:
     args |= {"img_size": config.model.img_size} if config.model.img_size else {}
     names = file.metadata["class_names"]
     names = None if names is None else [str(n) for n in names]
-    return Source(built.backbone, task.leaving(built), config.task, names, dict(file.metadata["data"]), args)
+    return Exportable(built.backbone, task.leaving(built), config.task, names, dict(file.metadata["data"]), args)
 
 
-def of_handle(handle: Handle, model_args: Mapping[str, Any] | None) -> Source:
+def of_handle(handle: Handle, model_args: Mapping[str, Any] | None) -> Exportable:
     """A copy of the model that a handle is attached to; what acts there acts in it."""
     backbone = copy.deepcopy(handle.model).cpu().eval()
     shown = backbone.vpeft.shown  # whose classifier is in the model
@@ -108,7 +108,7 @@ def of_handle(handle: Handle, model_args: Mapping[str, Any] | None) -> Source:
     given = getattr(backbone, "_model_args", None) if model_args is None else model_args
     data = dict(getattr(backbone, "pretrained_cfg", None) or {}) | {"input_size": leaving.size}
     names = None if shown is None else get_handle(backbone, shown).root.class_names
-    return Source(backbone, leaving, "classification", names, data, None if given is None else dict(given))
+    return Exportable(backbone, leaving, "classification", names, data, None if given is None else dict(given))
 
 
 @contextmanager
