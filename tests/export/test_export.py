@@ -200,7 +200,7 @@ def test_what_timm_does_not_build_again_is_refused(tmp_path):
     handle = vpeft.attach(model, "lora")
     randomise(handle)
     if hasattr(model, "_model_args"):
-        del model._model_args  # as timm before 1.0.27 leaves it
+        del model._model_args  # as timm 1.0.20 leaves it
     with pytest.raises(vpeft.VpeftError, match="model_args"):
         export(handle, tmp_path / "a", form="timm")
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -158,7 +158,7 @@ def theirs(model: nn.Module, folder, config, **options) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", list(CONFIGS))
 @torch.no_grad()
 def test_their_adapter_here(tmp_path, kind, case):

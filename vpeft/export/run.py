@@ -75,7 +75,7 @@ def export(
         merge: fold the method into the weights: ``auto`` where that is exact, ``yes`` or refuse, ``no``.
         weights: a local file of the backbone's weights, where timm's own are neither cached nor to be downloaded.
         model_args: what timm's factory was given beside name and classes, for ``timm`` and a handle; where left out, what
-            the model itself remembers (timm 1.0.27 or newer).
+            the model itself remembers (with timm 1.0.31 it does, with 1.0.20 it does not).
         overwrite: replace what was exported there before.
         progress: tell on stderr what is being done.
 

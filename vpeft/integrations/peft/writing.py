@@ -3,6 +3,8 @@
 import json
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MethodError, UnsupportedModelError, WriteError
-from ...files import as_path, write_tensors, write_text
+from ...files import as_path, replacing_folder, write_tensors, write_text
 from ...methods.kron import KronALinear, lokr_shape
 from ...methods.lora import LoRA, LoraLinear
 from ...methods.lora_variants import DoraLinear
@@ -57,9 +59,25 @@ def to_peft(handle: Handle, folder: str | Path, *, head: bool = True, overwrite:
         "modules_to_save": modules or None,
         **config,
     }
-    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    with _folder(folder) as place:
+        write_tensors(place / TENSORS, tensors, {"format": "pt"})
+        write_text(place / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[Path]:
+    """Where to write: a new folder appears with both files in it; in one that is there, each file appears whole."""
+    if folder.is_dir() and any(folder.iterdir()):
+        yield folder
+        return
+    try:
+        with replacing_folder(folder) as place:
+            yield place
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _parts(handle: Handle) -> list[Any]:
