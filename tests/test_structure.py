@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "demo", "docs", "search", "zoo"),
+    ("bench", "demo", "docs", "export", "search", "zoo"),
     ("commands",),
     ("cli",),
 )

@@ -190,3 +190,29 @@ def test_grouped_queries_cannot_share_a_bias():
     block = BlockSite(**(vars(site) | {"attn": ModuleRef("blocks.0.attn", narrow)}))
     with pytest.raises(vpeft.UnsupportedModelError, match="share one bias, but are 32 and 16 wide"):
         create("kadaptation").projections(block)
+
+
+@pytest.mark.parametrize(
+    ("factor", "shapes"),
+    [(-1, {"qkv": (8, 4), "proj": (4, 4), "fc1": (8, 4)}), (4, {"qkv": (4, 4), "proj": (4, 4), "fc1": (4, 4)}),
+     (5, {"qkv": (4, 4), "proj": (4, 4), "fc1": (4, 4)}), (1, {"qkv": (1, 1), "proj": (1, 1), "fc1": (1, 1)})],
+)  # fmt: skip
+def test_a_factor_splits_as_lokr_does(factor, shapes):
+    """Widths 32 and 96, 32, 128: the sizes that peft's ``factorization`` gives, by hand."""
+    model = make("vit")
+    handle = vpeft.attach(model, "krona", targets=list(shapes), factor=factor, blocks=[0])
+    found = {n.split(".")[3]: tuple(t.shape) for n, t in handle.state_dict().items() if n.endswith(".a")}
+    assert found == shapes
+    b = {n.split(".")[3]: tuple(t.shape) for n, t in handle.state_dict().items() if n.endswith(".b")}
+    assert b == {n: (out // shapes[n][0], 32 // shapes[n][1]) for n, out in (("qkv", 96), ("proj", 32), ("fc1", 128))}
+
+
+def test_factor_and_shape_are_not_both_given_and_earlier_files_have_none(tmp_path):
+    for options in ({"factor": 2, "shape": [2, 2]}, {"factor": 0}):
+        with pytest.raises(vpeft.MethodError, match=r"krona\.factor: give shape or factor, not both, and -1 or a divisor"):
+            vpeft.KronA(**options)
+    from tests.tuning.test_files_odd import edited
+
+    file = vpeft.attach(make("vit"), "krona").save(tmp_path / "a.safetensors")
+    older = edited(file, lambda m, t: m["method"]["options"].pop("factor"))
+    assert vpeft.load(make("vit"), older).method.factor is None

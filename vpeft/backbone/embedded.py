@@ -10,6 +10,7 @@ the log and the measured accuracy are in ``model_zoo.md``.
 """
 
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import generate_default_cfgs, register_model
@@ -42,6 +43,18 @@ def _cfg(name: str, **kwargs) -> dict:
     }
 
 
+# Each as one of timm's own entries with other sizes, for whoever has timm alone.
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_micro_patch4_28": (
+        "vit_tiny_patch16_224",
+        {"img_size": 28, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    ),
+    "swin_micro_patch2_window7_28": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4)},
+    ),
+}
+
 default_cfgs = generate_default_cfgs(
     {
         "vit_micro_patch4_28.vpeft_fashion": _cfg("vit_micro_patch4_28", first_conv="patch_embed.proj"),
@@ -55,25 +68,23 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """ViT of width 128, depth 6, 4 heads, patch 4 at 28x28 (1.2M parameters)."""
-    args = {"img_size": 28, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
     return timm.models.build_model_with_cfg(
         VisionTransformer,
         "vit_micro_patch4_28",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,  # resamples the positions for another img_size
         feature_cfg={"out_indices": (1, 3, 5), "feature_cls": "getter"},
-        **dict(args, **kwargs),
+        **dict(PLAIN["vit_micro_patch4_28"][1], **kwargs),
     )
 
 
 @register_model
 def swin_micro_patch2_window7_28(pretrained: bool = False, **kwargs) -> SwinTransformer:
     """Swin of widths 64 and 128, depths 2 and 4, patch 2 at 28x28 (0.9M parameters)."""
-    args = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4)}
     return timm.models.build_model_with_cfg(
         SwinTransformer,
         "swin_micro_patch2_window7_28",
         pretrained,
         feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
-        **dict(args, **kwargs),
+        **dict(PLAIN["swin_micro_patch2_window7_28"][1], **kwargs),
     )

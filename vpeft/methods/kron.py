@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +63,14 @@ class KronALinear(AddToRows):
     A whole linear's factors are the module's own ``a`` and ``b``; else each slot has a child with them.
     """
 
-    def __init__(self, sites: list[LinearSite], position: int, scale: float, shape: list[int] | None):
+    def __init__(
+        self, sites: list[LinearSite], position: int, scale: float, shape: list[int] | None, factor: int | None = None
+    ):
         super().__init__(sites, position)
         self.scale = scale
         for site in sites:
-            pair = KroneckerPair(*kron_shapes(site, shape))
+            own = shape if factor is None else list(lokr_shape(site.out_features, site.in_features, factor))
+            pair = KroneckerPair(*kron_shapes(site, own))
             if site.is_part:
                 self.add_module(site.slot, pair)
             else:
@@ -102,6 +105,24 @@ def kron_shapes(site: LinearSite, shape: list[int] | None) -> tuple[tuple[int, i
     return (o1, i1), (out // o1, width // i1)
 
 
+def lokr_shape(out: int, width: int, factor: int) -> tuple[int, int]:
+    """Sizes of A as LoKr has them (Yeh et al., ICLR 2024, arXiv 2309.14859): the smaller parts of both sides.
+
+    Args:
+        out, width: of the linear.
+        factor: a side that it divides is split there; else at its most even split with a part up to ``factor``, or with
+            any part where it is -1.
+    """
+    return _smaller_part(out, factor), _smaller_part(width, factor)
+
+
+def _smaller_part(n: int, factor: int) -> int:
+    if factor > 0 and n % factor == 0:
+        return factor
+    most = math.isqrt(n) if factor == -1 else min(math.isqrt(n), factor)
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
 def _near_root(n: int) -> int:
     """The largest divisor of n that is not above its square root."""
     return next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
@@ -122,16 +143,23 @@ class KronA(Method):
         scale: s.
         targets: slots: ``q``, ``k``, ``v``, ``qkv``, ``proj``, ``fc1``, ``fc2``.
         shape: [o1, i1]; None for the most even split (24x32 and 32x24 on 768x768).
+        factor: splits each linear as LoKr's ``decompose_factor`` does, in place of ``shape``: where it divides both sides A
+            is factor x factor, and with -1 both sides split near their roots (24x24 and 32x32 on 768x768).
         blocks: which blocks; None for all.
     """
 
     scale: float = nonnegative(1.0)
     targets: list[str] = slots(["q", "v"])
     shape: list[int] | None = option(None, ge=1, le=SIZE, unit="rows and columns", length=2)
+    factor: int | None = option(None, ge=-1, le=SIZE, unit="rows and columns")
     blocks: Blocks = which_blocks()
+
+    unsaid: ClassVar[dict[str, Any]] = {"factor": None}
 
     def check(self) -> None:
         super().check()
+        if self.factor is not None and (self.shape is not None or self.factor == 0):
+            raise MethodError(f"{self.name}.factor: give shape or factor, not both, and -1 or a divisor")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise MethodError(f"{self.name}.targets: expected distinct slots, got {self.targets}")
         if "qkv" in self.targets and set(self.targets) & {"q", "k", "v"}:
@@ -140,7 +168,7 @@ class KronA(Method):
     def build(self, sites: Sites) -> Iterator[tuple[str, KronALinear]]:
         for block in sites.choose(self.blocks):
             for path, linears in linears_by_path(block, self.targets).items():
-                yield f"{path}.krona", KronALinear(linears, block.index, self.scale, self.shape)
+                yield f"{path}.krona", KronALinear(linears, block.index, self.scale, self.shape, self.factor)
 
 
 class Rule(nn.Module):

@@ -19,6 +19,8 @@ from ..numerics import at_least_float32
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, slots, which_blocks
 
+SCALINGS = ("standard", "rslora")  # s = alpha / rank, and s = alpha / sqrt(rank)
+
 
 class LowRank(nn.Module):
     """One pair of factors: a (r, in), b (out, r); starts at a zero product, or, as NOAH's, with both drawn."""
@@ -207,13 +209,18 @@ class LoRA(Method):
             raise MethodError(f"{self.name}: give scale or alpha, not both")
         check_targets(self)
 
+    @property
+    def stabilised(self) -> bool:
+        """s is alpha / sqrt(rank)."""
+        return self.alpha is not None and self.scaling == SCALINGS[1]
+
     def scale_for(self, rank: int) -> float:
         """s at one rank."""
         if self.scale is not None:
             return self.scale
         if self.alpha is None:
             return 1.0
-        return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
+        return self.alpha / (math.sqrt(rank) if self.stabilised else rank)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         gathered = Gathered()

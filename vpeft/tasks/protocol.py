@@ -48,6 +48,25 @@ class TaskModel:
         return {"outer": self.model, "criterion": partial(training_loss, self.task)}
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """A task's model as it leaves Python: one module from one tensor to one tensor.
+
+    Attributes:
+        module: takes a batch (B, *size), in eval mode.
+        size: of one input.
+        inputs: what an input is, for people.
+        outputs: what comes out, for people.
+        more: what else whoever runs it must know; plain values.
+    """
+
+    module: nn.Module
+    size: tuple[int, ...]
+    inputs: str
+    outputs: str
+    more: dict[str, Any] = field(default_factory=dict)
+
+
 class PredictWatch:
     """What a caller of ``Task.predict`` is told beside the rows.
 
@@ -151,6 +170,10 @@ class Task(Step, Protocol):
 
     def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
         """Pictures and the like, written into the folder of a run at its end."""
+        ...
+
+    def leaving(self, built: TaskModel) -> Leaving:
+        """The model as ``vpeft export`` writes it."""
         ...
 
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterable[dict[str, Any]]:

@@ -25,7 +25,7 @@ from ...methods.base import Method
 from ..labels import LabelStep
 from ..models import build_model, check_augmentation, check_outputs, data_stats
 from ..prediction import check_classifier, check_topk, find_inputs, ranked, read_batches
-from ..protocol import PredictOptions, TaskModel
+from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
 from .data import build_datasets, check_source
 
@@ -81,6 +81,10 @@ class ImageClassification(LabelStep):
 
     def finish(self, built: TaskModel, data: Datasets, folder: Path) -> None:
         """Nothing is written beside the run's own files."""
+
+    def leaving(self, built: TaskModel) -> Leaving:
+        """The timm model itself."""
+        return Leaving(built.model, input_size(built.backbone), "images (B, C, H, W), normalised", "logits (B, classes)")
 
     @torch.inference_mode()
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:

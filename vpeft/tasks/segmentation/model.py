@@ -185,6 +185,22 @@ class SegmentationModel(nn.Module):
         return sum(weight * loss(logits, masks, ignore_index=IGNORED) for loss, weight in self.losses.values())
 
 
+class Semantic(nn.Module):
+    """What a model of segmentation finds in images, as a forward of its own.
+
+    Args:
+        model: has ``semantic``.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (B, C, H, W) at the images' own size."""
+        return self.model.semantic(images)
+
+
 def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits (B, C, h, w) at another height and width, bilinear."""
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)

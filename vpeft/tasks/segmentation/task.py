@@ -21,13 +21,13 @@ from ...methods.base import Method
 from ...numerics import eval_mode
 from ..models import build_model, data_stats, refuse_unused
 from ..prediction import check_finite, find_inputs, leave_out, names_of, preparation, read_batches
-from ..protocol import PredictOptions, TaskModel
+from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
 from . import model as heads
 from .data import PairTransform, build_segmentation, check_segmentation, palette
 from .features import FeatureMaps
 from .mask_loss import SetLoss
-from .model import SegmentationModel
+from .model import SegmentationModel, Semantic
 from .pictures import draw_overlays, picture_folder, picture_names, write_pictures
 from .san import SAN
 from .side_adapter import SideAdapter
@@ -209,6 +209,18 @@ class SemanticSegmentation(SegmentationStep):
             rows.append((image, overlay(image, truth, colours), overlay(image, found, colours)))
         if rows:
             draw_overlays(rows, data.classes, colours, folder / "overlays.png")
+
+    def leaving(self, built: TaskModel) -> Leaving:
+        """Squares of the size of training, to logits at their own size; resizing and windows are left to the caller."""
+        more = {"mode": self.config.seg.mode, "crop": self.crop, "stride": self.stride}
+        size, what = (3, self.crop, self.crop), "scores" if self._is_san else "logits"
+        return Leaving(
+            Semantic(built.model),
+            size,
+            "images (B, C, H, W), normalised",
+            f"{what} (B, classes, H, W)",
+            {"segmentation": more},
+        )
 
     @torch.inference_mode()
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ...methods.base import Method
 from ..models import build_model, check_augmentation, check_outputs, data_stats, refuse_unused
 from ..prediction import check_classifier, check_topk, preparation, ranked, read_batches
-from ..protocol import PredictOptions, TaskModel
+from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
 from .data import Clips, build_clips, check_video_source, find_videos, open_files, spread_frames
 from .model import FramewiseModel, inflate, joint_vit, load_videomae
@@ -110,6 +110,12 @@ class ActionRecognition(ClipStep):
         shown: Clips | None = data.test or data.val
         if shown is not None and self.config.video.strips:
             draw_strips(built, shown, data.classes, self.config.video.strips, folder / "clips.png")
+
+    def leaving(self, built: TaskModel) -> Leaving:
+        """The model of whole clips; how many frames a clip has is fixed."""
+        channels, *frames, height, width = input_size(built.backbone)
+        size = (channels, *(frames or [self.config.video.frames]), height, width)
+        return Leaving(built.model, size, "clips (B, C, T, H, W), normalised", "logits (B, classes)")
 
     @torch.inference_mode()
     def predict(self, file: checkpoint.File, paths: Iterable[str], options: PredictOptions) -> Iterator[dict[str, Any]]:
