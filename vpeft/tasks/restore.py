@@ -9,6 +9,7 @@ from torch import nn
 from .. import checkpoint
 from ..errors import CheckpointError
 from ..files import naming
+from ..tuning.handle import Handle
 from ..tuning.loading import load
 from .frozen import backbone_of, came_from_no_file
 from .protocol import Task, TaskModel
@@ -60,16 +61,43 @@ def restored(task: Task, file: checkpoint.File, weights: str | None = None) -> T
     Raises:
         CheckpointError: see ``restored_backbone`` and ``vpeft.load``.
     """
+    backbone = restored_backbone(task, file, class_count(file), weights)
+    built, handle = put_on(task, file, backbone)
+    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    handle.eval()
+    return built
+
+
+def class_count(file: checkpoint.File) -> int:
+    """The number of classes that a checkpoint says.
+
+    Raises:
+        CheckpointError: its head does not have them.
+    """
     names, number = file.metadata["class_names"], file.metadata["num_classes"] or 0
     classes = len(names) if names else number
     # A head has a tensor with at least as many rows: nothing larger is built than the file holds.
     largest = max((max(file.shapes[n].size, default=0) for n in file.head_names), default=0)
     if file.head_names and classes > largest:
         raise CheckpointError(f"{file.path}: its metadata say {classes} classes, which its head does not have")
-    backbone = restored_backbone(task, file, classes, weights)
+    return classes
+
+
+def put_on(
+    task: Task, file: checkpoint.File, backbone: nn.Module, name: str | None = None, check_backbone: bool = True
+) -> tuple[TaskModel, Handle]:
+    """A checkpoint's model around a backbone that may have other methods attached, and the handle of its method.
+
+    Args:
+        task: made from the checkpoint's configuration.
+        file: the checkpoint.
+        backbone: as ``restored_backbone`` gives it.
+        name: for the handle; the one it was saved under where None.
+        check_backbone: compare the frozen weights with those it was trained on.
+
+    Raises:
+        CheckpointError: see ``vpeft.load``.
+    """
     with naming(file.path, Exception):  # its configuration may say what cannot be built
-        built = task.assemble(backbone, classes)
-    handle = load(built.backbone, file.path, heads=built.heads)
-    built.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    handle.eval()
-    return built
+        built = task.assemble(backbone, class_count(file))
+    return built, load(built.backbone, file.path, name=name, heads=built.heads, check_backbone=check_backbone)

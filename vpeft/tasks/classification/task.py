@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from timm.data import create_transform
-from torch import nn
+from torch import Tensor, nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
@@ -38,6 +39,7 @@ class ImageClassification(LabelStep):
 
     no_cache = None
     draws = False
+    serves = "classes"
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -90,6 +92,17 @@ class ImageClassification(LabelStep):
         for names, images in read_batches(files, lambda path: transform(open_image(path)), options):
             scores = self.scores(built.model, torch.stack(images).to(built.device)).softmax(-1).cpu()
             yield from ranked(file, names, scores, options)
+
+    # ---- when it is served ----
+
+    def input_of(self, file: checkpoint.File) -> Callable[[Image.Image], Tensor]:
+        """timm's evaluation transform: an upright RGB image to (3, H, W)."""
+        return _transform_of(file)
+
+    def answer(self, file: checkpoint.File, scores: Tensor, topk: int | None = None) -> dict[str, Any]:
+        """``{"classes": [{"class": …, "probability": …}, …]}`` of one image's scores (C,), as ``predict`` says them."""
+        (row,) = ranked(file, ["the image"], scores.softmax(-1)[None].cpu(), PredictOptions(topk))
+        return {"classes": row["classes"]}
 
 
 def _transform_of(file: checkpoint.File) -> Callable:
