@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "docs", "search"),
+    ("bench", "docs", "search", "serving"),
     ("commands",),
     ("cli",),
 )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .commands import making, measuring, telling, training, using
+from .commands import making, measuring, serving, telling, training, using
 from .errors import VpeftError
 from .stopping import stoppable
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": (training.train, "train a method on a data set"),
     "test": (using.test, "evaluate a checkpoint on a data set"),
     "predict": (using.predict, "apply a checkpoint to image or video files"),
+    "serve": (serving.serve, "serve many tasks on one backbone, over HTTP or from a list of images"),
     "table": (training.table, "train configurations under several seeds and compare them"),
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "methods": (telling.methods, "list the methods, or describe one"),

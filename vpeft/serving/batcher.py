@@ -17,7 +17,7 @@ from .shelf import Shelf
 logger = logging.getLogger(__name__)
 
 
-class Closed(Exception):  # noqa: N818 - what was asked for, no failure
+class Closed(Exception):
     """The batcher takes nothing any more."""
 
 

@@ -247,7 +247,9 @@ def _parsed(path: Path) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # yaml's and OmegaConf's errors have no common class
-        raise ConfigError(f"is no readable {'YAML' if path.suffix.lower() != '.json' else 'JSON'}: {_line(error)}") from error
+        raise ConfigError(
+            f"is no readable {'YAML' if path.suffix.lower() != '.json' else 'JSON'}: {_line(error)}"
+        ) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -320,7 +322,8 @@ class _Fits:
             own, other = entry.task.config.model[key], self.first.task.config.model[key]
             if own != other:
                 raise ConfigError(
-                    f"{entry.file.path}: model.{key} is {own}, that of '{self.first.name}' {other}; one book has one backbone"
+                    f"{entry.file.path}: model.{key} is {own}, that of '{self.first.name}' {other}; one book has one "
+                    "backbone"
                 )
         own = frozenset(self.names & (entry.file.shapes.keys() - entry.file.head_names))
         if self.known.get(own) != entry.file.metadata["fingerprint"]:

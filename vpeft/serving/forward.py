@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import VpeftError
 from ..tuning.routing import route
 from .book import Entry
-from .shelf import NoRoom, Shelf
+from .shelf import AdapterError, NoRoom, Shelf
 
 Answer = dict[str, Any] | Exception
 
@@ -81,9 +81,10 @@ def _ready(
         except NoRoom:
             return ready, waiting[number:]
         except VpeftError as error:
+            failed = AdapterError(" ".join(str(error).split()))
             for row, item in enumerate(items):
                 if item.task == name:
-                    found[row] = error
+                    found[row] = failed
     return ready, []
 
 

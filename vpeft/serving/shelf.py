@@ -17,7 +17,11 @@ from ..tuning.routing import route
 from .book import Book, Entry, Stamp, look, refresh
 
 
-class NoRoom(Exception):  # noqa: N818 - no failure: the others' forward comes first
+class AdapterError(VpeftError):
+    """A task that cannot be answered now, because of its file; the others are."""
+
+
+class NoRoom(Exception):
     """Beside the adapters that must stay, there is no room for another."""
 
 
@@ -96,7 +100,7 @@ class Shelf:
                 if beside:
                     raise
                 raise CheckpointError(
-                    f"{entry.file.path}: takes {self._sizes[name]} bytes, more than all adapters may (--memory, {self.memory})"
+                    f"{entry.file.path}: takes {self._sizes[name]} bytes, more than all may (--memory, {self.memory})"
                 ) from None
         self.loaded.move_to_end(name)
         return self.loaded[name]

@@ -1,8 +1,8 @@
 """From a request's bytes to an image for the model: limits while it is read, and an error of HTTP for each wrong thing."""
 
 import asyncio
+import functools
 import io
-import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from ..data.images import open_image
 from ..errors import DataError, did_you_mean, shown
 
 # What IMAGE_ENDINGS names; PIL would open many others, some with programs outside of it.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
 FIELDS = ("task", "topk", "format")
 _FIELD = 10_000  # bytes of a field that is no file
 _DRAIN = (8 * 2**20, 1.0)  # bytes and seconds for which what is too much is still taken, so that the answer is read
@@ -71,7 +71,8 @@ async def read_upload(request: Request, limit: int, timeout: float) -> Upload:
             if kind and not kind.startswith("image/") and kind != "application/octet-stream":
                 await _drain(request)
                 raise RequestError(
-                    415, f"content type {shown(kind)}: send the form field 'image' (multipart/form-data), or the image itself"
+                    415,
+                    f"content type {shown(kind)}: send the form field 'image' (multipart/form-data), or the image itself",
                 )
             return Upload(b"".join([part async for part in _limited(request, limit)]), fields)
     except asyncio.TimeoutError:
@@ -170,6 +171,13 @@ def _fields(items: list[tuple[str, str]], known: dict[str, str]) -> dict[str, st
     return found
 
 
+@functools.cache
+def _known() -> list[str]:
+    """Those of the formats that this PIL was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def opened(data: bytes, max_pixels: int) -> Image.Image:
     """An upright RGB image from a file's bytes.
 
@@ -179,10 +187,8 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise RequestError(422, "image: no bytes were sent")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is below
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
+        with Image.open(io.BytesIO(data), formats=_known()) as image:
+            width, height = image.size
     except Image.DecompressionBombError as error:
         raise RequestError(413, f"image: more than {max_pixels} pixels (--max-pixels)") from error
     except UnidentifiedImageError as error:

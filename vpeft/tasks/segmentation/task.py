@@ -35,7 +35,6 @@ from .side_adapter import SideAdapter
 from .step import SegmentationStep
 from .text import checksum, text_of_classes
 
-
 STATISTICS = ("mean", "std")  # what a checkpoint must say of its images
 
 
