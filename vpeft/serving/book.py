@@ -162,14 +162,18 @@ def read_book(path: str | Path, *, memory: int | None = None, keep_going: bool =
         whole = [e for e in entries.values() if e.error is None]
         if not whole:
             raise ConfigError(f"none of its tasks can be served, the first: {next(iter(entries.values())).error}")
+        for entry in whole[1:]:
+            with _in_task(entry, keep_going):
+                _check_alike(entry, whole[0])
+        whole = [e for e in whole if e.error is None]
         # Of a file that holds the whole backbone, nothing else is read; what the smallest one lacks, all others share.
         first = min(whole, key=lambda e: sum(_count(s.size) for s in e.file.shapes.values()))
         with _in_task(first, False):
             backbone = restored_backbone(first.task, first.file, class_count(first.file), weights)
-        fits = _Fits(backbone, first)
+        fits = _Fits(backbone)
         for entry in whole:
             with _in_task(entry, keep_going):
-                fits.check(entry)
+                fits.check(entry.file)
     return Book(path, entries, weights, backbone)
 
 
@@ -302,33 +306,40 @@ def _check_keys(schema: type, values: Mapping[Any, Any], where: str) -> None:
 # ---- one backbone ----
 
 
+def _check_alike(entry: Entry, first: Entry) -> None:
+    """Refuse a task whose backbone is another one, or is built otherwise, than that of the book's first.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    was, here = entry.file.metadata["model"], first.file.metadata["model"]
+    own, other = entry.task.config.model, first.task.config.model
+    for what, one, two in (
+        ("backbone", was["name"], here["name"]),
+        ("class of backbone", was["class"], here["class"]),
+        ("image size of the backbone", was["img_size"], here["img_size"]),
+        ("model.img_size", own.img_size, other.img_size),
+        ("model.kwargs", own.kwargs, other.kwargs),
+    ):
+        if one != two:
+            raise ConfigError(
+                f"{entry.file.path}: its {what} is {one}, that of '{first.name}' {two}; one book has one backbone"
+            )
+
+
 class _Fits:
-    """Compares tasks with the backbone that was built; a checksum over all weights is computed once for each selection."""
+    """Compares files with the backbone; a checksum over all weights is computed once for each selection of tensors."""
 
-    def __init__(self, backbone: nn.Module, first: Entry):
-        self.backbone, self.first = backbone, first
-        self.names, self.known = set(backbone.state_dict()), {}
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.names = backbone, set(backbone.state_dict())
+        self.known: dict[frozenset[str], str] = {}
 
-    def check(self, entry: Entry) -> None:
-        """Refuse a task that was trained on another backbone than the first, or that builds it otherwise."""
-        was, here = entry.file.metadata["model"], self.first.file.metadata["model"]
-        for key, what in (("name", "backbone"), ("class", "class of backbone"), ("img_size", "image size of the backbone")):
-            if was[key] != here[key]:
-                raise ConfigError(
-                    f"{entry.file.path}: its {what} is {was[key]}, that of '{self.first.name}' {here[key]}; one book has "
-                    "one backbone"
-                )
-        for key in ("img_size", "kwargs"):
-            own, other = entry.task.config.model[key], self.first.task.config.model[key]
-            if own != other:
-                raise ConfigError(
-                    f"{entry.file.path}: model.{key} is {own}, that of '{self.first.name}' {other}; one book has one "
-                    "backbone"
-                )
-        own = frozenset(self.names & (entry.file.shapes.keys() - entry.file.head_names))
-        if self.known.get(own) != entry.file.metadata["fingerprint"]:
-            checkpoint.check_backbone(self.backbone, entry.file)
-            self.known[own] = entry.file.metadata["fingerprint"]
+    def check(self, file: checkpoint.File) -> None:
+        """Raises CheckpointError: trained on other frozen weights."""
+        own = frozenset(self.names & (file.shapes.keys() - file.head_names))
+        if self.known.get(own) != file.metadata["fingerprint"]:
+            checkpoint.check_backbone(self.backbone, file)
+            self.known[own] = file.metadata["fingerprint"]
 
 
 # ---- errors of one line ----
