@@ -7,12 +7,18 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ConfigError
 from .book import read_book
 from .settings import ServeOptions
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from .app import Service
 
 
 def serve(path: str | Path, options: ServeOptions, keep_going: bool = False) -> None:
@@ -28,13 +34,19 @@ def serve(path: str | Path, options: ServeOptions, keep_going: bool = False) -> 
     """
     check_packages()
     device = device_of(options)
-    listening = _listen(options)
+    listening = listen(options)
     try:
         book = read_book(path, memory=options.memory_bytes, keep_going=keep_going)
         for entry in book.entries.values():
             if entry.error is not None:
                 print(f"not served: tasks.{entry.name}: {entry.error}", flush=True)
-        _run(book, options, device, listening)
+        from .app import Service
+
+        service = Service(book, options, device)
+        try:
+            server_of(service, listening).run(sockets=[listening])
+        finally:
+            service.close()
     finally:
         listening.close()
 
@@ -65,7 +77,12 @@ def device_of(options: ServeOptions) -> str:
     return options.device
 
 
-def _listen(options: ServeOptions) -> socket.socket:
+def listen(options: ServeOptions) -> socket.socket:
+    """A socket at the options' host and port.
+
+    Raises:
+        ConfigError: there is no such address, or another program has it.
+    """
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
@@ -75,15 +92,14 @@ def _listen(options: ServeOptions) -> socket.socket:
         raise ConfigError(f"--host, --port: cannot listen at {options.host}:{options.port}: {text}") from error
 
 
-def _run(book, options: ServeOptions, device: str, listening: socket.socket) -> None:
+def server_of(service: "Service", listening: socket.socket) -> "uvicorn.Server":
+    """uvicorn's server around a service; ``run(sockets=[listening])`` runs it, ``handle_exit`` ends it in order."""
     import uvicorn
 
-    from .app import Service, create_app
-
-    service = Service(book, options, device)
+    from .app import create_app
 
     class Server(uvicorn.Server):
-        """uvicorn's, which says where it listens, and leaves signals as they were before it."""
+        """Says where it listens, and leaves signals as they were before it."""
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -106,13 +122,11 @@ def _run(book, options: ServeOptions, device: str, listening: socket.socket) -> 
             if self.started:
                 host, port, *_ = listening.getsockname()
                 where = f"[{host}]" if ":" in host else host
-                print(f"{len(book.entries)} tasks at http://{where}:{port}", flush=True)
+                print(f"{len(service.book.entries)} tasks at http://{where}:{port}", flush=True)
 
-    config = uvicorn.Config(
-        create_app(service), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=int(2 * options.timeout) + 5,
-    )  # fmt: skip
-    try:
-        Server(config).run(sockets=[listening])
-    finally:
-        service.close()
+    seconds = 2 * service.options.timeout + 5  # a body that is still coming, and then its answer
+    return Server(
+        uvicorn.Config(
+            create_app(service), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=int(seconds)
+        )
+    )

@@ -71,9 +71,10 @@ async def read_upload(request: Request, limit: int, timeout: float) -> Upload:
             if kind == "application/x-www-form-urlencoded":  # also what curl says of --data-binary
                 await _drain(request)
                 raise RequestError(
-                    422, "image: this kind of form holds no file; send multipart/form-data (curl -F image=@FILE), or the image "
+                    422,
+                    "image: this kind of form holds no file; send multipart/form-data (curl -F image=@FILE), or the image "
                     "itself with its content type (curl -H 'Content-Type: image/png' --data-binary @FILE)",
-                )  # fmt: skip
+                )
             if kind and not kind.startswith("image/") and kind != "application/octet-stream":
                 await _drain(request)
                 raise RequestError(
