@@ -181,6 +181,31 @@ def test_adapters_are_loaded_when_asked_for_and_stay_within_memory(shelf_folder,
     run(work())
 
 
+def test_adapters_that_are_switched_come_and_go_and_leave_the_backbone_as_it_was(shelf_folder, tmp_path, truth):
+    """Those that are not routed write into the model; each is evicted right after it acted."""
+    coats, masks = shelf_folder / "coats.safetensors", shelf_folder / "masks.safetensors"
+    book = write_book(tmp_path, boots=shelf_folder / "boots.safetensors", coats=coats, again=coats, masks=masks)
+
+    async def work():
+        async with Served(book, memory=str(int(1.01 * coats.stat().st_size))) as served:
+            bare = {n: t.clone() for n, t in served.service.shelf.model.state_dict().items()}
+            masked = []
+            for name in ("coats", "again", "masks", "boots", "again", "boots", "coats", "masks", "coats", "boots"):
+                found = (await served.ask(name, IMAGES[1])).json()
+                if name == "masks":
+                    masked.append(found["mask"])
+                else:
+                    assert differ(found["classes"], truth["boots" if name == "boots" else "coats"][1]) < 1e-5
+            assert masked[0] == masked[1]
+            shelf = served.service.shelf
+            for name in list(shelf.loaded):
+                await asyncio.wrap_future(served.service.batcher.call(lambda name=name: shelf.drop(name)))
+            assert shelf.bytes == 0
+            assert all((bare[n] == t).all() for n, t in shelf.model.state_dict().items())
+
+    run(work())
+
+
 def test_a_changed_or_broken_file_fails_alone_until_it_is_reloaded(shelf_folder, tmp_path, truth):
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     for file in (good, bad):

@@ -135,11 +135,8 @@ def _alone(shelf: Shelf, items: list[Item]) -> list[Tensor]:
     """Scores (classes,) of items of one task."""
     entry, held = shelf.book.entries[items[0].task], shelf.loaded[items[0].task]
     shelf.only([items[0].task])
-    try:
-        inputs = torch.stack([item.inputs for item in items]).to(shelf.device)
-        return list(entry.task.scores(held.built.model, inputs))
-    finally:
-        shelf.only(())
+    inputs = torch.stack([item.inputs for item in items]).to(shelf.device)
+    return list(entry.task.scores(held.built.model, inputs))
 
 
 def _mask(shelf: Shelf, items: list[Item]) -> list[Tensor]:
@@ -147,7 +144,4 @@ def _mask(shelf: Shelf, items: list[Item]) -> list[Tensor]:
     (item,) = items
     entry, held = shelf.book.entries[item.task], shelf.loaded[item.task]
     shelf.only([item.task])
-    try:
-        return [entry.task.scores(held.built.model, item.inputs[None].to(shelf.device), item.size)[0]]
-    finally:
-        shelf.only(())
+    return [entry.task.scores(held.built.model, item.inputs[None].to(shelf.device), item.size)[0]]

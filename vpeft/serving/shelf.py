@@ -45,7 +45,7 @@ class OnShelf:
 class Shelf:
     """Loads the adapters of a book within a bound of memory; the least recently used one goes first.
 
-    One thread alone may call it, between forwards. Between calls no adapter acts.
+    One thread alone may call it, between forwards.
 
     Args:
         book: the tasks.
@@ -62,6 +62,7 @@ class Shelf:
         self.model = book.backbone.to(self.device).eval().requires_grad_(False)
         self.loaded: OrderedDict[str, OnShelf] = OrderedDict()
         self._sizes: dict[str, int] = {}  # measured ones
+        self._acting: tuple[str, ...] | None = None  # tasks whose adapters act now; None where that is not known
         self._known = {name: entry.stamp for name, entry in book.entries.items()}  # compared with the backbone
         self._handle_names = {name: f"task_{i}" for i, name in enumerate(book.entries)}
 
@@ -107,8 +108,11 @@ class Shelf:
 
     def drop(self, name: str) -> None:
         """Detach a task's adapter, if it is loaded."""
-        held = self.loaded.pop(name, None)
+        held = self.loaded.get(name)
         if held is not None:
+            if self._acting and name in self._acting:
+                self.only(())
+            del self.loaded[name]
             held.handle.detach()
             self.changed("evict")
 
@@ -129,8 +133,13 @@ class Shelf:
             raise
 
     def only(self, names: Iterable[str]) -> None:
-        """Let the adapters of these loaded tasks act, and no other."""
-        activate(self.model, [self.loaded[name].handle for name in names])
+        """Let the adapters of these loaded tasks act, and no other; nothing is switched where they act already."""
+        names = tuple(names)
+        if names != self._acting:
+            self._acting = None
+            with torch.inference_mode(False), torch.no_grad():  # what is switched stays longer than a forward
+                activate(self.model, [self.loaded[name].handle for name in names])
+            self._acting = names
 
     # ---- one adapter ----
 
