@@ -225,8 +225,8 @@ def main() -> None:
     book, images = make_tasks(folder), make_images(folder, args.images)
     truth = separate(folder, args.images)
     lines = [
-        f"{len(METHODS)} tasks on {BACKBONE}, {os.cpu_count()} cores for server and clients, {args.threads} thread(s) of torch, "
-        f"window {args.window_ms:g} ms, torch {torch.__version__}, load before: {os.getloadavg()[0]:.1f}",
+        f"{len(METHODS)} tasks on {BACKBONE}, {os.cpu_count()} cores for server and clients, {args.threads} thread(s) of "
+        f"torch, window {args.window_ms:g} ms, torch {torch.__version__}, load before: {os.getloadavg()[0]:.1f}",
         "",
         "| clients | server | requests/s | 50th percentile, ms | 99th, ms | images in a batch | wrong |",
         "|---:|---|---:|---:|---:|---:|---:|",
@@ -242,18 +242,17 @@ def main() -> None:
                 size, number = (after[f"vpeft_batch_size_{k}"] - before[f"vpeft_batch_size_{k}"] for k in ("sum", "count"))
                 low, high = (1000 * np.percentile(load.seconds, q) for q in (50, 99))
                 wrong += load.wrong
-                lines.append(
-                    f"| {clients} | {title} | {rate:.0f} | {low:.1f} | {high:.1f} | {size / number:.1f} | {len(load.wrong)} |"
-                )
+                cells = (clients, title, f"{rate:.0f}", f"{low:.1f}", f"{high:.1f}", f"{size / number:.1f}", len(load.wrong))
+                lines.append(f"| {' | '.join(map(str, cells))} |")
                 print(lines[-1], flush=True)
             if title == "batches":
                 odd, start = Load(port, images, truth), time.perf_counter()
                 asyncio.run(counted(odd, max(args.clients), args.requests))
                 wrong += odd.wrong
                 note = (
-                    f"Among {odd.hung_up} requests whose client hung up and {odd.broken} broken images, {max(args.clients)} "
-                    f"clients: {len(odd.wrong)} wrong of {len(odd.seconds)} answers, each compared with its separate forward "
-                    f"(probabilities to {TOLERANCE:g}, best class), in {time.perf_counter() - start:.0f} s."
+                    f"Among {odd.hung_up} requests whose client hung up and {odd.broken} broken images, "
+                    f"{max(args.clients)} clients: {len(odd.wrong)} wrong of {len(odd.seconds)} answers, each compared with its separate "
+                    f"forward (probabilities to {TOLERANCE:g}, best class), in {time.perf_counter() - start:.0f} s."
                 )
     lines += ["", note]
     print("", note, *(["", "wrong:", *wrong[:5]] if wrong else []), sep="\n")
