@@ -252,7 +252,8 @@ def main() -> None:
                 note = (
                     f"Among {odd.hung_up} requests whose client hung up and {odd.broken} broken images, "
                     f"{max(args.clients)} clients: {len(odd.wrong)} wrong of {len(odd.seconds)} answers, each compared with "
-                    f"its separate forward (probabilities to {TOLERANCE:g}, best class), in {time.perf_counter() - start:.0f} s."
+                    f"its separate forward (probabilities to {TOLERANCE:g}, best class), in "
+                    f"{time.perf_counter() - start:.0f} s."
                 )
     lines += ["", note]
     print("", note, *(["", "wrong:", *wrong[:5]] if wrong else []), sep="\n")

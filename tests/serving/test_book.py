@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import timm
@@ -154,3 +155,11 @@ def test_options_have_bounds(values, message):
         ServeOptions(**values)
     assert ServeOptions(memory="1.5GiB").memory_bytes == 3 * 2**29
     assert ServeOptions(memory="512MB", max_bytes="7").body_bytes == 7
+
+
+def test_a_missing_package_is_said_with_the_command_that_brings_it(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--book", str(write_book(here, a="a.safetensors"))])
+    assert end.value.code == 2
+    assert 'needs prometheus_client: pip install "vpeft[serve]"' in capsys.readouterr().err

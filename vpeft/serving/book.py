@@ -100,13 +100,14 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        """Raises OSError: it cannot be read."""
-        while True:
+        """Raises OSError: it cannot be read, or somebody writes it all the time."""
+        for _ in range(10):
             seen = look(path)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
             if look(path) == seen:  # nobody wrote meanwhile
                 return cls(seen, digest.hexdigest())
+        raise OSError("it changes while it is read")
 
 
 def look(path: Path) -> tuple[int, ...]:
@@ -124,12 +125,14 @@ class Book:
         entries: the tasks by name.
         weights: a file of the backbone's weights, or None.
         backbone: the frozen model, in evaluation mode, without a classifier.
+        like: a task by which those that are read again are judged; see ``check_alike``.
     """
 
     path: Path
     entries: dict[str, Entry]
     weights: str | None
     backbone: nn.Module
+    like: Entry
 
     def entry(self, name: str) -> Entry:
         """A task by its name.
@@ -164,7 +167,7 @@ def read_book(path: str | Path, *, memory: int | None = None, keep_going: bool =
             raise ConfigError(f"none of its tasks can be served, the first: {next(iter(entries.values())).error}")
         for entry in whole[1:]:
             with _in_task(entry, keep_going):
-                _check_alike(entry, whole[0])
+                check_alike(entry, whole[0])
         whole = [e for e in whole if e.error is None]
         # Of a file that holds the whole backbone, nothing else is read; what the smallest one lacks, all others share.
         first = min(whole, key=lambda e: sum(_count(s.size) for s in e.file.shapes.values()))
@@ -174,7 +177,7 @@ def read_book(path: str | Path, *, memory: int | None = None, keep_going: bool =
         for entry in whole:
             with _in_task(entry, keep_going):
                 fits.check(entry.file)
-    return Book(path, entries, weights, backbone)
+    return Book(path, entries, weights, backbone, replace(whole[0]))
 
 
 def refresh(entry: Entry, memory: int | None = None) -> None:
@@ -306,7 +309,7 @@ def _check_keys(schema: type, values: Mapping[Any, Any], where: str) -> None:
 # ---- one backbone ----
 
 
-def _check_alike(entry: Entry, first: Entry) -> None:
+def check_alike(entry: Entry, first: Entry) -> None:
     """Refuse a task whose backbone is another one, or is built otherwise, than that of the book's first.
 
     Raises:

@@ -14,7 +14,7 @@ from ..tasks.restore import put_on
 from ..tuning.active import activate
 from ..tuning.handle import Handle
 from ..tuning.routing import route
-from .book import Book, Entry, Stamp, look, refresh
+from .book import Book, Entry, Stamp, check_alike, look, refresh
 
 
 class AdapterError(VpeftError):
@@ -127,6 +127,7 @@ class Shelf:
         self._sizes.pop(name, None)
         try:
             refresh(entry, self.memory)
+            check_alike(entry, self.book.like)
             self.take(name)
         except VpeftError as error:
             entry.error = " ".join(str(error).split())
