@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "demo", "docs", "export", "search", "zoo"),
+    ("bench", "demo", "docs", "export", "search", "serving", "zoo"),
     ("commands",),
     ("cli",),
 )

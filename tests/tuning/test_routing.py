@@ -284,6 +284,29 @@ def test_wrong_calls_are_refused():
     assert torch.equal(model(x), make("vit", dtype=torch.float64)(x))  # all are off, and no plan is left
 
 
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m in ("norm", "bitfit", "vqt") else pytest.mark.slow) for m, k in ROUTED if k == "vit"],
+)
+@torch.no_grad()
+def test_handles_that_come_and_go_between_routed_forwards(method):
+    """Those that train the model's own tensors alone do nothing at any module until a routed forward is prepared."""
+    model = with_handles("linear", "vit", "ab")
+    x, tasks = batch(model), ["a", "c", "b", "c", None, "c", "a"]
+    with vpeft.route(model, ["a"] * len(x)):
+        model(x)
+    with torch.enable_grad():
+        filled(attached(model, method, name="c"), 5)
+    with vpeft.route(model, tasks):
+        found = model(x)
+    assert difference(found, alone(model, x, tasks)) < 1e-12
+    vpeft.get_handle(model, "b").detach()
+    tasks[2] = "c"
+    with vpeft.route(model, tasks):
+        found = model(x)
+    assert difference(found, alone(model, x, tasks)) < 1e-12
+
+
 @torch.no_grad()
 def test_enabled_handles_do_not_matter():
     model = with_handles("bitfit", "vit")

@@ -156,7 +156,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[tuple[int, in
     return np.where((mask == IGNORED)[..., None], image, mixed.round()).astype(np.uint8)
 
 
-def write_mask(path: Path, mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
+def write_mask(path: Path | BinaryIO, mask: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
     """Class ids as a palette PNG, which ``read_mask`` gives back."""
     picture = Image.fromarray(mask.astype(np.uint8), "P")
     # A full palette: with a shorter one PIL would save fewer bits, and lose 255.

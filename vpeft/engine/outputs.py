@@ -58,10 +58,11 @@ class CSVLines:
 
     Args:
         classes: all names, for shares.
+        columns: all of them, where rows differ; those of the first row where None.
     """
 
-    def __init__(self, classes: Sequence[str]):
-        self.classes, self.columns = classes, None
+    def __init__(self, classes: Sequence[str], columns: Sequence[str] | None = None):
+        self.classes, self.columns, self.headed = classes, None if columns is None else list(columns), False
 
     def __call__(self, row: dict[str, Any]) -> str:
         cells: dict[str, Any] = {}
@@ -75,16 +76,17 @@ class CSVLines:
                 cells[key] = value
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        if self.columns is None:
-            self.columns = list(cells)
+        if not self.headed:
+            self.columns = list(cells) if self.columns is None else self.columns
             writer.writerow(self.columns)
+            self.headed = True
         writer.writerow([cells.get(c, "") for c in self.columns])
         return text.getvalue().rstrip("\n")
 
 
-def lines_of(form: str, classes: Sequence[str]) -> Callable[[dict[str, Any]], str]:
-    """What makes a line of a row, for one of ``FORMATS``."""
-    return {"text": as_text, "jsonl": as_json}.get(form) or CSVLines(classes)
+def lines_of(form: str, classes: Sequence[str], columns: Sequence[str] | None = None) -> Callable[[dict[str, Any]], str]:
+    """What makes a line of a row, for one of ``FORMATS``; ``classes`` and ``columns`` are for CSV."""
+    return {"text": as_text, "jsonl": as_json}.get(form) or CSVLines(classes, columns)
 
 
 class LineFile:
@@ -154,7 +156,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def open_file(path: str | Path, option: str, classes: Sequence[str], form: str | None = None) -> Output:
+def open_file(
+    path: str | Path, option: str, classes: Sequence[str], form: str | None = None, columns: Sequence[str] | None = None
+) -> Output:
     """A file for predictions, whose ending says how they are written; nothing is made yet.
 
     Args:
@@ -162,6 +166,7 @@ def open_file(path: str | Path, option: str, classes: Sequence[str], form: str |
         option: that names it, for errors.
         classes: all names of the checkpoint.
         form: how rows are written, one of the values of ``ENDINGS``; as the ending says where None.
+        columns: of CSV, where rows differ.
 
     Raises:
         ConfigError: its folder is not there, it is a folder, nothing can be written there, or an unknown ending.
@@ -178,4 +183,4 @@ def open_file(path: str | Path, option: str, classes: Sequence[str], form: str |
     form = form or ENDINGS.get(path.suffix.lower())
     if form is None:
         raise ConfigError(f"{option}: the ending of '{path}' says no form of the predictions; known: {', '.join(ENDINGS)}")
-    return JSONList(path) if form == "json" else LineFile(path, lines_of(form, classes))
+    return JSONList(path) if form == "json" else LineFile(path, lines_of(form, classes, columns))

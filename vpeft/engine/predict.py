@@ -89,12 +89,33 @@ def run(
     paths = [str(p) for p in paths]
     _check(options, form, paths, draws=getattr(task, "draws", True))
     files = _files(file, paths, json_file, save)
-    classes = file.metadata["class_names"] or []
-    screen = _Screen(lines_of(form, classes), options.watch)
+    line = lines_of(form, file.metadata["class_names"] or [])
+    return give_out(task.predict(file, paths, options), line, options.watch, files, take, [json_file, save])
+
+
+def give_out(
+    rows: Iterable[dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+    watch: PredictWatch,
+    files: Sequence[Output] = (),
+    take: Callable[[dict[str, Any]], Any] | None = None,
+    kept: Sequence[str | Path | None] = (),
+) -> int:
+    """Print rows, and write them to files, as they come; gives their number.
+
+    Args:
+        rows: the predictions.
+        line: makes a line of a row.
+        watch: what their maker tells of its progress.
+        files: take the rows too, and are closed at the end.
+        take: as well.
+        kept: names of the files, for the last line.
+    """
+    screen = _Screen(line, watch)
     count, whole = 0, False
     try:
         with screen:
-            for row in task.predict(file, paths, options):
+            for row in rows:
                 for output in files:
                     output.add(row)
                 if take:
@@ -106,8 +127,8 @@ def run(
     finally:
         for output in files:
             output.close()
-        if options.watch.broken or (count and not whole):
-            print(_summary(options.watch, count, [json_file, save]), file=sys.stderr)
+        if watch.broken or (count and not whole):
+            print(_summary(watch, count, kept), file=sys.stderr)
     return count
 
 

@@ -118,6 +118,9 @@ class Task(Step, Protocol):
             the loop then calls the timm model itself, on one image for each integer label.
         reads: what ``predict`` is given: ``image`` or ``video`` files; images where a task does not say.
         draws: whether ``predict`` writes pictures into ``PredictOptions.out``; taken to be so where a task does not say.
+        serves: what ``answer`` gives for an image: ``classes``, where ``scores`` are the backbone's own outputs for a batch
+            of images of one size, so that batches of several tasks may be routed; or ``mask``, whose ``scores`` take one
+            image and its size. A task without it, ``input_of`` and ``answer`` is not served (``vpeft serve``).
         class_order: names of the classes in the order of the labels, set before ``open_data`` by who knows a checkpoint's;
             None takes the training split's own.
 

@@ -184,6 +184,7 @@ def _install(
             if needs_separate_bias_call(place.module):
                 place.module.qkv_bias_separate = True
                 container.patched.append(place)
+    hub.changed()  # also where nothing is done at any module yet, as of methods that train the model's own tensors
     tree.classifier = Classifier.of(model)  # a method may have put another one there
     tree.heads = dict(heads)
     tree.tell()

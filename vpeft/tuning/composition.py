@@ -152,6 +152,21 @@ def load_composition(
     return found
 
 
+def files_of(path: str | Path) -> dict[str, Path]:
+    """The files that a composition names, by the handles' names; each is the one that it was written with.
+
+    Raises:
+        CheckpointError: as ``load_composition``; or it is no mere list of files: something is made of others, or acts.
+    """
+    path = existing_file(path)
+    with naming(path):
+        content = _read(path)
+        for key, what in (("made", "it makes handles of others"), ("active", "handles act together in it")):
+            if content[key]:
+                raise CheckpointError(f"{what}; a list of tasks is written by save_composition(None, …)")
+        return {part["name"]: _verified(path, part) for part in content["parts"]}
+
+
 # ---- what is written ----
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from timm.data import create_transform
-from torch import nn
+from torch import Tensor, nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
@@ -40,6 +41,7 @@ class ImageClassification(LabelStep):
     no_cache = None
     reads = "image"
     draws = False
+    serves = "classes"
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -101,6 +103,17 @@ class ImageClassification(LabelStep):
     def preview(self, path: str | Path) -> list[np.ndarray]:
         """The image."""
         return [read_image(path)]
+
+    # ---- when it is served ----
+
+    def input_of(self, file: checkpoint.File) -> Callable[[Image.Image], Tensor]:
+        """timm's evaluation transform: an upright RGB image to (3, H, W)."""
+        return _transform_of(file)
+
+    def answer(self, file: checkpoint.File, scores: Tensor, topk: int | None = None) -> dict[str, Any]:
+        """``{"classes": [{"class": …, "probability": …}, …]}`` of one image's scores (C,), as ``predict`` says them."""
+        (row,) = ranked(file, ["the image"], scores.softmax(-1)[None].cpu(), PredictOptions(topk))
+        return {"classes": row["classes"]}
 
 
 def _transform_of(file: checkpoint.File) -> Callable:

@@ -1,5 +1,6 @@
 """The pictures that segmentation leaves: of a run, and of each predicted image."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -88,9 +89,21 @@ def write_pictures(path: Path, image: np.ndarray, mask: np.ndarray, names: Seque
         write_mask(temporary, mask, colours)
     with replacing(row["overlay"]) as temporary:
         Image.fromarray(overlay(image, mask, colours)).save(temporary, format="PNG")
-    shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-    row["classes"] = {names[i]: round(float(shares[i]), 6) for i in np.argsort(-shares, kind="stable") if shares[i]}
+    row["classes"] = shares(mask, names)
     return row
+
+
+def shares(mask: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Each class's share of the pixels of class ids (H, W), the largest first; classes that are not there are left out."""
+    found = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
+    return {names[i]: round(float(found[i]), 6) for i in np.argsort(-found, kind="stable") if found[i]}
+
+
+def mask_png(mask: np.ndarray, classes: int) -> bytes:
+    """The bytes of the file that ``write_pictures`` writes of class ids (H, W)."""
+    file = io.BytesIO()
+    write_mask(file, mask, palette(classes))
+    return file.getvalue()
 
 
 def draw_overlays(rows: list[tuple], classes: tuple[str, ...], colours: list, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Semantic segmentation: a decode head, or SAN, beside the timm model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
 from torch import nn
 
 from ... import checkpoint
@@ -28,11 +29,13 @@ from .data import PairTransform, build_segmentation, check_segmentation, palette
 from .features import FeatureMaps
 from .mask_loss import SetLoss
 from .model import SegmentationModel, Semantic
-from .pictures import draw_overlays, picture_folder, picture_names, write_pictures
+from .pictures import draw_overlays, mask_png, picture_folder, picture_names, shares, write_pictures
 from .san import SAN
 from .side_adapter import SideAdapter
 from .step import SegmentationStep
 from .text import checksum, text_of_classes
+
+STATISTICS = ("mean", "std")  # what a checkpoint must say of its images
 
 
 class SemanticSegmentation(SegmentationStep):
@@ -45,6 +48,7 @@ class SemanticSegmentation(SegmentationStep):
     no_cache = "features are stored for task=classification alone; choose that"
     reads = "image"
     draws = True
+    serves = "mask"
 
     def __init__(self, config: DictConfig):
         self.config, self.class_order = config, None
@@ -227,7 +231,7 @@ class SemanticSegmentation(SegmentationStep):
         """One ``{"file": …, "mask": …, "overlay": …, "classes": {name: share of the pixels}}`` per image."""
         if options.topk is not None:
             raise ConfigError("--topk: each pixel has one class; leave it out")
-        files, described = find_inputs(paths), preparation(file, "mean", "std")
+        files, described = find_inputs(paths), preparation(file, *STATISTICS)
         out = picture_folder(options.out or "predictions")
         stems = picture_names(files, out)
         built = options.built or restored(self, file, options.weights)
@@ -247,6 +251,25 @@ class SemanticSegmentation(SegmentationStep):
     def preview(self, path: str | Path) -> list[np.ndarray]:
         """The image."""
         return [read_image(path)]
+
+    # ---- when it is served ----
+
+    def input_of(self, file: checkpoint.File) -> Callable[[Image.Image], torch.Tensor]:
+        """An upright RGB image to (3, h, w), normalised and resized as for ``predict``."""
+        described = preparation(file, *STATISTICS)
+        transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
+
+        def prepare(image: Image.Image) -> torch.Tensor:
+            values = np.asarray(image)
+            return transform(values, np.zeros(values.shape[:2], np.uint8))[0]
+
+        return prepare
+
+    def answer(self, file: checkpoint.File, scores: torch.Tensor, topk: int | None = None) -> dict[str, Any]:
+        """``{"classes": {name: share of the pixels}, "mask": PNG}`` of one image's scores (C, H, W); no ``topk``."""
+        check_finite("the image", scores)
+        mask, names = scores.argmax(0).cpu().numpy(), names_of(file, self.num_classes or len(scores))
+        return {"classes": shares(mask, names), "mask": mask_png(mask, len(names))}
 
     def _found(self, built: TaskModel, x: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
         """The class ids (H, W) that the model finds in one normalised image (3, h, w)."""
