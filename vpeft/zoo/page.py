@@ -9,7 +9,7 @@ from ..fetching.index import INDEX, read_index
 HEAD = """# Model zoo
 
 Written by `vpeft zoo add` and `vpeft docs` from [`{folder}/index.json`]({folder}/index.json); do not edit. The index also
-holds each entry's resolved configuration and its metrics under every seed. How to use it: [docs/zoo.md](docs/zoo.md).
+holds each entry's resolved configuration and its metrics under every seed.{how}
 
 ```python
 model, handle = vpeft.zoo.create("{example}")  # backbone and adapter
@@ -52,7 +52,8 @@ def zoo_page(folder: Path) -> str:
     entries = read_index(folder / INDEX, str(folder))["entries"]
     adapters = [entry for entry in entries if entry["kind"] == "adapter"]
     example = next(iter(adapters or entries), {"name": "NAME"})["name"]
-    lines = [HEAD.format(folder=folder.resolve().name, example=example)]
+    how = " How to use it: [docs/zoo.md](docs/zoo.md)." if (folder.resolve().parent / "docs/zoo.md").is_file() else ""
+    lines = [HEAD.format(folder=folder.resolve().name, example=example, how=how)]
     lines += _backbones([entry for entry in entries if entry["kind"] == "backbone"])
     if adapters:
         lines += [ADAPTERS]
