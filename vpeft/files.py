@@ -83,6 +83,24 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """As ``replacing_folder``; what cannot be written is said under the name that the folder would have had.
+
+    Raises:
+        WriteError: a full or read-only disk, or a place where no folder can be.
+    """
+    temporary = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(path) as temporary:
+            yield temporary
+    except WriteError as error:
+        raise WriteError(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:

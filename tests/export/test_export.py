@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 import vpeft
 from tests.support.fashion import fashion_root
-from tests.support.models import make, randomise
+from tests.support.models import make, randomise, scatter
+from tests.support.places import ROOT
 from vpeft import checkpoint
 from vpeft.cli import main
+from vpeft.docs.compatibility import ARCHITECTURES
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import config_of
 from vpeft.engine.train import train
@@ -194,10 +196,26 @@ def test_handles_in_memory_and_the_model_as_it_was(tmp_path):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert model.state_dict().keys() == state.keys()
     assert vpeft.active(model) == ["first", "second"]
+    off.detach()
+    with pytest.raises(vpeft.MethodError, match="'off' was detached"):
+        export(off, tmp_path / "other", form="torch")
     x, other = torch.randn(2, 3, 28, 28), timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     model.eval()
     with torch.no_grad():
         assert (other(x) - model(x)).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_every_family_has_a_timm_folder(tmp_path, architecture):
+    name, options = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    handle = vpeft.attach(timm.create_model(name, **options), "lora")
+    scatter(handle.model.named_parameters())
+    randomise(handle)
+    assert export(handle, tmp_path / "a", form="timm", model_args=options).merged
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["architecture"] == name
 
 
 def test_what_timm_does_not_build_again_is_refused(tmp_path):
@@ -235,6 +253,7 @@ def outputs_of(ckpt: Path) -> dict[int, torch.Tensor]:
 def check_program(ckpt: Path, out: Path, form: str, **options) -> dict:
     """Export, read with torch or onnxruntime alone, compare at batches of 1, 2, 3, 5 and 7; the description."""
     report = export(ckpt, out, form=form, **options)
+    print(report)  # with pytest -s: what the table in a report is made of
     assert report.differences.keys() == {1, 2, 5}
     source = of_checkpoint(ckpt, None)
     if form == "torch":
@@ -385,3 +404,19 @@ def test_what_differs_is_not_left_behind(tmp_path, monkeypatch, form):
     monkeypatch.undo()
     assert export(ckpt, out, form=form, overwrite=True).differences
     assert {p for p in out.parent.rglob("*") if p.is_file()} == state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["timm", "torch", "onnx"])
+def test_a_full_disk_is_said_in_a_line_and_nothing_is_left(tmp_path, form):
+    """As a limit on the size of files has it."""
+    ckpt = saved(tmp_path, "vit", "lora")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); from vpeft.cli import main; main()"
+    )
+    arguments = ["export", "--ckpt", ckpt, "--format", form, "--out", tmp_path / "out" / "model"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^WriteError: .*out/model\S* cannot be written: .*too large", done.stderr, re.M | re.I)
+    assert ".tmp" not in done.stderr
+    assert not any((tmp_path / "out").iterdir())

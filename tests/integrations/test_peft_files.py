@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vpeft
-from tests.support.models import images, make, randomise
+from tests.support.models import images, make, randomise, scatter
+from vpeft.backbone.reading import input_size
+from vpeft.docs.compatibility import ARCHITECTURES
 
 ALL = ["qkv", "proj", "fc1", "fc2"]
 
@@ -123,6 +125,32 @@ def test_a_kronecker_product_without_a_like_is_written_whole(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         there("vit", tmp_path / "b", "krona", targets=["qkv"], factor=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("targets", [["q", "v", "fc1"], ["proj", "fc1", "fc2"]], ids="-".join)
+def test_every_family(tmp_path, architecture, targets):
+    """Equal outputs, or a refusal where the attention never calls its qkv."""
+    name, options = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    bare = timm.create_model(name, **options).double().eval()
+    scatter(bare.named_parameters())
+    model, back = copy.deepcopy(bare), copy.deepcopy(bare)
+    handle = vpeft.attach(model, "lora", targets=targets, rank=2).eval()
+    randomise(handle)
+    if "q" in targets and any(getattr(m, "q_bias", None) is not None and hasattr(m, "qkv") for m in bare.modules()):
+        with pytest.raises(vpeft.UnsupportedModelError, match="never calls it"):
+            vpeft.to_peft(handle, tmp_path)
+        return
+    vpeft.to_peft(handle, tmp_path)
+    vpeft.from_peft(back, tmp_path).eval()
+    x = torch.randn(2, *input_size(model), dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert not torch.equal(bare(x), wanted)
+        close(back(x), wanted)
+        close(in_peft(bare, tmp_path)(x), wanted)
 
 
 # ---- from peft ----

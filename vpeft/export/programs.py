@@ -1,6 +1,7 @@
 """The whole model as one program: ``torch.export``, or ONNX through torch's exporter of that name."""
 
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -38,8 +39,9 @@ def write_torch(source: Exportable, file: Path) -> None:
     """Write a program of ``torch.export`` for any number of inputs; the description is one of its extra files."""
     with _quiet(), torch.no_grad():
         program = _exported(source)
-        with file.open("wb") as stream:
-            torch.export.save(program, stream, extra_files={f"{KEY}.json": json.dumps(source.describe())})
+        stream = io.BytesIO()  # torch reports a full disk by an error of its own, in many lines
+        torch.export.save(program, stream, extra_files={f"{KEY}.json": json.dumps(source.describe())})
+        file.write_bytes(stream.getbuffer())
 
 
 def run_torch(file: Path) -> Run:

@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MethodError, VpeftError, WriteError, did_you_mean, shown
-from ..files import replacing, replacing_folder, write_text
+from ..errors import ConfigError, MethodError, did_you_mean, shown
+from ..files import replacing, write_text, writing_folder
 from ..tuning.handle import Handle
 from . import folder as timm_folder
 from . import programs
@@ -183,7 +182,7 @@ def _write_program(source: Exportable, report: Report, expected: dict[int, Tenso
 def _write_folder(source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
     older = None
     try:
-        with _folder(report.path) as temporary:
+        with writing_folder(report.path) as temporary:
             timm_folder.write(source, temporary)
             say("comparing it with the model")
             _compare(source, report, expected, source.leaving.module)
@@ -195,18 +194,6 @@ def _write_folder(source: Exportable, report: Report, expected: dict[int, Tensor
         raise
     if older is not None:
         shutil.rmtree(older, ignore_errors=True)
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_folder(path) as temporary:
-            yield temporary
-    except OSError as error:
-        if isinstance(error, VpeftError):
-            raise
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _set_aside(path: Path) -> Path | None:

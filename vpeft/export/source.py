@@ -102,6 +102,7 @@ def of_checkpoint(path: str | Path, weights: str | None) -> Exportable:
 
 def of_handle(handle: Handle, model_args: Mapping[str, Any] | None) -> Exportable:
     """A copy of the model that a handle is attached to; what acts there acts in it."""
+    _ = handle.root  # which says so where it was detached
     backbone = copy.deepcopy(handle.model).cpu().eval()
     shown = backbone.vpeft.shown  # whose classifier is in the model
     leaving = Leaving(backbone, input_size(backbone), "images (B, C, H, W), normalised", "logits (B, classes)")

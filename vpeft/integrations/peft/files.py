@@ -23,7 +23,7 @@ ENDINGS = {
 SAYS_NOTHING = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "megatron_core",
-    "qalora_group_size", "loftq_config", "eva_config",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 # What changes the update, and is computed here.
 COMPUTED = {

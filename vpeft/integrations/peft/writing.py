@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MethodError, UnsupportedModelError, WriteError
-from ...files import as_path, replacing_folder, write_tensors, write_text
+from ...files import as_path, write_tensors, write_text, writing_folder
 from ...methods.kron import KronALinear, lokr_shape
 from ...methods.lora import LoRA, LoraLinear
 from ...methods.lora_variants import DoraLinear
@@ -71,13 +71,8 @@ def _folder(folder: Path) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()):
         yield folder
         return
-    try:
-        with replacing_folder(folder) as place:
-            yield place
-    except OSError as error:
-        if isinstance(error, WriteError):
-            raise
-        raise WriteError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with writing_folder(folder) as place:
+        yield place
 
 
 def _parts(handle: Handle) -> list[Any]:
