@@ -225,6 +225,9 @@ def test_a_changed_or_broken_file_fails_alone_until_it_is_reloaded(shelf_folder,
             assert again.status_code == 200
             assert again.json()["classes"] == ["1-0", "1-1", "1-2", "1-3"]
             assert differ((await served.ask("bad", data)).json()["classes"], truth["bags"][0]) < 1e-5
+            shutil.copy(edited(good, lambda m, t: m.update(config={"model": {"img_size": 56}})), bad)
+            other = await served.client.post("/tasks/bad/reload")
+            assert (other.status_code, "one book has one backbone" in other.json()["error"]) == (503, True)
             bad.write_bytes(b"x" * 1000)
             refused = await served.client.post("/tasks/bad/reload")
             assert refused.status_code == 503
