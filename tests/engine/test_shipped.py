@@ -38,7 +38,7 @@ def test_a_name_trains_from_any_folder(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["digits/lorra", "../configs/digits/lora", "_base_/digits", "digits", "/digits/lora", ""])
 def test_other_names_are_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="did you mean 'digits/lora'" if name == "digits/lorra" else None):
         load_config(name)
     with pytest.raises(SystemExit) as stopped:
         main(["configs", "copy", "digits/adapter", name])

@@ -16,7 +16,7 @@ from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, pr
 from ..tasks.registry import TASKS, task_class
 from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
-from .shipped import local_or_shipped
+from .shipped import like, local_or_shipped
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -301,7 +301,7 @@ def merge(config: DictConfig, layer: DictConfig) -> DictConfig:
 def _read(file: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
     """The file's bases, then the file."""
     if not file.is_file():
-        near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else like(file)
         raise ConfigError(f"configuration {file} does not exist{did_you_mean(str(file), near)}")
     file = file.resolve()
     if file in seen:

@@ -39,6 +39,14 @@ def find(name: str | Path) -> Path:
     return shipped("configs") / (short if short.endswith(".py") else f"{short}.yaml")
 
 
+def like(name: Path) -> list[str]:
+    """Names to be proposed where there is no file of this one."""
+    try:
+        return [] if name.is_absolute() else names()
+    except VpeftError:
+        return []
+
+
 def local_or_shipped(file: Path) -> Path:
     """A file that exists, or else the one that ships under this name, of which a line on stderr tells."""
     if file.exists() or file.is_absolute():
