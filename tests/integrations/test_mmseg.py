@@ -264,6 +264,7 @@ def test_epochs_are_continued_too(finished, tmp_path):
     assert same(whole, run(root, tmp_path / "b", change=by_epoch, resume=True))
 
 
+@pytest.mark.slow
 def test_without_resume_a_run_starts_anew(finished, tmp_path):
     root, _, whole = finished
     run(root, tmp_path, stop=3)

@@ -108,6 +108,7 @@ def test_the_average_goes_on_after_an_interruption(root, averaged, tmp_path):
     assert {p.name for p in tmp_path.glob("best*")} == {p.name for p in work.glob("best*")}
 
 
+@pytest.mark.slow
 def test_an_average_that_cannot_go_on_is_refused(root, averaged, tmp_path):
     work, _, _ = averaged
     with pytest.raises(vpeft.CheckpointError, match=r"written with ExponentialMovingAverage.*has no EMAHook"):
@@ -274,6 +275,7 @@ def test_files_from_before_names_were_written_still_load(root, averaged, tmp_pat
     assert equal(trained_tensors(load_trained(model, tmp_path / "old.safetensors")), judged[6][0])
 
 
+@pytest.mark.slow
 def test_names_answer_for_the_rows_of_the_head(root, averaged, tmp_path):
     work, _, _ = averaged
     file = str(work / "iter_6.safetensors")

@@ -57,7 +57,7 @@ def test_switching_is_seen():
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in ((seen[2], bare), (seen[3], seen[2]), (seen[4], seen[3])))
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_method_that_comes_later_is_seen(fullgraph):
     """The graph was made where nothing acted and nothing was hooked: torch does not look whether hooks came since."""
     model = make("vit", depth=2)

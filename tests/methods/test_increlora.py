@@ -247,6 +247,7 @@ def test_allocation_ends_and_is_restored(tmp_path):
     assert (model(images(model)) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_growth_under_compile():
     plain, model = make("vit", dtype=torch.float64), make("vit", dtype=torch.float64)
     torch._dynamo.reset()
