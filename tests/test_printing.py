@@ -70,9 +70,8 @@ def test_the_pipe_of_another_process_is_no_matter_of_the_output(tmp_path):
     """A worker that died, a file on a full disk: their errors are told as they are."""
     with closed(False) as stream, pytest.raises(BrokenPipeError), printing():  # another stream than sys.stdout
         stream.write("x")
-    with open("/dev/full", "wb", buffering=0) as full:
-        with pytest.raises(OSError, match="No space") as caught, printing():
-            full.write(b"x")
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space") as caught, printing():
+        full.write(b"x")
     assert not isinstance(caught.value, WriteError)
 
 
