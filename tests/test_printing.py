@@ -81,3 +81,13 @@ def test_a_mistake_is_told_although_nobody_reads_the_output(monkeypatch, capsys)
         stream.write("before")
         assert status("zoo", "show", "nothing") == 2
     assert "has no such entry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["zoo", "show", "vit_micro_patch4_28"], ["predict", "--help"], ["methods"]])
+def test_a_terminal_that_knows_few_characters(arguments, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert status(*arguments) == 0
+    assert stream.errors == "strict", "as it was"
+    if arguments[-1] == "--help":
+        assert b"https://\\u2026" in stream.buffer.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .commands import leaving, making, measuring, serving, shipping, showing, telling, training, using, zoo
 from .errors import VpeftError
-from .stopping import printing, stoppable
+from .stopping import any_characters, printing, stoppable
 from .version import __version__
 
 COMMANDS = {
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     with stoppable() as stopping:
         try:
-            with printing():
+            with any_characters(), printing():
                 args = _parsed(argv, command)
                 args.run(args)
         except KeyboardInterrupt as stop:

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import WriteError
 
 AGAIN = 2.0  # seconds in which further signals are taken for the same one
+SIGPIPE = 13  # also where the system's signals have no such name
 
 
 class Stopping:
@@ -68,7 +69,20 @@ def stoppable() -> Iterator[Stopping]:
         _now = Stopping()
 
 
-SIGPIPE = 13  # also where the system's signals have no such name
+@contextmanager
+def any_characters() -> Iterator[None]:
+    """While a command prints: characters that the output's encoding lacks are written as escapes."""
+    stream, was = sys.stdout, getattr(sys.stdout, "errors", None)
+    if was != "strict" or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    with contextlib.suppress(OSError, ValueError):  # it flushes, and what cannot be written is told elsewhere
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(errors=was)
 
 
 @contextmanager
