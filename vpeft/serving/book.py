@@ -215,7 +215,8 @@ def refresh(entry: Entry, memory: int | None = None) -> None:
     size = replace(entry, file=file).bytes
     if memory is not None and size > memory:
         raise ConfigError(f"{file.path} takes {size} bytes, more than all adapters may (--memory, {memory})")
-    entry.file, entry.task, entry.stamp, entry.error = file, task, stamp, None
+    entry.task = task  # before the file: who sees the new file, in any thread, sees its task too
+    entry.file, entry.stamp, entry.error = file, stamp, None
 
 
 # ---- reading ----

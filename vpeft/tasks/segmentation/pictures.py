@@ -94,9 +94,14 @@ def write_pictures(path: Path, image: np.ndarray, mask: np.ndarray, names: Seque
 
 
 def shares(mask: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Each class's share of the pixels of class ids (H, W), the largest first; classes that are not there are left out."""
-    found = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-    return {names[i]: round(float(found[i]), 6) for i in np.argsort(-found, kind="stable") if found[i]}
+    """Each class's share of the pixels of class ids (H, W), the largest first; classes that are not there are left out.
+
+    Classes of one name have one share.
+    """
+    counts: dict[str, int] = {}
+    for name, count in zip(names, np.bincount(mask.ravel(), minlength=len(names)).tolist(), strict=True):
+        counts[name] = counts.get(name, 0) + count
+    return {name: round(n / mask.size, 6) for name, n in sorted(counts.items(), key=lambda this: -this[1]) if n}
 
 
 def mask_png(mask: np.ndarray, classes: int) -> bytes:
