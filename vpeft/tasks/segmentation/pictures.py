@@ -12,10 +12,8 @@ from PIL import Image
 
 from ...data.images import overlay, write_mask
 from ...errors import ConfigError
-from ...files import replacing
+from ...files import replacing, shortened
 from .data import palette
-
-LONGEST_NAME = 200  # characters of a file's name that are kept for its pictures
 
 
 def picture_folder(path: str | Path) -> Path:
@@ -55,9 +53,9 @@ def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
         names = {f: n if count[n.lower()] == 1 else longer[f] for f, n in names.items()}
     used: set[str] = set()
     for file, name in names.items():  # what is still alike is numbered
-        number, free = 1, name[:LONGEST_NAME]
+        number, free = 1, shortened(name)
         while free.lower() in used:
-            number, free = number + 1, f"{name[:LONGEST_NAME]}_{number + 1}"
+            number, free = number + 1, f"{shortened(name)}_{number + 1}"
         used.add(free.lower())
         names[file] = free
     images, homes = {f.resolve() for f in files}, {f.resolve().parent for f in files}
