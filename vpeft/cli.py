@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .commands import leaving, making, measuring, serving, shipping, showing, telling, training, using, zoo
 from .errors import VpeftError
-from .stopping import stoppable
+from .stopping import any_characters, printing, stoppable
 from .version import __version__
 
 COMMANDS = {
@@ -37,10 +37,29 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """Run one command; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130, SIGTERM 143.
 
+    Where nobody reads its output any more it ends quietly, with 141.
+
     Args:
         argv: arguments, those of the process where None.
         command: the command, where the program stands for one (``tools/train.py``).
     """
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    with stoppable() as stopping:
+        try:
+            with any_characters(), printing():
+                args = _parsed(argv, command)
+                args.run(args)
+        except KeyboardInterrupt as stop:
+            if first:
+                print(f"interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+            raise SystemExit(128 + (stopping.signal or signal.SIGINT)) from None  # as a shell reports the signal
+        except VpeftError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def _parsed(argv: Sequence[str] | None, command: str | None) -> argparse.Namespace:
+    """The arguments of a command, and ``run``, which takes them; parsers end the process after --help and mistakes."""
     parser = argparse.ArgumentParser(prog=None if command else "vpeft", description=__doc__ if not command else None)
     if command:
         parser.set_defaults(run=COMMANDS[command][0](parser))
@@ -57,17 +76,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # settings on both sides of an option, of which argparse takes the first ones alone
         args.overrides += rest
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    with stoppable() as stopping:
-        try:
-            args.run(args)
-        except KeyboardInterrupt as stop:
-            if first:
-                print(f"interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
-            raise SystemExit(128 + (stopping.signal or signal.SIGINT)) from None  # as a shell reports the signal
-        except VpeftError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+    return args
 
 
 if __name__ == "__main__":

@@ -33,6 +33,16 @@ _DTYPES = {
 _LONGEST_NAME = 200  # bytes of a file's name that a temporary one can be made of, where systems allow 255
 
 
+def shortened(name: str) -> str:
+    """A name for a file made of another file's, so short that a number and an ending fit behind it on any disk.
+
+    Systems count bytes, of which a letter outside of English takes up to four.
+    """
+    while len(os.fsencode(name)) > _LONGEST_NAME:
+        name = name[:-1]
+    return name
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.

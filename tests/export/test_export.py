@@ -23,7 +23,9 @@ from vpeft.docs.compatibility import ARCHITECTURES
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import config_of
 from vpeft.engine.train import train
+from vpeft.errors import UnsupportedModelError
 from vpeft.export import export
+from vpeft.export.programs import run_onnx
 from vpeft.export.source import kept_fused, of_checkpoint
 from vpeft.numerics import seeded
 from vpeft.tasks.registry import get_task
@@ -420,3 +422,26 @@ def test_a_full_disk_is_said_in_a_line_and_nothing_is_left(tmp_path, form):
     assert re.search(r"^WriteError: .*out/model\S* cannot be written: .*too large", done.stderr, re.M | re.I)
     assert ".tmp" not in done.stderr
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_what_onnxruntime_cannot_run_is_said_in_a_line(tmp_path):
+    model = make("vit").to(torch.bfloat16)
+    handle = vpeft.attach(model, "lora")
+    with pytest.raises(UnsupportedModelError, match="onnxruntime has no bfloat16"):
+        export(handle, tmp_path / "o.onnx", form="onnx")
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    with pytest.raises(UnsupportedModelError, match="onnxruntime does not run this model"):
+        run_onnx(tmp_path / "no.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["no.onnx"]
+
+
+def test_a_checkpoint_of_a_zoo_is_exported(tmp_path, monkeypatch):
+    from tests.zoo.conftest import written
+    from vpeft.zoo.adding import add
+
+    monkeypatch.setenv("VPEFT_CACHE", str(tmp_path / "cache"))
+    add([written(tmp_path, 1)], "a.linear", folder=tmp_path / "zoo")
+    monkeypatch.setenv("VPEFT_ZOO", str(tmp_path / "zoo"))
+    assert run("--ckpt", "zoo:a.linear", "--format", "timm", "--out", tmp_path / "o") == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'o'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]

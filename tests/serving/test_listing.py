@@ -126,3 +126,19 @@ def test_what_cannot_be_is_said_before_the_first_image(book, photos, capsys):
         assert message in capsys.readouterr().err
     assert not capsys.readouterr().out
     assert not shelf.loaded
+
+
+def test_masks_of_images_with_long_names(book, photos):
+    """Disks count bytes, not letters: 83 of these are 249, and leave no room for an ending."""
+    (photos / "in" / "masks").mkdir(parents=True)
+    for letter in "日月":
+        (photos / "in" / "masks" / f"{letter * 83}.png").write_bytes(picture(3))
+    assert run("--book", book, "--folder", photos / "in", "--out", photos / "out") == 0
+    names = sorted(p.name for p in (photos / "out" / "masks").iterdir())
+    assert names == sorted(f"{letter * 66}_mask.png" for letter in "日月")
+
+
+def test_names_of_tasks_are_names_of_folders(photos):
+    (photos / "long.json").write_text(json.dumps({"tasks": {"日" * 90: "boots.safetensors"}}))
+    with pytest.raises(ConfigError, match="at most 100"):
+        read_book(photos / "long.json")

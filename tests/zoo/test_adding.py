@@ -124,7 +124,13 @@ def test_it_says_itself_which_configuration_it_was(runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(runs[0], copy)
     environment = json.loads((copy / "environment.json").read_text())
-    for words in (["--cfg", f"/somewhere/{CFG}"], [f"--cfg={CFG}"]):
+    short = CFG.removeprefix("configs/")
+    for words in (
+        ["--cfg", f"/somewhere/{CFG}"],
+        [f"--cfg={CFG}"],
+        ["--cfg", short],
+        ["--cfg", short.removesuffix(".yaml")],
+    ):
         (copy / "environment.json").write_text(json.dumps({**environment, "command": ["tools/train.py", *words, "seed=3"]}))
         entry, _ = add([copy], "a", folder=tmp_path / "zoo", overwrite=True)
         assert CFG in entry["command"]

@@ -140,3 +140,20 @@ def test_the_command_for_pages_writes_the_one_of_the_zoo_beside_it(zoo, tmp_path
     assert "| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | 9 | Apache-2.0 |" in text
     assert "vpeft train --cfg configs/digits/linear.yaml seed=3" in text
     assert "docs/zoo.md" not in text, "which is not there"
+
+
+@pytest.mark.parametrize("given", ["https://host/zoo?key=1", "http://host/zoo/index.json?key=1", "https://host/zoo#a"])
+def test_the_address_of_a_zoo_is_one_of_a_folder(given):
+    """What stands behind ? would be lost, and the folder above it asked."""
+    with pytest.raises(DownloadError, match=r"without \? and #"):
+        open_index(given)
+
+
+def test_a_home_folder_that_nobody_has(monkeypatch):
+    with pytest.raises(
+        DownloadError, match="the zoo: '~nobody-of-this-name/zoo' begins with a home folder that is not known"
+    ):
+        open_index("~nobody-of-this-name/zoo")
+    monkeypatch.setenv("VPEFT_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(DownloadError, match=r"VPEFT_CACHE: .* is not known"):
+        open_index("http://127.0.0.1:9/zoo")

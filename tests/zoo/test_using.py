@@ -165,6 +165,8 @@ def test_a_name_stands_for_a_checkpoint(zoo, monkeypatch, model, capsys, tmp_pat
         vpeft.fuse(model, ["zoo:nothing"])
     with pytest.raises(CheckpointError, match="must lie in the composition's folder"):
         vpeft.save_composition(model, tmp_path / "c.json", files={"linear": "zoo:a.linear"})
+    with pytest.raises(CheckpointError, match=r"zoo:a\.linear.*: a composition is on this machine"):
+        vpeft.load_composition(model, "zoo:a.linear")
 
 
 def test_a_run_starts_from_a_name(zoo, monkeypatch):
@@ -271,3 +273,11 @@ def test_a_zoo_on_the_hub(zoo, model, monkeypatch):
         with pytest.raises(DownloadError, match="whole repository"):
             vpeft.zoo.list(index="hf://ann/zoo/index.json")
     assert first.name == "linear"
+
+
+def test_a_filter_that_nothing_passes_says_what_there_is(zoo, capsys):
+    for option, value in (("--task", "clasification"), ("--method", "linaer")):
+        with pytest.raises(SystemExit) as end:
+            main(["zoo", "list", option, value, "--index", str(zoo)])
+        assert end.value.code == 2
+        assert f"{option}: no entry has '{value}'; did you mean '" in capsys.readouterr().err

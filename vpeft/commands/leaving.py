@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Callable
 
+from .using import SOURCES
+
 
 def export(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of vpeft train; holds all that is needed")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help=f"checkpoint of vpeft train; {SOURCES}")
     parser.add_argument("--format", required=True, metavar="FORM", help="timm (a folder), torch (.pt2) or onnx")
     parser.add_argument("--out", required=True, metavar="PATH", help="the file, or with --format timm the folder")
     parser.add_argument("--merge", default="auto", metavar="WHEN", help="fold the method into the weights: auto, yes or no")

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, did_you_mean, shown
 
 INDEX = "a folder with an index.json, a URL, or hf://user/repo; VPEFT_ZOO or the package's own where left out"
 
@@ -45,6 +45,12 @@ def _list(args: argparse.Namespace) -> None:
     from ..zoo.using import main_metric
 
     found = entries(task=args.task, method=args.method, index=args.index)
+    if not found:
+        every = entries(index=args.index)
+        for key, value in (("task", args.task), ("method", args.method)):
+            known = sorted({name for entry in every if (name := getattr(entry, key)) is not None})
+            if value is not None and value not in known:
+                raise ConfigError(f"--{key}: no entry has {shown(value)}{did_you_mean(value, known)}")
     width = max((len(entry.name) for entry in found), default=0)
     for entry in found:
         main = main_metric(entry)

@@ -1,6 +1,5 @@
 """Apply a checkpoint to files with nothing else: its metadata rebuilds backbone, method, head and preprocessing."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from omegaconf import DictConfig
 from .. import checkpoint
 from ..errors import ConfigError, WriteError, did_you_mean
 from ..files import naming
+from ..stopping import silence
 from ..tasks.prediction import check_preparation
 from ..tasks.protocol import PredictOptions, PredictWatch
 from ..tasks.registry import get_task
@@ -180,21 +180,15 @@ class _Screen:
                 print(text, flush=True)
         except BrokenPipeError:
             self.closed = True
-            _silence()
+            silence()
         except OSError as error:
-            _silence()
+            silence()
             raise WriteError(f"the standard output cannot be written: {error.strerror or error}") from error
         return not self.closed
 
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-
-
-def _silence() -> None:
-    """Let nothing more go to standard output: Python would try again at its end, and complain."""
-    with contextlib.suppress(OSError, ValueError):  # no stream of the system's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check(options: PredictOptions, form: str, paths: Sequence[str], *, draws: bool) -> None:

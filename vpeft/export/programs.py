@@ -63,8 +63,13 @@ def write_onnx(source: Exportable, file: Path) -> None:
     """Write one ONNX file for any number of inputs; the description is in its ``metadata_props``.
 
     Raises:
-        UnsupportedModelError: too large for one file.
+        UnsupportedModelError: too large for one file, or in bfloat16.
     """
+    if any(t.dtype == torch.bfloat16 for t in _tensors(source.leaving.module)):
+        raise UnsupportedModelError(
+            "onnxruntime has no bfloat16 for convolutions on the CPU; call model.float() or model.half() first, or choose "
+            "the format torch"
+        )
     size = sum(t.numel() * t.element_size() for t in _tensors(source.leaving.module))
     if size > LARGEST_ONNX:
         gib = f"{size / 2**30:.1f} GiB"
@@ -85,10 +90,19 @@ def write_onnx(source: Exportable, file: Path) -> None:
 
 
 def run_onnx(file: Path) -> Run:
-    """What onnxruntime makes of a file, on the CPU."""
+    """What onnxruntime makes of a file, on the CPU.
+
+    Raises:
+        UnsupportedModelError: it does not run it.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's have no common class
+        raise UnsupportedModelError(
+            f"onnxruntime does not run this model on the CPU, so that it cannot be compared: {_first(error)}"
+        ) from error
     return lambda x: torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
 
 

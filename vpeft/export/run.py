@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MethodError, did_you_mean, shown
-from ..files import replacing, write_text, writing_folder
+from ..fetching import is_source
+from ..files import as_path, replacing, write_text, writing_folder
 from ..tuning.handle import Handle
 from . import folder as timm_folder
 from . import programs
@@ -68,7 +69,8 @@ def export(
     that fold into the weights.
 
     Args:
-        source: a checkpoint, or a handle in memory, whose model is copied as it is: what acts there is exported.
+        source: a checkpoint (a file, ``zoo:NAME``, a URL, ``hf://user/repo/FILE@revision``), or a handle in memory, whose
+            model is copied as it is: what acts there is exported.
         out: the file, or with ``timm`` the folder.
         form: ``timm``, ``torch`` (``torch.export``, a .pt2 file) or ``onnx``.
         merge: fold the method into the weights: ``auto`` where that is exact, ``yes`` or refuse, ``no``.
@@ -117,7 +119,8 @@ def _check(source: Any, out: Path, form: str, merge: str, overwrite: bool) -> No
             raise ConfigError(f"{option}: {shown(value)}{did_you_mean(value, known)}")
     if form == "timm" and merge == "no":
         raise ConfigError("--merge no: a timm folder holds weights alone, so the method must be in them; leave it out")
-    if not isinstance(source, Handle) and Path(source).exists() and out.resolve() == Path(source).resolve():
+    own = not isinstance(source, Handle) and not is_source(source)
+    if own and as_path(source).exists() and out.resolve() == as_path(source).resolve():
         raise ConfigError(f"--out: '{out}' is the checkpoint")
     if not out.name:
         raise ConfigError(f"--out: '{out}' is no name of a {'folder' if form == 'timm' else 'file'}")

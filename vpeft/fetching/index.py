@@ -12,7 +12,7 @@ from ..errors import CheckpointError, DownloadError, VpeftError, did_you_mean, s
 from ..files import parse_json, read_shapes, shipped
 from ..options import check_values, option
 from . import http, hub
-from .places import digest, is_inside, is_plain
+from .places import at_home, digest, is_inside, is_plain
 
 ZOO = "VPEFT_ZOO"  # environment variable: a folder, URL or hf:// repository in place of the package's own zoo
 FOLDER, INDEX = "model_zoo", "index.json"
@@ -136,6 +136,8 @@ def open_index(source: str | Path | None = None) -> Index:
     """
     given = str(source if source is not None else os.environ.get(ZOO) or shipped(FOLDER))
     if _is_url(given):
+        if "?" in given or "#" in given:  # files beside it would be looked for elsewhere
+            raise DownloadError(f"{given[:200]}: the address of a zoo is that of a folder or its {INDEX}, without ? and #")
         address = given if given.endswith(".json") else urljoin(_folder_url(given), INDEX)
         file = http.fetch(address, check=lambda path: read_index(path, address))
     elif given.startswith(hub.SCHEME):
@@ -144,7 +146,7 @@ def open_index(source: str | Path | None = None) -> Index:
             raise DownloadError(f"{given}: a zoo is a whole repository: hf://user/repo@revision")
         file = hub.fetch(place.beside(INDEX))
     else:
-        folder = Path(given).expanduser()
+        folder = at_home(given, "the zoo")
         file = folder if folder.suffix == ".json" else folder / INDEX
         given = str(file.parent)
         if not file.is_file():

@@ -22,9 +22,24 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """``VPEFT_CACHE``, or ``~/.cache/vpeft``."""
-    given = os.environ.get(CACHE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "vpeft"
+    """``VPEFT_CACHE``, or ``~/.cache/vpeft``.
+
+    Raises:
+        DownloadError: nobody has the home folder that it begins with.
+    """
+    return at_home(os.environ.get(CACHE) or "~/.cache/vpeft", CACHE)
+
+
+def at_home(given: str, what: str) -> Path:
+    """A path, whose ``~`` or ``~name`` at the start is the home folder.
+
+    Raises:
+        DownloadError: there is none; names ``what`` was given.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise DownloadError(f"{what}: {given[:200]!r} begins with a home folder that is not known") from error
 
 
 def offline() -> bool:

@@ -2,12 +2,13 @@
 
 import asyncio
 import base64
+import json
 import logging
 import time
 import warnings
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,15 +20,24 @@ from starlette.responses import JSONResponse, Response
 from ..errors import VpeftError, did_you_mean, shown
 from .batcher import Batcher, Closed
 from .book import Book, Entry
-from .forward import Item, prepared
+from .forward import Item, Reloaded, prepared
 from .metrics import TEXT, Metrics
 from .settings import ServeOptions
 from .shelf import AdapterError, Shelf
 from .uploads import RequestError, Upload, opened, read_upload
 
 PNG, JSON = "image/png", "application/json"
+READ = ["GET", "HEAD"]
 GONE = 499  # nginx's number for a client that went away; nobody reads it
 logger = logging.getLogger(__name__)
+
+
+class Json(JSONResponse):
+    """JSON in UTF-8; what UTF-8 cannot say, such as half a pair of surrogates in a class's name, is escaped."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")  # for these characters, Python's escapes are JSON's
 
 
 class Service:
@@ -40,14 +50,14 @@ class Service:
 
     def __init__(self, book: Book, options: ServeOptions, device: str = "cpu"):
         self.book, self.options, self.metrics = book, options, Metrics()
+        self.open, self.closing = 0, False
         m = self.metrics
         self.shelf = Shelf(book, options.memory_bytes, device, lambda what: m.shelf.labels(what).inc())
         self.batcher = Batcher(
             self.shelf, options.window_ms / 1000, options.max_batch, options.threads, m.batch.observe,
-            lambda how, images: m.forwards.labels(how).inc(),
+            lambda how, images: m.forwards.labels(how).inc(), lambda: self.open,
         )  # fmt: skip
         self.pool = ThreadPoolExecutor(options.workers, "vpeft-image")
-        self.open, self.closing = 0, False
         m.gauge("vpeft_queue_length", "Images that wait for a batch", lambda: self.batcher.waiting)
         m.gauge("vpeft_open_requests", "Requests that were accepted and not yet answered", lambda: self.open)
         m.gauge("vpeft_loaded_adapters", "Adapters on the backbone", lambda: len(self.shelf.loaded))
@@ -79,6 +89,9 @@ class Service:
             return problem(error)
         except ClientDisconnect:
             return Response(status_code=GONE)
+        except Exception:
+            status = 500
+            raise
         finally:
             self.metrics.requests.labels(said["task"], str(status)).inc()
             self.metrics.latency.labels(said["task"]).observe(time.monotonic() - start)
@@ -93,10 +106,12 @@ class Service:
             upload = await read_upload(request, self.options.body_bytes, self.options.timeout)
             entry = self._entry(upload.fields.get("task"))
             said["task"] = entry.name
-            topk, kind = _topk(entry, upload), _kind(entry, upload, request)
-            if entry.error is not None:
-                raise RequestError(503, f"task '{entry.name}': {entry.error}")
-            return _response(entry, kind, await self._answered(request, entry, upload, topk))
+            while True:
+                topk, kind = _topk(entry, upload), _kind(entry, upload, request)
+                if entry.error is not None:
+                    raise RequestError(503, f"task '{entry.name}': {entry.error}")
+                with suppress(Reloaded):  # then all of this again, with the file as it is now
+                    return _response(entry, kind, await self._answered(request, entry, upload, topk))
         finally:
             self.open -= 1
 
@@ -113,13 +128,13 @@ class Service:
         Raises:
             RequestError: 4xx of the image, 503 of the task's file, 500 of the model, 504 where it takes too long.
             ClientDisconnect: nobody is there any more.
+            Reloaded: the task has another file now.
         """
         jobs: list[Future] = []
 
         async def work() -> dict[str, Any]:
             loop = asyncio.get_running_loop()
             item = await loop.run_in_executor(self.pool, self._prepare, entry, upload.data, topk)
-            upload.data = b""
             jobs.append(self.batcher.submit(item))
             return await asyncio.wrap_future(jobs[0])
 
@@ -133,7 +148,7 @@ class Service:
             raise RequestError(504, f"no answer within {self.options.timeout:g} seconds (--timeout)", Retry_After="1")
         except RequestError:
             raise
-        except (ClientDisconnect, asyncio.CancelledError):
+        except (ClientDisconnect, Reloaded, asyncio.CancelledError):
             raise
         except Closed:
             raise RequestError(503, "the server is shutting down", Connection="close") from None
@@ -187,7 +202,7 @@ class Service:
             raise RequestError(503, "the server is shutting down", Connection="close") from None
         except VpeftError as error:
             raise RequestError(503, f"task '{name}': {error}") from error
-        return JSONResponse(self.described(entry))
+        return Json(self.described(entry))
 
 
 def create_app(service: Service) -> FastAPI:
@@ -199,27 +214,30 @@ def create_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="vpeft", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="vpeft", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # to an address that the client's own Host header says
+    )  # fmt: skip
     app.state.service = service
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         return await service.predict(request)
 
-    @app.get("/tasks")
+    @app.api_route("/tasks", methods=READ)
     async def tasks() -> Response:
-        return JSONResponse({"tasks": [service.described(entry) for entry in service.book.entries.values()]})
+        return Json({"tasks": [service.described(entry) for entry in service.book.entries.values()]})
 
     @app.post("/tasks/{name}/reload")
     async def reload(name: str) -> Response:
         return await service.reload(name)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=READ)
     async def healthz() -> Response:
         state = "ok" if service.alive else "closing" if service.closing else "dead"
-        return JSONResponse({"status": state, "tasks": len(service.book.entries)}, 200 if service.alive else 503)
+        return Json({"status": state, "tasks": len(service.book.entries)}, 200 if service.alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"content-type": TEXT})
 
@@ -230,18 +248,18 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         text = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse({"error": text}, error.status_code, headers=error.headers)
+        return Json({"error": text}, error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"{type(error).__name__} in the server"}, 500)
+        return Json({"error": f"{type(error).__name__} in the server"}, 500)
 
     return app
 
 
 def problem(error: RequestError) -> Response:
     """An error as JSON: ``{"error": …}``."""
-    return JSONResponse({"error": error.text}, error.status, headers=error.headers)
+    return Json({"error": error.text}, error.status, headers=error.headers)
 
 
 async def _gone(request: Request) -> None:
@@ -256,11 +274,13 @@ def _topk(entry: Entry, upload: Upload) -> int | None:
         return None
     if entry.serves == "mask":
         raise RequestError(422, f"topk: task '{entry.name}' gives a mask, each pixel has one class; leave it out")
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+    number = text.lstrip("0") if text.isascii() and text.isdecimal() else ""
+    if not number:
         raise RequestError(422, f"topk: {shown(text)} is no whole number above 0")
-    if int(text) > entry.class_count > 0:
-        raise RequestError(422, f"topk: {int(text)} classes asked for, but task '{entry.name}' has {entry.class_count}")
-    return int(text)
+    if len(number) > 9 or int(number) > entry.class_count > 0:
+        said = number if len(number) < 20 else shown(number)
+        raise RequestError(422, f"topk: {said} classes asked for, but task '{entry.name}' has {entry.class_count}")
+    return int(number)
 
 
 def _kind(entry: Entry, upload: Upload, request: Request) -> str:
@@ -280,4 +300,4 @@ def _response(entry: Entry, kind: str, answer: dict[str, Any]) -> Response:
         return Response(answer["mask"], media_type=PNG)
     if "mask" in answer:
         answer = answer | {"mask": base64.b64encode(answer["mask"]).decode()}
-    return JSONResponse({"task": entry.name, **answer})
+    return Json({"task": entry.name, **answer})

@@ -1,6 +1,7 @@
 """Requests of many threads to batches: one thread owns the model, and takes what has come within a few milliseconds."""
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -41,6 +42,7 @@ class Batcher:
         threads: torch's, of a forward; 0 for torch's own choice.
         batch: told how many images each batch has.
         ran: told of each forward, see ``answers``.
+        in_flight: how many images may still be asked for, with those that were; a batch waits for no more than these.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Batcher:
         threads: int = 0,
         batch: Callable[[int], Any] = lambda images: None,
         ran: Callable[[str, int], Any] = lambda how, images: None,
+        in_flight: Callable[[], float] = lambda: math.inf,
     ):
         self.shelf, self.window, self.max_batch, self.threads = shelf, window, max_batch, threads
-        self._batch, self._ran = batch, ran
+        self._batch, self._ran, self._in_flight = batch, ran, in_flight
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self.thread = threading.Thread(target=self._work, name="vpeft-model", daemon=True)
@@ -123,7 +126,7 @@ class Batcher:
         batch, until = [first], first.since + self.window
         while len(batch) < self.max_batch:
             try:
-                wait = until - time.monotonic()
+                wait = until - time.monotonic() if self._in_flight() > len(batch) else 0
                 job = self._jobs.get(timeout=wait) if wait > 0 else self._jobs.get_nowait()
             except queue.Empty:
                 break

@@ -17,6 +17,7 @@ from .. import checkpoint
 from ..data.listing import read_names, read_text
 from ..engine.predict import config_of
 from ..errors import ConfigError, DataError, VpeftError, did_you_mean, shown
+from ..files import shortened
 from ..options import check_values, declared, option
 from ..tasks.prediction import check_classifier, check_preparation, check_topk
 from ..tasks.protocol import Task
@@ -215,7 +216,8 @@ def refresh(entry: Entry, memory: int | None = None) -> None:
     size = replace(entry, file=file).bytes
     if memory is not None and size > memory:
         raise ConfigError(f"{file.path} takes {size} bytes, more than all adapters may (--memory, {memory})")
-    entry.file, entry.task, entry.stamp, entry.error = file, task, stamp, None
+    entry.task = task  # before the file: who sees the new file, in any thread, sees its task too
+    entry.file, entry.stamp, entry.error = file, stamp, None
 
 
 # ---- reading ----
@@ -294,8 +296,8 @@ def _named(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in tasks.items():
         if not isinstance(name, str):
             raise ConfigError(f"tasks: the name {name!r} is no text; put it in quotes")
-        if not _TASK.fullmatch(name):
-            raise ConfigError(f"tasks: {shown(name)} is no name: letters, digits, '_', '-' and '.', at most 100")
+        if not _TASK.fullmatch(name) or shortened(name) != name:  # it is a folder's name too
+            raise ConfigError(f"tasks: {shown(name)} is no name: letters, digits, '_', '-' and '.', at most 100 (200 bytes)")
         yield name, value
 
 

@@ -8,12 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import File
 from ..errors import VpeftError
 from ..tuning.routing import route
 from .book import Entry
 from .shelf import AdapterError, NoRoom, Shelf
 
 Answer = dict[str, Any] | Exception
+
+
+class Reloaded(VpeftError):
+    """A task's file was taken anew after an image was prepared for the one before it."""
 
 
 @dataclass
@@ -25,17 +30,20 @@ class Item:
         inputs: what the model takes, (3, h, w).
         size: height and width of the image itself.
         topk: classes to report; the book's number where None.
+        file: the checkpoint that says how the image was prepared; None where the caller is sure that it stays.
     """
 
     task: str
     inputs: Tensor
     size: tuple[int, int]
     topk: int | None = None
+    file: File | None = None
 
 
 def prepared(entry: Entry, image: Image.Image, topk: int | None = None) -> Item:
     """An upright RGB image as its task wants it."""
-    return Item(entry.name, entry.task.input_of(entry.file)(image), (image.height, image.width), topk)
+    file = entry.file  # before its task: see ``refresh``
+    return Item(entry.name, entry.task.input_of(file)(image), (image.height, image.width), topk, file)
 
 
 def answers(shelf: Shelf, items: Sequence[Item], ran: Callable[[str, int], Any] = lambda how, images: None) -> list[Answer]:
@@ -49,8 +57,8 @@ def answers(shelf: Shelf, items: Sequence[Item], ran: Callable[[str, int], Any] 
         items: images of any tasks.
         ran: told of each forward: ``routed`` or ``separate``, and the number of images.
     """
-    found: list[Answer | None] = [None] * len(items)
-    waiting = list(dict.fromkeys(item.task for item in items))
+    found: list[Answer | None] = [_stale(shelf, item) for item in items]
+    waiting = list(dict.fromkeys(item.task for item, answer in zip(items, found, strict=True) if answer is None))
     while waiting:
         ready, waiting = _ready(shelf, waiting, items, found)
         rows = [i for i, item in enumerate(items) if item.task in ready and found[i] is None]
@@ -65,6 +73,13 @@ def answers(shelf: Shelf, items: Sequence[Item], ran: Callable[[str, int], Any] 
             else:
                 _run(shelf, items, group, found, _alone, lambda n: ran("separate", n))
     return found
+
+
+def _stale(shelf: Shelf, item: Item) -> Reloaded | None:
+    """One checkpoint's input is nothing for another one: mean and size may differ, and the answer would look right."""
+    if item.file is None or item.file is shelf.book.entries[item.task].file:
+        return None
+    return Reloaded(f"task '{item.task}' was reloaded after this image was prepared; prepare it again")
 
 
 def _ready(

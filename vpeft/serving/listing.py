@@ -12,7 +12,7 @@ from ..data.listing import read_lines
 from ..engine.outputs import FORMATS, Output, lines_of, open_file
 from ..engine.predict import give_out
 from ..errors import ConfigError, DataError, did_you_mean, shown
-from ..files import write_bytes
+from ..files import shortened, write_bytes
 from ..tasks.prediction import TOPK, leave_out, read_batches
 from ..tasks.protocol import PredictOptions
 from .book import Book
@@ -20,7 +20,6 @@ from .forward import Item, answers, prepared
 from .shelf import Shelf
 
 HEADINGS = ("task", "tasks")
-LONGEST_NAME = 200  # characters of a file's name that are kept for its mask
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _with_masks(wanted: list[Wanted], masks: set[str], out: str | Path) -> list[
         if this.task not in masks:
             found.append(this)
             continue
-        stem, number = this.path.stem[:LONGEST_NAME], 1
+        stem, number = shortened(this.path.stem), 1
         name = stem
         while f"{this.task}/{name}".lower() in used:
             number += 1

@@ -127,7 +127,7 @@ def load_composition(
         UnsupportedModelError: a wrapper around a model.
     """
     check_arguments(model, None, None)
-    path = existing_file(path)
+    path = _own_file(path)
     heads = {} if heads is None else heads
     if not isinstance(heads, Mapping):
         raise MethodError(f"heads: expected modules by the handles' names, got {shown(heads)}")
@@ -158,7 +158,7 @@ def files_of(path: str | Path) -> dict[str, Path]:
     Raises:
         CheckpointError: as ``load_composition``; or it is no mere list of files: something is made of others, or acts.
     """
-    path = existing_file(path)
+    path = _own_file(path)
     with naming(path):
         content = _read(path)
         for key, what in (("made", "it makes handles of others"), ("active", "handles act together in it")):
@@ -200,6 +200,13 @@ def _fingerprint(model: nn.Module) -> str:
     """Of the bare model, whatever methods did to its own tensors."""
     container = container_of(model)
     return checkpoint.fingerprint(model, (), originals_of(container.trees.values() if container is not None else ()))
+
+
+def _own_file(path: str | Path) -> Path:
+    """A composition's file, which names others beside it, and so is on this machine."""
+    if is_source(path):
+        raise CheckpointError(f"{shown(path)}: a composition is on this machine, with its parts; adapters: vpeft.load")
+    return existing_file(path)
 
 
 def _part(path: Path, name: str, file: str | Path) -> dict[str, str]:

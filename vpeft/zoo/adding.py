@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from .. import checkpoint
 from ..engine.config import from_container, load_config
 from ..engine.plan import BEST
+from ..engine.shipped import find
 from ..errors import CheckpointError, ConfigError, VpeftError, did_you_mean
 from ..fetching.index import FOLDER, FORMAT, INDEX, KIND, as_text, check_index, read_index
 from ..fetching.places import alone, cache_folder, is_plain
@@ -241,12 +242,15 @@ def _base(run: Run, cfg: str | Path | None) -> tuple[DictConfig, str]:
     if given is None:
         raise ConfigError(f"--cfg: {run.path}/environment.json does not say which configuration it was; give it")
     parts = Path(given).as_posix().split("/")
-    start = len(parts) - 1 - parts[::-1].index("configs") if "configs" in parts else None
-    file = None if start is None else shipped("configs").joinpath(*parts[start + 1 :])
-    if file is None or not file.is_file():
+    start = len(parts) - parts[::-1].index("configs") if "configs" in parts else 0
+    try:
+        file = find("/".join(parts[start:]))  # by its name alone too: --cfg digits/lora
+    except ConfigError:
         known = [f"configs/{p.relative_to(shipped('configs')).as_posix()}" for p in shipped("configs").rglob("*.yaml")]
-        raise ConfigError(f"--cfg: {given} is none of the configurations that ship{did_you_mean(str(given), known)}")
-    return load_config(file), "/".join(["configs", *parts[start + 1 :]])
+        raise ConfigError(
+            f"--cfg: {given} is none of the configurations that ship{did_you_mean(str(given), known)}"
+        ) from None
+    return load_config(file), f"configs/{file.relative_to(shipped('configs')).as_posix()}"
 
 
 def _said(environment: Path) -> str | None:

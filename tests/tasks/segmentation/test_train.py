@@ -203,6 +203,8 @@ def test_names_of_pictures(tmp_path):
     with pytest.raises(ConfigError, match=r"--out: .*y_mask\.png lies beside the images, and would be replaced"):
         picture_names([tmp_path / "y.png"], tmp_path)
     assert picture_names([tmp_path / "other/y.png"], tmp_path), "of an earlier call"
+    long = [Path(f"{folder}/{'日' * 83}.png") for folder in "ab"]  # 249 bytes, and disks take 255
+    assert all(len(f"{name}_overlay.png".encode()) <= 255 for name in picture_names(long, tmp_path).values())
 
 
 # ---- SAN with text embeddings ----

@@ -12,10 +12,8 @@ from PIL import Image
 
 from ...data.images import overlay, write_mask
 from ...errors import ConfigError
-from ...files import replacing
+from ...files import replacing, shortened
 from .data import palette
-
-LONGEST_NAME = 200  # characters of a file's name that are kept for its pictures
 
 
 def picture_folder(path: str | Path) -> Path:
@@ -55,9 +53,9 @@ def picture_names(files: Sequence[Path], folder: Path) -> dict[Path, str]:
         names = {f: n if count[n.lower()] == 1 else longer[f] for f, n in names.items()}
     used: set[str] = set()
     for file, name in names.items():  # what is still alike is numbered
-        number, free = 1, name[:LONGEST_NAME]
+        number, free = 1, shortened(name)
         while free.lower() in used:
-            number, free = number + 1, f"{name[:LONGEST_NAME]}_{number + 1}"
+            number, free = number + 1, f"{shortened(name)}_{number + 1}"
         used.add(free.lower())
         names[file] = free
     images, homes = {f.resolve() for f in files}, {f.resolve().parent for f in files}
@@ -94,9 +92,14 @@ def write_pictures(path: Path, image: np.ndarray, mask: np.ndarray, names: Seque
 
 
 def shares(mask: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Each class's share of the pixels of class ids (H, W), the largest first; classes that are not there are left out."""
-    found = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-    return {names[i]: round(float(found[i]), 6) for i in np.argsort(-found, kind="stable") if found[i]}
+    """Each class's share of the pixels of class ids (H, W), the largest first; classes that are not there are left out.
+
+    Classes of one name have one share.
+    """
+    counts: dict[str, int] = {}
+    for name, count in zip(names, np.bincount(mask.ravel(), minlength=len(names)).tolist(), strict=True):
+        counts[name] = counts.get(name, 0) + count
+    return {name: round(n / mask.size, 6) for name, n in sorted(counts.items(), key=lambda this: -this[1]) if n}
 
 
 def mask_png(mask: np.ndarray, classes: int) -> bytes:
