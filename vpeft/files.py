@@ -295,3 +295,12 @@ def shipped(folder: str) -> Path:
     raise VpeftError(
         f"this installation of vpeft has no folder '{folder}'; install the wheel or a clone of the repository again"
     )
+
+
+def sha256_of(path: str | Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -115,3 +115,17 @@ def test_ssf_leaves_the_type_of_what_it_scales():
     model(images(model).float()).square().sum().backward()
     for name, parameter in handle.named_parameters():
         assert (half[name] - parameter.grad).norm() < 0.1 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)])
+def test_a_first_block_in_another_mode_does_not_set_it_for_the_others(how):
+    """As users freeze a prefix, or keep a block in float32."""
+    model, handle = adapted("lora", {})
+    block = model.blocks[0]
+    block.forward = how()(block.forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(images(model))
+    outputs.float().square().sum().backward()
+    for name, parameter in handle.named_parameters():
+        trained = how is not torch.no_grad or not name.startswith("blocks.0.")
+        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == trained, name

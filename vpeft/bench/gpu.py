@@ -1,5 +1,6 @@
 """What is measured on a GPU alone: kernels, the processor's part of a step, a forward replayed as a CUDA graph."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,7 +44,10 @@ def host_time(batch: Batch, run: Callable[[], object]) -> tuple[float, float]:
 
 
 def graphed_time(row: BenchRow, rounds: int) -> float | None:
-    """Median seconds of the row's forward replayed as a CUDA graph, merged where it merges; None elsewhere."""
+    """Median seconds of the row's forward replayed as a CUDA graph, merged where it merges.
+
+    None elsewhere, and where it cannot be captured (what waits for the device, say).
+    """
     if row.batch.device.type != "cuda":
         return None
     row.inference()
@@ -51,6 +55,9 @@ def graphed_time(row: BenchRow, rounds: int) -> float | None:
     try:
         replay = _captured(merged or row.forward)
         return sorted(row.batch.time(replay) for _ in range(rounds))[rounds // 2]
+    except RuntimeError as error:  # the other numbers of the table are measured already
+        print(f"{row.label}: no CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
     finally:
         if merged is not None:
             row.handle.unmerge()

@@ -21,7 +21,7 @@ class Result:
         kernels: that a step runs on a GPU.
         graphed: the merged forward, or the adapted where nothing merges, replayed as a CUDA graph.
         ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
-            ``forward``, ``merged`` and ``graphed`` to the frozen forward, as ``{"step/limit": …}``.
+            ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
     """
 
     label: str

@@ -1,6 +1,5 @@
 """Train a whole timm model from random weights and write its weights as a file that timm loads."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
 from ..errors import ConfigError
-from ..files import write_tensors
+from ..files import sha256_of, write_tensors
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
 from ..tuning.attaching import attach
@@ -58,4 +57,4 @@ def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
 def write_weights(state: dict, path: Path) -> str:
     """Write a plain safetensors file that appears whole or not at all; returns its SHA-256."""
     write_tensors(path, state)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..errors import DownloadError, WriteError
+from ..files import sha256_of
 
 CACHE = "VPEFT_CACHE"  # environment variable: the cache folder
 OFFLINE = ("VPEFT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables: no network
@@ -132,14 +133,4 @@ def alone(target: Path, lock: Path | None = None) -> Iterator[None]:
         held.release()
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
-    found = hashlib.sha256()
-    while block := file.read(2**20):
-        found.update(block)
-    return found.hexdigest()
+digest = sha256_of  # of files in the cache and of those that an index names

@@ -27,6 +27,7 @@ class Gathered:
 
     On a GPU, and under autocast, what is small waits for Python and not for arithmetic: to cast and rearrange a few thousand
     numbers costs as much there as a linear layer. All members' are done in one; the values are those that each would make.
+    It is done in calls of the whole model, which run all blocks: one that a changed model leaves out gets a gradient of 0.
     """
 
     def __init__(self) -> None:
@@ -42,10 +43,13 @@ class Gathered:
         flow = None if member.hub is None else member.hub.now()
         if flow is None or flow.starter is not member.hub.model or not self._pays(flow, x):
             return None  # where a block is called by itself, other members do not run
-        found = flow.get(self, "ready")
+        # A part of a model may run without gradients, or in another precision.
+        dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x.device.type) else None
+        name = f"ready {torch.is_grad_enabled()} {dtype}"
+        found = flow.get(self, name)
         if found is None:
-            found = dict(self._made(x.device.type))
-            flow.put(self, "ready", found)
+            found = dict(self._made(dtype))
+            flow.put(self, name, found)
         return found.get(id(member))
 
     def _pays(self, flow: Flow, x: Tensor) -> bool:
@@ -55,13 +59,12 @@ class Gathered:
             return False  # blocks run again by themselves; each sample has its own
         return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    def _made(self, device: str) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def _made(self, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
         for member in self.members:
             tensors = member.gathers()
             if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards
                 groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in tensors), []).append((member, tensors))
-        dtype = torch.get_autocast_dtype(device) if _autocast(device) else None
         for found in groups.values():
             stacked = [torch.stack(same) for same in zip(*(tensors for _, tensors in found), strict=True)]
             made = [

@@ -1,6 +1,5 @@
 """A whole search: the supernet is trained, its architectures are searched, the winner is trained from fresh weights."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from ..engine.progress import Pace
 from ..engine.setup import make_accelerator
 from ..engine.train import check, train
 from ..errors import ConfigError, VpeftError
-from ..files import write_text
+from ..files import sha256_of, write_text
 from ..methods.base import Method
 from ..methods.space import Architecture, SearchSpace
 from ..methods.supernet import Supernet, parameters, sub_network, winner
@@ -233,8 +232,7 @@ class Search:
     @cached_property
     def _supernet(self) -> str:
         """The checksum of the supernet's file."""
-        with (place(self.stage) / BEST).open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return sha256_of(place(self.stage) / BEST)
 
     def _told(self, value: Any) -> Any:
         """What the first process knows, on all."""

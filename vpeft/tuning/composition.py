@@ -14,7 +14,7 @@ from .. import checkpoint
 from ..attached.tree import Tree
 from ..errors import CheckpointError, MethodError, shown
 from ..fetching import is_source
-from ..files import as_path, existing_file, naming, parse_json, writable_file, write_text
+from ..files import existing_file, naming, parse_json, sha256_of, writable_file, write_text
 from ..metadata import SavedModel
 from ..options import check_values, option
 from .active import Activated, activate, active
@@ -224,7 +224,7 @@ def _part(path: Path, name: str, file: str | Path) -> dict[str, str]:
     if _leads_out(given):
         raise CheckpointError(f"files: {shown(given)} of '{name}' is no path on every system; rename it, without \\ and :")
     checkpoint.read(file)
-    return {"name": name, "file": given, "sha256": _sha256(file)}
+    return {"name": name, "file": given, "sha256": sha256_of(file)}
 
 
 def _check_own_place(path: Path, files: Mapping[str, str | Path]) -> None:
@@ -351,7 +351,7 @@ def _verified(path: Path, part: Mapping[str, str]) -> Path:
         raise CheckpointError(f"'{part['name']}': {shown(given)} leads out of the composition's folder")
     file = path.parent / given
     try:
-        found = _sha256(existing_file(file))
+        found = sha256_of(existing_file(file))
     except CheckpointError as error:
         raise CheckpointError(f"'{part['name']}': {error}") from error
     if found != part["sha256"]:
@@ -386,14 +386,6 @@ def _remade(found: Mapping[str, Handle], made: Mapping[str, Any]) -> Handle:
     if made["by"] == "average":
         return average(handles, made["weights"], mode=made["mode"], name=made["name"], head=head)
     return combine(handles, made["weights"], name=made["name"], head=head)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with as_path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
