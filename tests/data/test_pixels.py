@@ -193,3 +193,10 @@ def test_a_mask_that_keeps_ids_only_nearly_is_refused(tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png", format="JPEG")
     with pytest.raises(DataError, match=r"a\.png: a JPEG file"):
         read_mask(tmp_path / "a.png")
+
+
+def test_formats_that_are_not_listed_are_not_opened(tmp_path):
+    """PIL would start Ghostscript for PostScript, whatever the file is called."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", format="EPS")
+    with pytest.raises(DataError, match="is not a readable image: cannot identify"):
+        open_image(tmp_path / "a.png")

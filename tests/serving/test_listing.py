@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from tests.support.served import IMAGES, differ, picture
+from tests.support.served import IMAGES, differ, picture, write_book
 from vpeft.cli import main
 from vpeft.data.images import read_mask
+from vpeft.engine.outputs import lines_of
 from vpeft.errors import ConfigError, DataError
 from vpeft.serving.book import read_book
 from vpeft.serving.listing import Wanted, predict_list, read_folder, read_list
@@ -142,3 +143,25 @@ def test_names_of_tasks_are_names_of_folders(photos):
     (photos / "long.json").write_text(json.dumps({"tasks": {"日" * 90: "boots.safetensors"}}))
     with pytest.raises(ConfigError, match="at most 100"):
         read_book(photos / "long.json")
+
+
+def test_files_that_the_book_names_are_not_written_over(shelf_folder, tmp_path):
+    labels, image = tmp_path / "names.txt", tmp_path / "a.png"
+    labels.write_text("a\nb\nc\n")
+    image.write_bytes(IMAGES[0])
+    book = write_book(tmp_path, boots={"file": str(shelf_folder / "boots.safetensors"), "labels": "names.txt"})
+    shelf = Shelf(read_book(book), 10**9)
+    with pytest.raises(ConfigError, match="is one of the inputs"):
+        predict_list(shelf, [Wanted(image, "boots")], PredictOptions(), save=labels)
+    assert labels.read_text() == "a\nb\nc\n"
+
+
+def test_a_path_with_a_colon_is_a_path_from_the_books_folder(shelf_folder, tmp_path):
+    (tmp_path / "run:1.safetensors").write_bytes((shelf_folder / "boots.safetensors").read_bytes())
+    assert read_book(write_book(tmp_path, a="run:1.safetensors")).entry("a").error is None
+
+
+def test_classes_that_a_task_does_not_have_are_empty_cells_and_those_not_found_zero():
+    line = lines_of("csv", {"a": ["x", "y"], "b": ["z"]}, ["task", "share of x", "share of y", "share of z"])
+    assert line({"task": "a", "classes": {"x": 1.0}}).splitlines()[1] == "a,1.0,0.0,"
+    assert line({"task": "b", "classes": {"z": 1.0}}) == "b,,,1.0"

@@ -7,12 +7,21 @@ import threading
 import time
 
 import numpy as np
+import pytest
+from PIL import Image
 
 import vpeft.serving.server as module
+import vpeft.serving.shelf as shelf_module
 from tests.serving.test_server import Held, run, until
 from tests.support.served import IMAGES, Served, differ, picture, write_book
 from tests.support.signed import edited
+from vpeft.engine.predict import predict
+from vpeft.errors import DataError
+from vpeft.serving.book import read_book, refresh
+from vpeft.serving.listing import Wanted, predict_list
 from vpeft.serving.settings import ServeOptions
+from vpeft.serving.shelf import Shelf
+from vpeft.tasks.protocol import PredictOptions
 from vpeft.tasks.segmentation.pictures import shares
 
 
@@ -139,3 +148,46 @@ def test_the_garbage_collector_leaves_the_model_and_the_libraries_alone_while_it
         made[0].should_exit = True
         thread.join(30)
     assert gc.get_freeze_count() == 0
+
+
+def test_a_thin_image_is_refused_before_it_is_enlarged(book, tmp_path):
+    """A shorter side of one pixel brought to the model's size makes a gigabyte of a line."""
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1_000_000, 1)).save(thin)
+
+    async def work():
+        async with Served(book) as served:
+            return await served.ask("boots", thin.read_bytes())
+
+    found = run(work())
+    assert found.status_code == 413
+    assert found.json()["error"].startswith("image: an image of 1000000x1 pixels would be resized to ")
+    with pytest.raises(DataError, match=r"thin\.png: an image of 1000000x1 pixels .* more than 67108864 pixels"):
+        list(predict(book.parent / "boots.safetensors", [thin]))
+    shelf = Shelf(read_book(book), 10**9)
+    with pytest.raises(DataError, match=r"thin\.png: an image of 1000000x1"):
+        predict_list(shelf, [Wanted(thin, "boots")], PredictOptions())
+
+
+def test_a_reload_reads_outside_of_the_models_thread(book, monkeypatch):
+    free, reading = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        reading.set()
+        assert free.wait(30)
+        return refresh(*arguments)
+
+    async def work():
+        async with Served(book) as served:
+            monkeypatch.setattr(shelf_module, "refresh", slow)
+            again = asyncio.ensure_future(served.client.post("/tasks/boots/reload"))
+            try:
+                await until(reading.is_set)
+                assert (await asyncio.wait_for(served.ask("boots", IMAGES[0]), 20)).status_code == 200
+                assert not again.done()
+            finally:
+                free.set()
+            assert (await again).status_code == 200
+            assert (await served.ask("boots", IMAGES[0])).status_code == 200
+
+    run(work())

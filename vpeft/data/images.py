@@ -1,5 +1,6 @@
 """Image files and masks of class ids: reading, colouring, writing."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,17 @@ from .pixels import check_single, to_rgb, turned, turned_to_rgb, upright
 IGNORED = 255  # the id of what is not labelled
 _LOSSY = ("JPEG", "MPO")
 _FEW_BITS = {"L;2": 2, "L;4": 4}  # of grey, by PIL's raw modes
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")  # what these endings name
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".gif", ".jfif", ".jp2", ".avif",
 )  # fmt: skip
+
+
+@functools.cache
+def known_formats() -> list[str]:
+    """Those of ``FORMATS`` that this PIL was built with; it would open many others, some with programs outside of it."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 @contextmanager
@@ -26,7 +35,7 @@ def _opened(source: str | Path | BinaryIO, what: str, name: str | Path | None = 
     """An image file; whatever goes wrong while it is read is one ``DataError`` of one line that names it."""
     name = source if name is None else name
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=known_formats()) as image:
             yield image
     except DataError as error:
         raise DataError(f"{name}: {error}") from error

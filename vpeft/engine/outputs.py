@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from ..files import replacing
 
 FORMATS = ("text", "csv", "jsonl")
 ENDINGS = {".txt": "text", ".tsv": "text", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+Classes = Sequence[str] | Mapping[str, Sequence[str]]
 SHOWN = 5  # shares in a line of text
 # What would break a line or steer a terminal, in names of files and classes.
 CONTROLS = {i: repr(chr(i))[1:-1] for i in (*range(32), 127)}
@@ -57,18 +58,19 @@ class CSVLines:
     The best classes are columns ``class_1, probability_1, …``; shares are a column for each class.
 
     Args:
-        classes: all names, for shares.
+        classes: all names, for shares; by task, where rows have a ``task``.
         columns: all of them, where rows differ; those of the first row where None.
     """
 
-    def __init__(self, classes: Sequence[str], columns: Sequence[str] | None = None):
+    def __init__(self, classes: Classes, columns: Sequence[str] | None = None):
         self.classes, self.columns, self.headed = classes, None if columns is None else list(columns), False
 
     def __call__(self, row: dict[str, Any]) -> str:
         cells: dict[str, Any] = {}
         for key, value in row.items():
             if isinstance(value, dict):
-                cells |= {f"share of {name}": value.get(name, 0.0) for name in self.classes or value}
+                names = self.classes[row["task"]] if isinstance(self.classes, Mapping) else self.classes or value
+                cells |= {f"share of {name}": value.get(name, 0.0) for name in names}
             elif is_ranking(value):
                 for i, best in enumerate(value, 1):
                     cells |= {f"class_{i}": best["class"], f"probability_{i}": best["probability"]}
@@ -84,7 +86,7 @@ class CSVLines:
         return text.getvalue().rstrip("\n")
 
 
-def lines_of(form: str, classes: Sequence[str], columns: Sequence[str] | None = None) -> Callable[[dict[str, Any]], str]:
+def lines_of(form: str, classes: Classes, columns: Sequence[str] | None = None) -> Callable[[dict[str, Any]], str]:
     """What makes a line of a row, for one of ``FORMATS``; ``classes`` and ``columns`` are for CSV."""
     return {"text": as_text, "jsonl": as_json}.get(form) or CSVLines(classes, columns)
 
@@ -157,14 +159,14 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def open_file(
-    path: str | Path, option: str, classes: Sequence[str], form: str | None = None, columns: Sequence[str] | None = None
+    path: str | Path, option: str, classes: Classes, form: str | None = None, columns: Sequence[str] | None = None
 ) -> Output:
     """A file for predictions, whose ending says how they are written; nothing is made yet.
 
     Args:
         path: of the file.
         option: that names it, for errors.
-        classes: all names of the checkpoint.
+        classes: all names of the checkpoint; by task where rows have one.
         form: how rows are written, one of the values of ``ENDINGS``; as the ending says where None.
         columns: of CSV, where rows differ.
 

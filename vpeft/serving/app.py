@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import VpeftError, did_you_mean, shown
+from ..errors import DataError, VpeftError, did_you_mean, shown
 from .batcher import Batcher, Closed
 from .book import Book, Entry
 from .forward import Item, Reloaded, prepared
@@ -170,6 +170,8 @@ class Service:
         image = opened(data, self.options.max_pixels)
         try:
             return prepared(entry, image, topk)
+        except DataError as error:  # more pixels, once resized, than may be
+            raise RequestError(413, f"image: {error}") from error
         except VpeftError as error:
             raise RequestError(422, f"image: {error}") from error
 
@@ -197,7 +199,8 @@ class Service:
             raise RequestError(503, "the server is shutting down", Connection="close")
         entry = self._entry(name)
         try:
-            await asyncio.wrap_future(self.batcher.call(lambda: self.shelf.reload(name)))
+            read = await asyncio.to_thread(self.shelf.read_again, name)  # perhaps a download
+            await asyncio.wrap_future(self.batcher.call(lambda: self.shelf.reload(name, read)))
         except Closed:
             raise RequestError(503, "the server is shutting down", Connection="close") from None
         except VpeftError as error:

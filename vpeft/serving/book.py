@@ -17,6 +17,7 @@ from .. import checkpoint
 from ..data.listing import read_names, read_text
 from ..engine.predict import config_of
 from ..errors import ConfigError, DataError, VpeftError, did_you_mean, shown
+from ..fetching import is_source
 from ..files import shortened
 from ..options import check_values, declared, option
 from ..tasks.prediction import check_classifier, check_preparation, check_topk
@@ -26,7 +27,6 @@ from ..tasks.restore import class_count, restored_backbone
 from ..tuning.composition import KIND, files_of
 
 _TASK = re.compile(r"\w[\w.-]{0,99}")
-_ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:.+")  # zoo:NAME, https://…: no path from the book's folder
 _LARGEST = 16 * 2**20  # bytes of a book
 _MOST = 10_000  # tasks
 
@@ -65,6 +65,7 @@ class Entry:
         topk: classes where nobody asks for another number; None for the five best.
         stamp: tells whether the file is still the same; see ``Stamp``.
         error: why it cannot be served now; None where it can.
+        labels_file: where ``labels`` were read; None where they stand in the book.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Entry:
     labels: list[str] | None
     stamp: "Stamp | None" = None
     error: str | None = None
+    labels_file: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -127,6 +129,7 @@ class Book:
         weights: a file of the backbone's weights, or None.
         backbone: the frozen model, in evaluation mode, without a classifier.
         like: a task by which those that are read again are judged; see ``check_alike``.
+        read: the other files that the book names: of labels and of weights.
     """
 
     path: Path
@@ -134,6 +137,7 @@ class Book:
     weights: str | None
     backbone: nn.Module
     like: Entry
+    read: tuple[str, ...] = ()
 
     def entry(self, name: str) -> Entry:
         """A task by its name.
@@ -178,7 +182,8 @@ def read_book(path: str | Path, *, memory: int | None = None, keep_going: bool =
         for entry in whole:
             with _in_task(entry, keep_going):
                 fits.check(entry.file)
-    return Book(path, entries, weights, backbone, replace(whole[0]))
+    named = [weights, *(e.labels_file for e in entries.values())]
+    return Book(path, entries, weights, backbone, replace(whole[0]), tuple(n for n in named if n is not None))
 
 
 def refresh(entry: Entry, memory: int | None = None) -> None:
@@ -278,18 +283,19 @@ def _entry(book: Path, name: str, value: Any) -> Entry:
         raise ConfigError(f"{where}: expected a file, or a mapping with the key 'file'; got {shown(value)}")
     _check_keys(BookEntry, value, f"{where}.")
     check_values(BookEntry, value, ConfigError, f"{where}.")
-    labels = value.get("labels")
+    labels, labels_file = value.get("labels"), None
     if isinstance(labels, str):
+        labels_file = _place(book, labels)
         try:
-            labels = read_names(_place(book, labels), "file of labels")
+            labels = read_names(labels_file, "file of labels")
         except DataError as error:
             raise ConfigError(f"{where}.labels: {error}") from error
-    return Entry(name, _place(book, value["file"]), None, None, value.get("topk"), labels)
+    return Entry(name, _place(book, value["file"]), None, None, value.get("topk"), labels, labels_file=labels_file)
 
 
 def _place(book: Path, given: str) -> str:
     """A path as it stands from the book's folder; other names of checkpoints as they are."""
-    return given if _ELSEWHERE.fullmatch(given) else str(book.parent / given)
+    return given if is_source(given) else str(book.parent / given)
 
 
 def _named(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

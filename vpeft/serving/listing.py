@@ -106,7 +106,7 @@ def predict_list(
     book = shelf.book
     wanted = _checked(book, wanted, options, form)
     classes, columns = _columns(book, wanted, options.topk)
-    taken = {Path(p).resolve(): "one of the inputs" for p in (book.path, *inputs, *(w.path for w in wanted))}
+    taken = {Path(p).resolve(): "one of the inputs" for p in (book.path, *inputs, *book.read, *(w.path for w in wanted))}
     taken |= {e.file.path.resolve(): "a checkpoint" for e in book.entries.values() if e.file is not None}
     files: list[Output] = []
     for option, path in (("--json", json_file), ("--save", save)):
@@ -126,7 +126,11 @@ def _rows(shelf: Shelf, wanted: list[Wanted], options: PredictOptions) -> Iterat
 
     def read(this: Wanted) -> Item:
         entry = entries[this.task]
-        return prepared(entry, open_image(this.path), options.topk if entry.serves == "classes" else None)
+        image = open_image(this.path)
+        try:
+            return prepared(entry, image, options.topk if entry.serves == "classes" else None)
+        except DataError as error:
+            raise DataError(f"{this.path}: {error}") from error
 
     for named, items in read_batches(wanted, read, options):
         for this, answer in zip(named, answers(shelf, items), strict=True):
@@ -199,18 +203,18 @@ def _with_masks(wanted: list[Wanted], masks: set[str], out: str | Path) -> list[
     return found
 
 
-def _columns(book: Book, wanted: list[Wanted], topk: int | None) -> tuple[list[str], list[str]]:
-    """All names of classes that get shares, and the columns of CSV, of tasks that differ in both."""
-    columns, best, shares = ["file", "task"], 0, []
+def _columns(book: Book, wanted: list[Wanted], topk: int | None) -> tuple[dict[str, list[str]], list[str]]:
+    """For each task of masks the names of its classes, and the columns of CSV, of tasks that differ in both."""
+    columns, best, found = ["file", "task"], 0, {}
     for name in dict.fromkeys(w.task for w in wanted):
         entry = book.entries[name]
         names = entry.file.metadata["class_names"]
         if entry.serves == "mask":
             count = entry.class_count
-            shares += [str(n) for n in (names or range(count))]
+            found[name] = [str(n) for n in (names or range(count))]
         else:
             best = max(best, min(topk or entry.topk or TOPK, entry.class_count or TOPK))
     for number in range(1, best + 1):
         columns += [f"class_{number}", f"probability_{number}"]
-    shares = list(dict.fromkeys(shares))
-    return shares, columns + (["mask", *(f"share of {n}" for n in shares)] if shares else [])
+    shares = list(dict.fromkeys(n for names in found.values() for n in names))
+    return found, columns + (["mask", *(f"share of {n}" for n in shares)] if shares else [])

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,18 +116,34 @@ class Shelf:
             held.handle.detach()
             self.changed("evict")
 
-    def reload(self, name: str) -> None:
+    def read_again(self, name: str) -> "Entry | VpeftError":
+        """What a task's file says now, or why it cannot be served; changes nothing, so that any thread may call it."""
+        entry = replace(self.book.entries[name], error=None)
+        try:
+            refresh(entry, self.memory)
+            check_alike(entry, self.book.like)
+        except VpeftError as error:
+            return error
+        return entry
+
+    def reload(self, name: str, read: "Entry | VpeftError | None" = None) -> None:
         """Take a task's file as it is now.
+
+        Args:
+            name: of the task.
+            read: what ``read_again`` gave, where it was called before: reading, or a download, would hold up all others.
 
         Raises:
             VpeftError: it cannot be served; the task then answers with this reason until it is reloaded again.
         """
-        entry = self.book.entries[name]
+        entry, read = self.book.entries[name], read or self.read_again(name)
         self.drop(name)
         self._sizes.pop(name, None)
         try:
-            refresh(entry, self.memory)
-            check_alike(entry, self.book.like)
+            if isinstance(read, VpeftError):
+                raise read
+            entry.task = read.task  # before the file: see ``refresh``
+            entry.file, entry.stamp, entry.error = read.file, read.stamp, None
             self.take(name)
         except VpeftError as error:
             entry.error = " ".join(str(error).split())

@@ -1,7 +1,6 @@
 """From a request's bytes to an image for the model: limits while it is read, and an error of HTTP for each wrong thing."""
 
 import asyncio
-import functools
 import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from ..data.images import open_image
+from ..data.images import FORMATS, known_formats, open_image
 from ..errors import DataError, did_you_mean, shown
 
-# What IMAGE_ENDINGS names; PIL would open many others, some with programs outside of it.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
 FIELDS = ("task", "topk", "format")
 _FIELD = 10_000  # bytes of a field that is no file
 _DRAIN = (8 * 2**20, 1.0)  # bytes and seconds for which what is too much is still taken, so that the answer is read
@@ -178,13 +175,6 @@ def _fields(items: list[tuple[str, str]], known: dict[str, str]) -> dict[str, st
     return found
 
 
-@functools.cache
-def _known() -> list[str]:
-    """Those of the formats that this PIL was built with."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
 def opened(data: bytes, max_pixels: int) -> Image.Image:
     """An upright RGB image from a file's bytes.
 
@@ -194,7 +184,7 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise RequestError(422, "image: no bytes were sent")
     try:
-        with Image.open(io.BytesIO(data), formats=_known()) as image:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise RequestError(413, f"image: more than {max_pixels} pixels (--max-pixels)") from error

@@ -145,6 +145,26 @@ def check_preparation(file: checkpoint.File) -> None:
         )
 
 
+def check_resized(size: tuple[int, int], target: tuple[float, float], name: Any = None) -> None:
+    """Refuse a thin image, whose short side is enlarged to what the model takes and whose long side grows with it.
+
+    Args:
+        size: height and width of the image.
+        target: height and width that the resized image must at least have.
+        name: of the file, for errors; none where the caller adds it.
+
+    Raises:
+        DataError: the resized image would have more than ``LARGEST_IMAGE`` x ``LARGEST_IMAGE`` pixels.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    if scale > 1 and height * width > LARGEST_IMAGE**2:
+        raise DataError(
+            f"{'' if name is None else f'{name}: '}an image of {size[1]}x{size[0]} pixels would be resized to "
+            f"{width}x{height}, more than {LARGEST_IMAGE**2} pixels; cut it"
+        )
+
+
 def check_topk(file: checkpoint.File, topk: int | None) -> None:
     """Refuse to report more classes than a checkpoint has, and a checkpoint whose names are not those of its outputs.
 

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from timm.data import create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform
 from torch import Tensor, nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.images import open_image, read_image
 from ...data.splits import Datasets, check_class_count, make_transforms
+from ...errors import DataError
 from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
 from ..models import build_model, check_augmentation, check_outputs, data_stats
-from ..prediction import check_classifier, check_topk, find_inputs, ranked, read_batches
+from ..prediction import check_classifier, check_resized, check_topk, find_inputs, ranked, read_batches
 from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
 from .data import build_datasets, check_source
@@ -96,7 +97,15 @@ class ImageClassification(LabelStep):
         check_topk(file, options.topk)
         built = options.built or restored(self, file, options.weights)
         transform = _transform_of(file)
-        for names, images in read_batches(files, lambda path: transform(open_image(path)), options):
+
+        def read(path: Path) -> Tensor:
+            image = open_image(path)
+            try:
+                return transform(image)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
+
+        for names, images in read_batches(files, read, options):
             scores = self.scores(built.model, torch.stack(images).to(built.device)).softmax(-1).cpu()
             yield from ranked(file, names, scores, options)
 
@@ -117,7 +126,17 @@ class ImageClassification(LabelStep):
 
 
 def _transform_of(file: checkpoint.File) -> Callable:
-    """timm's evaluation transform, as the checkpoint's model was trained with."""
+    """timm's evaluation transform, as the checkpoint's model was trained with; it raises DataError for too thin images."""
     keys, data = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"), file.metadata["data"]
     with naming(file.path, Exception):  # an interpolation that timm does not know
-        return create_transform(**{k: data[k] for k in keys if data.get(k) is not None})
+        given = {k: data[k] for k in keys if data.get(k) is not None}
+        transform = create_transform(**given)
+    if given.get("crop_mode") in ("squash", "border"):  # these enlarge no side beyond the input
+        return transform
+    height, width = (side / given.get("crop_pct", DEFAULT_CROP_PCT) for side in given.get("input_size", (224, 224))[-2:])
+
+    def prepare(image: Image.Image) -> Tensor:
+        check_resized((image.height, image.width), (height, width))
+        return transform(image)
+
+    return prepare

@@ -21,7 +21,7 @@ from ...errors import ConfigError, DataError, VpeftError
 from ...methods.base import Method
 from ...numerics import eval_mode
 from ..models import build_model, data_stats, refuse_unused
-from ..prediction import check_finite, find_inputs, leave_out, names_of, preparation, read_batches
+from ..prediction import check_finite, check_resized, find_inputs, leave_out, names_of, preparation, read_batches
 from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
 from . import model as heads
@@ -238,7 +238,7 @@ class SemanticSegmentation(SegmentationStep):
         transform = PairTransform(described["mean"], described["std"], short=self.config.seg.short)
         names = names_of(file, self.num_classes)
         one = replace(options, batch_size=1)  # images of any sizes
-        for (path,), (image,) in read_batches(files, read_image, one):
+        for (path,), (image,) in read_batches(files, self._read, one):
             x, _ = transform(image, np.zeros(image.shape[:2], np.uint8))
             scores = self.scores(built.model, x[None].to(built.device), image.shape[:2])
             try:
@@ -247,6 +247,15 @@ class SemanticSegmentation(SegmentationStep):
                 leave_out(options, error)
                 continue
             yield write_pictures(path, image, scores.argmax(1)[0].cpu().numpy(), names, out / stems[path])
+
+    def _read(self, path: str | Path) -> np.ndarray:
+        image = read_image(path)
+        self._check_size(image, path)
+        return image
+
+    def _check_size(self, image: np.ndarray, name: str | Path | None = None) -> None:
+        if self.config.seg.short:
+            check_resized(image.shape[:2], (self.config.seg.short, self.config.seg.short), name)
 
     def preview(self, path: str | Path) -> list[np.ndarray]:
         """The image."""
@@ -261,6 +270,7 @@ class SemanticSegmentation(SegmentationStep):
 
         def prepare(image: Image.Image) -> torch.Tensor:
             values = np.asarray(image)
+            self._check_size(values)
             return transform(values, np.zeros(values.shape[:2], np.uint8))[0]
 
         return prepare
