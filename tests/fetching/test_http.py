@@ -100,6 +100,51 @@ def test_a_part_of_another_version_is_not_mixed_with_this_one(adapter):
         assert server.log[-1].headers["If-Range"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "longer"),
+    [
+        ({}, {}, b""),
+        (
+            {"etag": "", "modified": "Mon, 02 Nov 2026 10:00:00 GMT"},
+            {"etag": "", "modified": "Tue, 03 Nov 2026 10:00:00 GMT"},
+            b"",
+        ),
+        ({}, {"etag": ""}, b"."),
+    ],
+    ids=["tag", "date", "length"],
+)
+def test_halves_of_two_versions_are_not_joined_where_the_server_ignores_if_range(tmp_path, old, new, longer):
+    first, second = b"a" * 9000, b"b" * 9000 + longer
+    with serving(a=Served(first, cuts=[5000, 0, 0, 0, 0], **old)) as server:
+        address = f"{server.url}/a.safetensors"
+        with pytest.raises(DownloadError, match="5000 bytes are kept"):
+            http.fetch(address, check=Path.stat)
+        server.paths["/a.safetensors"] = Served(second, conditions=False, **new)
+        assert http.fetch(address, check=Path.stat).read_bytes() == second
+    assert server.statuses[-2:] == [206, 200]
+
+
+def test_a_part_that_repeats_no_tag_is_gone_on_from_all_the_same(cache):
+    """A 206 may leave out what the first answer said; the tag is kept for the next attempt."""
+    body = bytes(range(250)) * 40
+    with serving(a=Served(body, cuts=[4000, 0, 0, 0, 0])) as server:
+        with pytest.raises(DownloadError):
+            http.fetch(f"{server.url}/a.safetensors", check=Path.stat)
+        tag = server.paths["/a.safetensors"].tag
+        server.paths["/a.safetensors"] = Served(body, etag="", conditions=False, cuts=[1000])
+        assert http.fetch(f"{server.url}/a.safetensors", check=Path.stat).read_bytes() == body
+    assert [answer.headers["If-Range"] for answer in server.log[-2:]] == [tag, tag]
+    assert server.sent == len(body)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_bound_holds_while_it_is_downloaded(cache, length):
+    with serving(a=Served(b" " * 2**22, length=length, block=2**12)) as server:
+        with pytest.raises(DownloadError, match=r"(at most|more than) 10000"):
+            http.fetch(f"{server.url}/a.safetensors", check=Path.stat, most=10_000)
+        assert kept(cache) == []
+
+
 def test_halves_of_two_versions_without_validators_are_had_again(adapter):
     other = bytes(reversed(adapter))
     with serving(a=Served(other, etag="", cuts=[5000, 0, 0, 0, 0])) as server:

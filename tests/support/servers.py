@@ -18,6 +18,7 @@ class Served:
         etag: sent with it; made of the body where None, none where empty.
         modified: ``Last-Modified``.
         ranges: honours ``Range``.
+        conditions: honours ``If-Range``; without, a range is sent whatever has changed.
         cuts: of the first answers, how many bytes are sent before the connection is closed.
         statuses: of the first answers.
         to: where it redirects.
@@ -30,6 +31,7 @@ class Served:
     etag: str | None = None
     modified: str = ""
     ranges: bool = True
+    conditions: bool = True
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     to: str = ""
@@ -124,7 +126,8 @@ class Server:
         )
         if unchanged:
             return _plain(handler, answer, 304)
-        if "Range" in asked and served.ranges and asked.get("If-Range") in (None, served.tag, served.modified):
+        fits = not served.conditions or asked.get("If-Range") in (None, served.tag, served.modified)
+        if "Range" in asked and served.ranges and fits:
             start, status = int(asked["Range"].removeprefix("bytes=").rstrip("-")), 206
             if start >= len(served.body):
                 return _plain(handler, answer, 416)

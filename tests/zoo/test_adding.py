@@ -5,16 +5,18 @@ import json
 import shlex
 import shutil
 import statistics
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from tests.zoo.conftest import CFG, SHORT
 from vpeft import checkpoint
 from vpeft.cli import main
 from vpeft.engine.config import from_container, load_config
-from vpeft.errors import CheckpointError, ConfigError
+from vpeft.errors import CheckpointError, ConfigError, WriteError
 from vpeft.fetching import open_index
 from vpeft.files import shipped
 from vpeft.zoo import adding, using
@@ -213,6 +215,75 @@ def test_a_run_read_again_is_the_run(runs):
     run = Run.of(runs[0])
     assert run.config.seed == 3
     assert run.metrics["trainable"] == 1290
+
+
+def test_somebody_elses_page_stays(runs, tmp_path, capsys):
+    notes = tmp_path / "notes.md"
+    notes.write_text("# Model zoo\n\nMine.\n")
+    with pytest.raises(SystemExit) as error:
+        main(["zoo", "add", str(runs[0]), "--name", "a", "--folder", str(tmp_path / "notes"), "--cfg", CFG])
+    assert error.value.code == 2
+    assert f"the zoo's page would be {notes}" in capsys.readouterr().err
+    assert notes.read_text() == "# Model zoo\n\nMine.\n"
+    assert not (tmp_path / "notes").exists()
+
+
+def test_a_page_that_cannot_be_written(runs, tmp_path):
+    (tmp_path / "zoo.md").mkdir()
+    with pytest.raises(WriteError, match=r"zoo.md cannot be written"):
+        add(runs, "a", folder=tmp_path / "zoo", cfg=CFG)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_all_who_share_a_zoo_lock_the_same_file(runs, zoo, tmp_path, monkeypatch):
+    """Whatever their caches are, and where they have none that can be written to."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VPEFT_CACHE", str(tmp_path / "file" / "cache"))
+    started = threading.Event()
+    with FileLock(zoo / ".lock"):
+        thread = threading.Thread(target=lambda: (started.set(), add(runs, "b", folder=zoo, cfg=CFG)))
+        thread.start()
+        started.wait()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert "b" not in open_index(zoo).entries
+    thread.join()
+    assert set(open_index(zoo).entries) == {"a.linear", "b"}
+
+
+def test_a_folder_that_cannot_be_made(runs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="cannot be written") as error:
+        add(runs, "a", folder=tmp_path / "file" / "zoo", cfg=CFG)
+    assert "\n" not in str(error.value)
+
+
+def test_classes_are_no_paths_and_a_file_url_is_one(runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy)
+    file = checkpoint.read(copy / "best.safetensors")
+    names = ["/m/01g317", "~a", "C: x", "\\b", *"456789"]
+    (copy / "best.safetensors").write_bytes(checkpoint.with_metadata(file, {**file.metadata, "class_names": names}))
+    entry, _ = add([copy], "a", folder=tmp_path / "zoo", cfg=CFG)
+    assert checkpoint.read(tmp_path / "zoo" / entry["file"]).metadata["class_names"] == names
+    for url in ("file:///home/ann/a.safetensors", "FILE:/home/ann/a.safetensors"):
+        shutil.rmtree(tmp_path / "changed", ignore_errors=True)
+        with pytest.raises(CheckpointError, match="of this machine"):
+            add([changed(runs[0], tmp_path, init=url)], "b", folder=tmp_path / "zoo", cfg=CFG)
+
+
+def test_the_page_says_that_metrics_are_of_the_test_split_only_where_they_are(runs, zoo, tmp_path):
+    assert "Metrics are of the test split" in zoo_page(zoo)
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy)
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["val_top1"] = metrics.pop("test_top1")
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    add([copy], "b", folder=zoo, cfg=CFG)
+    page = zoo_page(zoo)
+    assert "of the test split" not in page
+    assert "val top1 30.43 (1)" in page
+    assert "The split that a metric is of stands before it. Mean ±" in page
 
 
 def test_the_zoo_of_an_installed_package_does_not_grow(runs, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vpeft
+from tests.support.servers import Served, Server
 from vpeft.backbone.embedded import default_cfgs
 from vpeft.cli import main
 from vpeft.docs import pages
@@ -147,6 +148,13 @@ def test_the_address_of_a_zoo_is_one_of_a_folder(given):
     """What stands behind ? would be lost, and the folder above it asked."""
     with pytest.raises(DownloadError, match=r"without \? and #"):
         open_index(given)
+
+
+def test_an_index_that_is_too_large_is_not_downloaded(cache):
+    refusal = f"has a file of {65 * 2**20} bytes; expected at most {64 * 2**20}"
+    served = Served(b" " * (65 * 2**20))
+    with Server(**{"/zoo/index.json": served}) as server, pytest.raises(DownloadError, match=refusal):
+        open_index(f"{server.url}/zoo")
 
 
 def test_a_home_folder_that_nobody_has(monkeypatch):

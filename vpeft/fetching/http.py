@@ -50,6 +50,17 @@ class _Seen:
         """What ``If-Range`` takes: no weak tag."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
+    def contradicts(self, other: "_Seen") -> bool:
+        """Whether an answer is surely of another version of the file: only what both say can tell.
+
+        A date says nothing where both have a tag: mirrors of one file have dates of their own.
+        """
+        if self.total is not None and other.total is not None and self.total != other.total:
+            return True
+        if self.etag and other.etag:
+            return self.etag.removeprefix("W/") != other.etag.removeprefix("W/")
+        return bool(self.modified and other.modified and self.modified != other.modified)
+
     @classmethod
     def of(cls, file: Path) -> "_Seen":
         """Read from beside a file; what is damaged says nothing."""
@@ -94,7 +105,7 @@ def check_url(url: str) -> None:
         raise DownloadError(f"{url[:200]!r} is no address of a file; write other characters as %XX")
 
 
-def fetch(url: str, *, check: Check, sha256: str | None = None, size: int | None = None) -> Path:
+def fetch(url: str, *, check: Check, sha256: str | None = None, size: int | None = None, most: int = LARGEST) -> Path:
     """A URL's file in the cache, downloaded where it is not there or has changed.
 
     With a checksum a file that is there needs no network. Without one the server is asked whether it changed; where no
@@ -105,6 +116,7 @@ def fetch(url: str, *, check: Check, sha256: str | None = None, size: int | None
         check: called with the whole file before it is put in place; raises where it is not what it should be.
         sha256: of the file, where it is known.
         size: in bytes, where it is known.
+        most: bytes, where the size is not known; a longer file is refused without being downloaded.
 
     Raises:
         DownloadError: it cannot be had; names the URL.
@@ -121,7 +133,7 @@ def fetch(url: str, *, check: Check, sha256: str | None = None, size: int | None
                 f"{url} is not in the cache {target.parent}, and the network is off (VPEFT_OFFLINE, HF_HUB_OFFLINE)"
             )
         try:
-            return _Transfer(url, target, check, sha256, size, there).run()
+            return _Transfer(url, target, check, sha256, size, most, there).run()
         except _Cut as error:
             if there is None:
                 raise DownloadError(f"{url} cannot be downloaded: {error}") from None
@@ -148,13 +160,16 @@ class _Transfer:
     """One file on its way: attempts until it is whole.
 
     Args:
-        url, check, sha256, size: see ``fetch``.
+        url, check, sha256, size, most: see ``fetch``.
         target: where it goes.
         there: what is known of an earlier file in its place.
     """
 
-    def __init__(self, url: str, target: Path, check: Check, sha256: str | None, size: int | None, there: _Seen | None):
+    def __init__(
+        self, url: str, target: Path, check: Check, sha256: str | None, size: int | None, most: int, there: _Seen | None
+    ):
         self.url, self.target, self.check, self.sha256, self.size, self.there = url, target, check, sha256, size, there
+        self.most = most if size is None else size
         self.part = target.with_name(f"{target.name}.part")
         self.seen = _Seen.of(_beside(self.part))
         self.resumed = False
@@ -252,18 +267,25 @@ class _Transfer:
         elif response.status != 200:
             raise DownloadError(f"the server answers {response.status}")
         total = start + length if total is None and length is not None else total
-        most = self.size if self.size is not None else LARGEST
-        if total is not None and (total > most or (self.size is not None and total != self.size)):
+        if total is not None and (total > self.most or (self.size is not None and total != self.size)):
             self._drop()
-            raise DownloadError(f"the server has a file of {total} bytes; expected {'at most ' * (self.size is None)}{most}")
-        self.seen = _Seen(header.get("ETag") or "", header.get("Last-Modified") or "", total)
+            raise DownloadError(
+                f"the server has a file of {total} bytes; expected {'at most ' * (self.size is None)}{self.most}"
+            )
+        seen = _Seen(header.get("ETag") or "", header.get("Last-Modified") or "", total)
+        if start:
+            if self.seen.contradicts(seen):  # the server does not know If-Range, or does not heed it
+                self._drop()
+                raise _Cut("the file on the server changed while it was downloaded")
+            # A part's answer may leave out what the first one said.
+            seen = _Seen(seen.etag or self.seen.etag, seen.modified or self.seen.modified, total or self.seen.total)
+        self.seen = seen
         write_text(_beside(self.part), json.dumps(asdict(self.seen)))
         return start
 
     def _receive(self, response: Any, start: int) -> None:
         """The answer's bytes, behind the first ``start`` of the part."""
-        most = self.size if self.size is not None else LARGEST
-        have, total = start, self.seen.total
+        most, have, total = self.most, start, self.seen.total
         try:
             file = self.part.open("r+b" if start else "wb")
         except OSError as error:

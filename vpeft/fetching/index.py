@@ -139,7 +139,7 @@ def open_index(source: str | Path | None = None) -> Index:
         if "?" in given or "#" in given:  # files beside it would be looked for elsewhere
             raise DownloadError(f"{given[:200]}: the address of a zoo is that of a folder or its {INDEX}, without ? and #")
         address = given if given.endswith(".json") else urljoin(_folder_url(given), INDEX)
-        file = http.fetch(address, check=lambda path: read_index(path, address))
+        file = http.fetch(address, check=lambda path: read_index(path, address), most=LARGEST)
     elif given.startswith(hub.SCHEME):
         place = hub.Place.of(given)
         if place.file:

@@ -16,12 +16,12 @@ from .. import checkpoint
 from ..engine.config import from_container, load_config
 from ..engine.plan import BEST
 from ..engine.shipped import find
-from ..errors import CheckpointError, ConfigError, VpeftError, did_you_mean
+from ..errors import CheckpointError, ConfigError, VpeftError, WriteError, did_you_mean
 from ..fetching.index import FOLDER, FORMAT, INDEX, KIND, as_text, check_index, read_index
-from ..fetching.places import alone, cache_folder, is_plain
+from ..fetching.places import alone, is_plain
 from ..files import shipped, write_bytes, write_text
 from ..tasks.registry import task_class
-from .page import page_of, zoo_page
+from .page import check_page, page_of, zoo_page
 from .sharing import OWN, for_others
 
 KB = 1000  # bytes
@@ -151,11 +151,11 @@ def put(folder: Path, entry: dict[str, Any], blob: bytes | None = None, *, overw
     Raises:
         ConfigError: the name is taken.
         CheckpointError: the entry does not fit the schema.
+        WriteError: the folder or its page cannot be written to.
     """
-    index = folder / INDEX
-    lock = cache_folder() / "locks" / f"{hashlib.sha256(str(index.resolve()).encode()).hexdigest()[:20]}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with alone(index, lock):
+    index, page = folder / INDEX, page_of(folder)
+    check_page(page)  # before the folder is made
+    with alone(index, _lock(folder)):
         content = read_index(index, str(folder)) if index.is_file() else {"kind": KIND, "format": FORMAT, "entries": []}
         others = [other for other in content["entries"] if other["name"] != entry["name"]]
         if len(others) < len(content["entries"]) and not overwrite:
@@ -166,7 +166,20 @@ def put(folder: Path, entry: dict[str, Any], blob: bytes | None = None, *, overw
         if blob is not None:
             write_bytes(folder / entry["file"], blob)
         write_text(index, as_text(content))
-        write_text(page_of(folder), zoo_page(folder))
+        write_text(page, zoo_page(folder))
+
+
+def _lock(folder: Path) -> Path:
+    """The file that is locked while a zoo is written to: in its folder, where all who share it find it.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return folder / ".lock"
 
 
 def _check_same(runs: Sequence[Run]) -> None:

@@ -1,9 +1,11 @@
 """``model_zoo.md``, written from a zoo's index."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError, WriteError
 from ..fetching.index import INDEX, read_index
 
 HEAD = """# Model zoo
@@ -31,10 +33,31 @@ epoch is what ships (nothing was selected on the test split, which was looked at
 """
 ADAPTERS = """## Adapters
 
-Trained here, one run for each seed; the file is that of the first. Metrics are of the test split: mean ± standard deviation
+Trained here, one run for each seed; the file is that of the first. {split}ean ± standard deviation
 over the seeds (their number in brackets). Parameters are the trained numbers, the head included. SHA-256 begins with the
 digits shown; the whole is in the index.
 """
+
+
+def check_page(page: Path) -> None:
+    """Refuse a place where no page of a zoo can be written, or where somebody else's file is.
+
+    Raises:
+        ConfigError: the file there is no page that was written here.
+        WriteError: nothing can be written there.
+    """
+    begins = HEAD.partition("[")[0]
+    try:
+        if page.exists() and page.read_bytes()[: len(begins)].decode(errors="replace") != begins:
+            raise ConfigError(
+                f"--folder: the zoo's page would be {page}, which is there and was not written by vpeft; "
+                "choose another name for the folder, or move the file"
+            )
+        page.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{page} cannot be written: {error.strerror or error}") from error
+    if not os.access(page.parent, os.W_OK):
+        raise WriteError(f"{page} cannot be written: its folder is read-only")
 
 
 def page_of(folder: Path) -> Path:
@@ -56,7 +79,9 @@ def zoo_page(folder: Path) -> str:
     lines = [HEAD.format(folder=folder.resolve().name, example=example, how=how)]
     lines += _backbones([entry for entry in entries if entry["kind"] == "backbone"])
     if adapters:
-        lines += [ADAPTERS]
+        every = all(entry["metric"].startswith("test_") for entry in adapters)
+        split = "Metrics are of the test split: m" if every else "The split that a metric is of stands before it. M"
+        lines += [ADAPTERS.format(split=split)]
         for task, dataset, backbone in dict.fromkeys((e["task"], e["dataset"], e["backbone"]) for e in _sorted(adapters)):
             group = [e for e in adapters if (e["task"], e["dataset"], e["backbone"]) == (task, dataset, backbone)]
             lines += _group(f"{dataset} ({task}), `{backbone}`", group)

@@ -1,5 +1,6 @@
 """``vpeft push``: a checkpoint, its configuration and a model card go to the Hugging Face Hub, through huggingface_hub."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -176,4 +177,4 @@ def _results(file: checkpoint.File, task: str | None) -> list[Any] | None:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)}

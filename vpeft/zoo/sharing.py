@@ -52,7 +52,8 @@ def for_others(
         OmegaConf.update(config, key, new)
         notes.append(f"{key}: {value}, a path of this machine, became {new}")
     values = OmegaConf.to_container(config)
-    rest = {key: value for key, value in file.metadata.items() if key != "config"}
+    # Classes are called what their data set calls them, /m/01g317 (Open Images) as well.
+    rest = {key: value for key, value in file.metadata.items() if key not in ("config", "class_names")}
     left = next(_paths(rest, ""), None)
     if left is not None:
         raise CheckpointError(f"{file.path}: {left[0]} is the path {left[1]} of this machine")
@@ -74,7 +75,7 @@ def _paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 def _is_absolute(text: str) -> bool:
     windows = PureWindowsPath(text)
-    return PurePosixPath(text).is_absolute() or bool(windows.drive) or text.startswith(("~", "\\"))
+    return PurePosixPath(text).is_absolute() or bool(windows.drive) or text.lower().startswith(("~", "\\", "file:/"))
 
 
 def _below_here(text: str) -> str | None:
