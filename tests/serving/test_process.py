@@ -130,3 +130,10 @@ def test_a_port_that_is_taken_is_a_line(book):
     assert found.returncode == 2
     assert "cannot listen at 127.0.0.1:" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with listen(ServeOptions(port=0)) as listening, socket.create_connection(listening.getsockname()[:2]):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
