@@ -251,6 +251,20 @@ def test_all_who_share_a_zoo_lock_the_same_file(runs, zoo, tmp_path, monkeypatch
     assert set(open_index(zoo).entries) == {"a.linear", "b"}
 
 
+def test_whoever_may_write_to_a_zoo_may_lock_it(runs, tmp_path):
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    folder.chmod(0o770)
+    add(runs, "a", folder=folder, cfg=CFG)
+    assert not (folder / ".lock").exists() or (folder / ".lock").stat().st_mode & 0o777 == 0o660
+
+
+def test_a_page_with_other_line_ends_is_ours(runs, zoo):
+    page_of(zoo).write_bytes(page_of(zoo).read_bytes().replace(b"\n", b"\r\n"))
+    add(runs, "b", folder=zoo, cfg=CFG)
+    assert "`b`" in page_of(zoo).read_text()
+
+
 def test_a_folder_that_cannot_be_made(runs, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be written") as error:

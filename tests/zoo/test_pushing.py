@@ -13,7 +13,7 @@ from tests.support.fake_hub import TOKEN, FakeHub
 from vpeft import checkpoint
 from vpeft.cli import main
 from vpeft.errors import CheckpointError, ConfigError, DownloadError
-from vpeft.zoo.pushing import push
+from vpeft.zoo.pushing import _numbers, push
 
 
 @pytest.fixture
@@ -64,6 +64,11 @@ def test_the_card_has_the_metrics_in_its_metadata(runs, hub):
     assert results["test_loss"].metric_value == 5.0
     assert 'vpeft.load(model, "hf://ann/digits/adapter.safetensors")' in card.text
     assert "| test_top1 | 30.4286 |" in card.text
+
+
+def test_numbers_that_are_none_are_not_in_the_card():
+    metrics = {"test_top1": 50.0, "val_top1": float("nan"), "test_loss": float("inf"), "epoch": 1, "best": True}
+    assert _numbers(metrics) == {"test_top1": 50.0, "epoch": 1}
 
 
 def test_private_and_a_branch(runs, hub):

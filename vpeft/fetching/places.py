@@ -104,7 +104,7 @@ def place_of(url: str) -> Path:
 
 
 @contextmanager
-def alone(target: Path, lock: Path | None = None) -> Iterator[None]:
+def alone(target: Path, lock: Path | None = None, mode: int = 0o644) -> Iterator[None]:
     """One thread of one process at a time at a file; the others wait.
 
     The system takes the lock from a process that ends, however it ends.
@@ -112,13 +112,14 @@ def alone(target: Path, lock: Path | None = None) -> Iterator[None]:
     Args:
         target: the file.
         lock: the file that is locked; one beside ``target`` where None.
+        mode: rights of that file; whoever else is to lock it must be able to write it.
 
     Raises:
         WriteError: no lock can be had in the folder.
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(lock or target.with_name(f"{target.name}.lock"))
+    held = FileLock(lock or target.with_name(f"{target.name}.lock"), mode=mode)
     try:
         try:
             held.acquire(timeout=_SHORTEST_WAIT)

@@ -155,7 +155,8 @@ def put(folder: Path, entry: dict[str, Any], blob: bytes | None = None, *, overw
     """
     index, page = folder / INDEX, page_of(folder)
     check_page(page)  # before the folder is made
-    with alone(index, _lock(folder)):
+    lock = _lock(folder)
+    with alone(index, lock, folder.stat().st_mode & 0o666):  # whoever may write to the folder may lock it
         content = read_index(index, str(folder)) if index.is_file() else {"kind": KIND, "format": FORMAT, "entries": []}
         others = [other for other in content["entries"] if other["name"] != entry["name"]]
         if len(others) < len(content["entries"]) and not overwrite:

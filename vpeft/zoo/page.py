@@ -48,7 +48,11 @@ def check_page(page: Path) -> None:
     """
     begins = HEAD.partition("[")[0]
     try:
-        if page.exists() and page.read_bytes()[: len(begins)].decode(errors="replace") != begins:
+        there = begins
+        if page.exists():
+            with page.open(encoding="utf-8", errors="replace") as file:  # as text: a checkout may have other line ends
+                there = file.read(len(begins))
+        if there != begins:
             raise ConfigError(
                 f"--folder: the zoo's page would be {page}, which is there and was not written by vpeft; "
                 "choose another name for the folder, or move the file"
