@@ -19,8 +19,9 @@ class BuildWithFolders(build_py):
         for name in SHIPPED:
             target = Path(self.build_lib, "vpeft", "shipped", name)
             shutil.rmtree(target, ignore_errors=True)
-            if Path(name).is_dir():
-                shutil.copytree(name, target)
+            if not Path(name).is_dir():
+                raise FileNotFoundError(f"{name}/ is missing beside setup.py: commands of the wheel would fail without it")
+            shutil.copytree(name, target)
 
 
 setup(cmdclass={"build_py": BuildWithFolders})

@@ -79,6 +79,11 @@ print(repr((calls[0], sorted(sys.modules.keys() - had))))
     assert "vpeft.tuning.attaching" in new
 
 
+def test_export_is_there_when_it_is_asked_for():
+    code = "import vpeft; before = 'vpeft.export' in sys.modules; print(before, callable(vpeft.export.export))"
+    assert fresh(code) == "False True"
+
+
 def test_the_command_line_starts_without_the_engine():
     """The parsers of all commands are made at every start; the motion clips' options come from their dataclass alone."""
     code = f"""

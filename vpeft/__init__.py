@@ -23,8 +23,8 @@ _LATER = {"from_peft": ".integrations.peft", "to_peft": ".integrations.peft"}
 
 def __getattr__(name: str) -> Any:
     """What stands above the methods, and is imported when it is asked for."""
-    if name == "zoo":
-        return import_module(".zoo", __name__)
+    if name in ("export", "zoo"):
+        return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)
@@ -35,8 +35,8 @@ globals().update({cls.__name__: cls for cls in METHODS.values()})
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "from_peft", "fuse",
-    "get_handle", "list_methods", "load", "load_composition", "route", "save_composition", "to_peft", "train_side_by_side",
-    "zoo",
+    "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "export", "from_peft",
+    "fuse", "get_handle", "list_methods", "load", "load_composition", "route", "save_composition", "to_peft",
+    "train_side_by_side", "zoo",
     *(cls.__name__ for cls in METHODS.values()),
 ]  # fmt: skip

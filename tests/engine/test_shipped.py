@@ -23,7 +23,7 @@ def test_all_have_a_name_that_finds_them(capsys):
 def test_a_name_trains_from_any_folder(tmp_path, monkeypatch, capsys):
     """What is not here is looked for among those that ship, which a line says; a file of this name comes first."""
     monkeypatch.chdir(tmp_path)
-    for name in ("digits/lora", "digits/lora.yaml"):
+    for name in ("digits/lora", "digits/lora.yaml", "configs/digits/lora.yaml", "configs/digits/lora"):
         assert load_config(name).method.options == {"rank": 8}
         assert "digits/lora" in (said := capsys.readouterr().err)
         assert "which ships with vpeft" in said

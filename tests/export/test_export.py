@@ -384,6 +384,61 @@ def test_everything_is_checked_before_the_model_is_built(tmp_path, capsys, monke
     assert r"pip install 'vpeft[export]'" in capsys.readouterr().err
 
 
+def test_a_folder_that_export_did_not_write_stays(tmp_path, capsys, monkeypatch):
+    """Any download from the Hub has the two names; and what is read from must not go either."""
+    monkeypatch.setattr("vpeft.export.run.of_checkpoint", None)  # building would fail otherwise
+    there, ckpt = tmp_path / "there", tmp_path / "a.safetensors"
+    there.mkdir()
+    ckpt.write_bytes(b"x")
+    (there / "model.safetensors").write_bytes(b"mine")
+    arguments = ["--format", "timm", "--out", there, "--overwrite"]
+    for config in ("{", "[]", '{"architecture": "vit_tiny_patch16_224"}'):
+        (there / "config.json").write_text(config)
+        assert run("--ckpt", ckpt, *arguments) == 2
+        assert "no timm folder that export wrote (config.json does not say so)" in capsys.readouterr().err
+    (there / "config.json").write_text('{"written_by": "vpeft export"}')
+    for more, message in (
+        (["--ckpt", there / "model.safetensors"], "holds the checkpoint model.safetensors"),
+        (["--ckpt", ckpt, "--checkpoint", there / "model.safetensors"], "holds the file of weights model.safetensors"),
+    ):
+        assert run(*more, *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert (there / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_what_came_there_meanwhile_stays(tmp_path, monkeypatch):
+    """The target is looked at again just before it would go."""
+    ckpt, out = tiny(tmp_path), tmp_path / "out"
+    verify = vpeft.export.folder.verify
+
+    def busy(*arguments):
+        verify(*arguments)
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr("vpeft.export.folder.verify", busy)
+    with pytest.raises(vpeft.ConfigError, match="no timm folder that export wrote"):
+        export(ckpt, out, form="timm", overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_description_never_stands_beside_another_program(tmp_path, monkeypatch):
+    ckpt, out, seen = tiny(tmp_path), tmp_path / "model.pt2", []
+    out.write_bytes(b"older")
+    (tmp_path / "model.pt2.json").write_text("of the older")
+    replace = os.replace
+
+    def watched(source, target):
+        seen.append((Path(target).name, (tmp_path / "model.pt2.json").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr("vpeft.files.os.replace", watched)
+    export(ckpt, out, form="torch", overwrite=True)
+    assert seen == [("model.pt2", False), ("model.pt2.json", False)]
+    assert json.loads((tmp_path / "model.pt2.json").read_text())["task"] == "classification"
+
+
 def test_a_method_that_does_not_merge_has_no_timm_folder(tmp_path, capsys):
     ckpt = saved(tmp_path, "vit", "vpt_deep")
     assert run("--ckpt", ckpt, "--format", "timm", "--out", tmp_path / "out") == 2

@@ -26,14 +26,14 @@ def names() -> list[str]:
 
 
 def find(name: str | Path) -> Path:
-    """The file of a name, with or without ``.yaml``.
+    """The file of a name, with or without ``.yaml`` and a leading ``configs/``, as the repository has it.
 
     Raises:
         ConfigError: there is none of this name; says which are like it.
         VpeftError: the installation lacks them.
     """
     text, known = Path(name).as_posix(), names()
-    short = text.removesuffix(".yaml")
+    short = text.removesuffix(".yaml").removeprefix("configs/")
     if short not in known:
         raise ConfigError(f"no configuration '{text}' ships with vpeft{did_you_mean(short, known)}; see vpeft configs list")
     return shipped("configs") / (short if short.endswith(".py") else f"{short}.yaml")

@@ -17,6 +17,8 @@ from ..tuning.summary import model_name
 from .source import BATCHES, Exportable
 
 FILES = ("config.json", "model.safetensors")
+# In config.json, where timm does not look: any download from the Hub has these two files.
+MARK = {"written_by": "vpeft export"}
 # Of timm's ``PretrainedCfg``: what describes a model and its images, and not where other weights lie.
 DESCRIBING = (
     "tag", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "pool_size",
@@ -34,7 +36,16 @@ def strange(path: Path) -> str:
     """What shows that something at a path is no folder that ``write`` wrote; empty where nothing does."""
     if path.is_symlink() or not path.is_dir():
         return "a link" if path.is_symlink() else "a file"
-    return some(sorted({p.name for p in path.iterdir()} - set(FILES)))
+    others = some(sorted({p.name for p in path.iterdir()} - set(FILES)))
+    return others or ("" if _marked(path / FILES[0]) else f"{FILES[0]} does not say so")
+
+
+def _marked(file: Path) -> bool:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and all(config.get(k) == v for k, v in MARK.items())
 
 
 def check(source: Exportable) -> None:
@@ -72,7 +83,7 @@ def write(source: Exportable, folder: Path) -> None:
     config |= {"global_pool": pool} if isinstance(pool, str) and pool else {}
     config |= {"label_names": source.class_names} if source.class_names else {}
     config |= {"model_args": args} if args else {}
-    config["pretrained_cfg"] = cfg
+    config |= {"pretrained_cfg": cfg} | MARK
     for name, value in args.items():
         try:
             json.dumps(value, allow_nan=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, MethodError, did_you_mean, shown
 from ..fetching import is_source
-from ..files import as_path, replacing, write_text, writing_folder
+from ..files import as_path, replacing, writing_folder
 from ..tuning.handle import Handle
 from . import folder as timm_folder
 from . import programs
@@ -88,7 +88,7 @@ def export(
         WriteError: a full disk, or a place where no file can be.
     """
     out = Path(out)
-    _check(source, out, form, merge, overwrite)
+    _check(source, out, form, merge, overwrite, weights)
     say = _say if progress else (lambda text: None)
     say("rebuilding the model")
     is_handle = isinstance(source, Handle)
@@ -100,7 +100,7 @@ def export(
     report = Report(out, form, merged, largest=max(t.abs().max().item() for t in expected.values()))
     say(f"writing {out}")
     write = _write_folder if form == "timm" else _write_program
-    write(found, report, expected, say)
+    write(found, report, expected, say, lambda: _check_target(out, form, overwrite))
     return report
 
 
@@ -108,7 +108,7 @@ def _say(text: str) -> None:
     print(f"export: {text}", file=sys.stderr, flush=True)
 
 
-def _check(source: Any, out: Path, form: str, merge: str, overwrite: bool) -> None:
+def _check(source: Any, out: Path, form: str, merge: str, overwrite: bool, weights: str | None) -> None:
     """Refuse what cannot be, before anything is built.
 
     Raises:
@@ -119,11 +119,15 @@ def _check(source: Any, out: Path, form: str, merge: str, overwrite: bool) -> No
             raise ConfigError(f"{option}: {shown(value)}{did_you_mean(value, known)}")
     if form == "timm" and merge == "no":
         raise ConfigError("--merge no: a timm folder holds weights alone, so the method must be in them; leave it out")
-    own = not isinstance(source, Handle) and not is_source(source)
-    if own and as_path(source).exists() and out.resolve() == as_path(source).resolve():
-        raise ConfigError(f"--out: '{out}' is the checkpoint")
     if not out.name:
         raise ConfigError(f"--out: '{out}' is no name of a {'folder' if form == 'timm' else 'file'}")
+    given = {} if isinstance(source, Handle) or is_source(source) else {"the checkpoint": as_path(source)}
+    given |= {"the file of weights": as_path(weights)} if weights else {}
+    for target in (out,) if form == "timm" else (out, beside(out)):
+        for what, file in given.items():
+            if file.exists() and target.resolve() in (file.resolve(), *file.resolve().parents):
+                same = target.resolve() == file.resolve()
+                raise ConfigError(f"--out: '{target}' {'is' if same else 'holds'} {what}{'' if same else f' {file.name}'}")
     _check_target(out, form, overwrite)
     if form == "onnx":
         programs.need_onnx()
@@ -171,18 +175,26 @@ def _merge(source: Exportable, merge: str, form: str) -> bool:
     return True
 
 
-def _write_program(source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
+def _write_program(
+    source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None], check: Callable[[], None]
+) -> None:
+    """The program, then its description; a crash in between leaves a program without one, never with another's."""
     write, run = getattr(programs, f"write_{report.format}"), getattr(programs, f"run_{report.format}")
-    with replacing(report.path) as temporary:
+    described = beside(report.path)
+    with replacing(described) as text, replacing(report.path) as temporary:
         write(source, temporary)
         say("comparing it with the model")
         with torch.no_grad():
             program = run(temporary)
             _compare(source, report, expected, program)
-        write_text(beside(report.path), json.dumps(source.describe(), indent=1) + "\n")
+        text.write_text(json.dumps(source.describe(), indent=1) + "\n")
+        check()  # much may have happened since
+        described.unlink(missing_ok=True)
 
 
-def _write_folder(source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None]) -> None:
+def _write_folder(
+    source: Exportable, report: Report, expected: dict[int, Tensor], say: Callable[[str], None], check: Callable[[], None]
+) -> None:
     older = None
     try:
         with writing_folder(report.path) as temporary:
@@ -190,6 +202,7 @@ def _write_folder(source: Exportable, report: Report, expected: dict[int, Tensor
             say("comparing it with the model")
             _compare(source, report, expected, source.leaving.module)
             timm_folder.verify(source, temporary)
+            check()  # much may have happened since
             older = _set_aside(report.path)
     except BaseException:
         if older is not None and not report.path.exists():

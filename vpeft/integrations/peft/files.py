@@ -36,6 +36,11 @@ COMPUTED = {
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
+LONGEST = 500  # characters of a pattern
+_REPEAT = re.compile(r"[*+{]|(?<!\()\?")
+_NESTED = re.compile(r"\)[*+{]")  # (a+)+ takes as long as two to the power of a name's length
+
+
 @dataclass
 class PeftAdapter:
     """An adapter as its files have it.
@@ -69,7 +74,11 @@ class PeftAdapter:
 
     def _of(self, patterns: str, key: str, path: str) -> Any:
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):  # as peft does
+            if re.fullmatch(r"[\w.]+", pattern):  # a path, as nearly always
+                found = path == pattern or path.endswith(f".{pattern}")
+            else:
+                found = bool(re.match(rf"(.*\.)?({pattern})$", path))  # as peft does
+            if found:
                 return value
         return self.config[key]
 
@@ -150,6 +159,16 @@ def _check_values(config: Mapping[str, Any], kind: str, file: Path) -> None:
             raise CheckpointError(f"{file}: {patterns} is no mapping but {shown(found)}")
         for pattern, value in found.items():
             _check_number(value, f"{patterns}['{pattern}']", file, least=1 if patterns[0] == "r" else 0)
+            if len(pattern) > LONGEST:
+                raise CheckpointError(
+                    f"{file}: {patterns}: a pattern of {len(pattern)} characters, where at most {LONGEST} are taken: "
+                    f"{shown(pattern[:40])}…"
+                )
+            if _NESTED.search(pattern) or len(_REPEAT.findall(pattern)) > 3 or pattern.count("(") > 4:
+                raise CheckpointError(
+                    f"{file}: {patterns}: {shown(pattern)} repeats a group, or has more than 3 repetitions or 4 groups, "
+                    "which can take for ever; write it with fewer, or as paths"
+                )
             try:
                 re.compile(pattern)
             except re.error as error:
