@@ -97,7 +97,7 @@ def test_base_files_and_overrides(tmp_path):
 def test_shipped_configurations_are_valid(tmp_path):
     """Every file in configs/; the one data set that is not in a Python package gets a stand-in of four small files."""
     from tests.support.places import ROOT
-    from vpeft.bench.config import load_bench_config, load_routing_config
+    from vpeft.bench.config import load_routing_config, load_tables
     from vpeft.search.config import load_search_config, supernet_config, winner_config
 
     for stem in ("train", "t10k"):
@@ -107,7 +107,7 @@ def test_shipped_configurations_are_valid(tmp_path):
     assert len(files) > 10
     for file in files:
         if "bench" in file.parts:
-            load = load_routing_config if file.stem.startswith("routing") else load_bench_config
+            load = load_routing_config if file.stem.startswith("routing") else load_tables
             load(file, ["device=cpu"])  # which those for a GPU refuse where there is none
             continue
         if "noah" in file.parts and "alone" not in file.parts:

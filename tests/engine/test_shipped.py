@@ -49,6 +49,7 @@ def test_other_names_are_refused(name, tmp_path, monkeypatch, capsys):
     assert name != "digits/lorra" or "did you mean 'digits/lora'" in error
 
 
+@pytest.mark.slow
 def test_every_copy_is_the_same_configuration(tmp_path, monkeypatch, capsys):
     main(["configs", "copy", *shipped.names(), "--out", str(tmp_path / "mine")])
     copies = capsys.readouterr().out.split()

@@ -36,7 +36,9 @@ def test_all_are_tested():
     assert {f.stem for f in EXAMPLES.glob("*.py")} == LONG.keys() | others
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "with_accelerate" else ()) for n in SHORT])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("with_accelerate", "with_detection") else ()) for n in SHORT]
+)
 def test_a_little(name, example, tmp_path):
     reached = example(name)["main"](epochs=2, images=200 if name != "with_detection" else 48, out="adapter.safetensors")
     assert reached > SHORT[name]

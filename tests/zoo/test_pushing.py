@@ -66,6 +66,14 @@ def test_the_card_has_the_metrics_in_its_metadata(runs, hub):
     assert "| test_top1 | 30.4286 |" in card.text
 
 
+@pytest.mark.parametrize(("name", "plain"), [("vit_micro.digits.lora", True), ("vit_micro.scenes.lora", False)])
+def test_the_card_shows_code_only_where_the_timm_model_is_all_there_is(hub, name, plain):
+    push(f"zoo:{name}", "ann/some")
+    card = ModelCard(hub.repos["ann/some"].branches["main"][-1]["README.md"].decode())
+    assert "vpeft predict --ckpt hf://ann/some/adapter.safetensors FILE…" in card.text
+    assert ("timm.create_model" in card.text) == ("vpeft.load" in card.text) == plain
+
+
 def test_numbers_that_are_none_are_not_in_the_card():
     metrics = {"test_top1": 50.0, "val_top1": float("nan"), "test_loss": float("inf"), "epoch": 1, "best": True}
     assert _numbers(metrics) == {"test_top1": 50.0, "epoch": 1}

@@ -25,19 +25,27 @@ TEXT = """
 
 {method}, trained with [vpeft](https://pypi.org/project/vpeft) on `{backbone}` (timm){data}. {paper}
 
-```python
-import timm, vpeft
+{use}
 
-model = timm.create_model("{backbone}", pretrained=True)
-handle = vpeft.load(model, "hf://{repo}/{file}{at}")
-```
-
-or, on files: `vpeft predict --ckpt hf://{repo}/{file}{at} FILE…`. The file is safetensors: {size:.0f} kB, {tensors} tensors,
+The file is safetensors: {size:.0f} kB, {tensors} tensors,
 the method's options, the preprocessing, and the fingerprint of the frozen backbone, which `load` compares.
 
 {metrics}
 Options of the method: {options}. Classes: {classes}.
 """
+
+# How it is used on files, whatever the task; and, where the timm model as it is made by its name is all there is, in code.
+ON_FILES = """```bash
+vpeft predict --ckpt hf://{repo}/{file}{at} FILE…
+```"""
+IN_CODE = """
+
+```python
+import timm, vpeft
+
+model = timm.create_model("{backbone}", pretrained=True)
+handle = vpeft.load(model, "hf://{repo}/{file}{at}")
+```"""
 
 
 def push(
@@ -142,9 +150,12 @@ def card_of(file: checkpoint.File, blob: bytes, place: hub.Place, licence: str =
         pipeline_tag=TASKS.get(task), eval_results=_results(file, task),
     )  # fmt: skip
     values = "\n".join(f"| {k} | {v:g} |" for k, v in _numbers(said["metrics"]).items())
+    at = f"@{place.revision}" if place.revision else ""
+    use = (ON_FILES + (IN_CODE if _is_plain_model(config, said) else "")).format(
+        repo=place.repo, file=FILE, at=at, backbone=backbone
+    )
     text = TEXT.format(
-        title=name, method=method, backbone=backbone, repo=place.repo, file=FILE, size=len(blob) / 1000,
-        at=f"@{place.revision}" if place.revision else "", tensors=len(file.shapes),
+        title=name, method=method, backbone=backbone, use=use, size=len(blob) / 1000, tensors=len(file.shapes),
         data=f", on {_dataset(config)}" if config else "",
         paper=f"{paper.title}, {paper.venue}." if paper else "",
         metrics=f"| metric | value |\n|---|---:|\n{values}\n" if values else "",
@@ -153,6 +164,16 @@ def card_of(file: checkpoint.File, blob: bytes, place: hub.Place, licence: str =
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     return str(card)
+
+
+def _is_plain_model(config: dict[str, Any], said: dict[str, Any]) -> bool:
+    """Whether timm's factory gives the whole model by its name alone."""
+    model = config.get("model") or {}
+    return (
+        bool(said["model"]["name"])
+        and config.get("task", "classification") == "classification"
+        and not (model.get("img_size") or model.get("kwargs") or model.get("checkpoint"))
+    )
 
 
 def _dataset(config: dict[str, Any]) -> str:
