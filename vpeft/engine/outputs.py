@@ -186,3 +186,34 @@ def open_file(
     if form is None:
         raise ConfigError(f"{option}: the ending of '{path}' says no form of the predictions; known: {', '.join(ENDINGS)}")
     return JSONList(path) if form == "json" else LineFile(path, lines_of(form, classes, columns))
+
+
+def open_files(
+    json_file: str | Path | None,
+    save: str | Path | None,
+    taken: Mapping[Path, str],
+    classes: Classes,
+    columns: Sequence[str] | None = None,
+) -> list[Output]:
+    """The files of ``--json`` and ``--save``, of which either may be left out.
+
+    Args:
+        json_file: one JSON list, or JSON lines where its ending says so.
+        save: a file whose ending says how it is written.
+        taken: resolved paths that must not be written over, with what they are.
+        classes, columns: see ``open_file``.
+
+    Raises:
+        ConfigError: one that cannot be written, or that would take the place of another.
+    """
+    used, found = dict(taken), []
+    for option, path in (("--json", json_file), ("--save", save)):
+        if path is None:
+            continue
+        other = used.setdefault(Path(path).resolve(), option)
+        if other != option:
+            raise ConfigError(f"{option}: '{path}' is {f'the file of {other}' if other[0] == '-' else other}")
+        lines = Path(path).suffix.lower() in (".jsonl", ".ndjson")
+        form = None if option == "--save" else "jsonl" if lines else "json"
+        found.append(open_file(path, option, classes, form, columns))
+    return found

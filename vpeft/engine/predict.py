@@ -16,7 +16,7 @@ from ..tasks.prediction import check_preparation
 from ..tasks.protocol import PredictOptions, PredictWatch
 from ..tasks.registry import get_task
 from .config import from_container
-from .outputs import FORMATS, Output, lines_of, open_file
+from .outputs import FORMATS, Output, lines_of, open_files
 
 
 def config_of(file: checkpoint.File) -> DictConfig:
@@ -223,17 +223,7 @@ def _files(
     """
     classes = file.metadata["class_names"] or []
     taken = {Path(p).resolve(): "one of the inputs" for p in paths} | {Path(file.path).resolve(): "the checkpoint"}
-    found = []
-    for option, path in (("--json", json_file), ("--save", save)):
-        if path is None:
-            continue
-        other = taken.setdefault(Path(path).resolve(), option)
-        if other != option:
-            raise ConfigError(f"{option}: '{path}' is {f'the file of {other}' if other[0] == '-' else other}")
-        lines = Path(path).suffix.lower() in (".jsonl", ".ndjson")
-        form = None if option == "--save" else "jsonl" if lines else "json"
-        found.append(open_file(path, option, classes, form))
-    return found
+    return open_files(json_file, save, taken, classes)
 
 
 def _summary(watch: PredictWatch, count: int, files: Sequence[str | Path | None]) -> str:

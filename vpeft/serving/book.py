@@ -1,7 +1,7 @@
 """The book: a file that names tasks and the checkpoint of each; all of it is checked before anything is served."""
 
-import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from ..data.listing import read_names, read_text
 from ..engine.predict import config_of
 from ..errors import ConfigError, DataError, VpeftError, did_you_mean, shown
 from ..fetching import is_source
-from ..files import shortened
+from ..files import sha256_of, shortened
 from ..options import check_values, declared, option
 from ..tasks.prediction import check_classifier, check_preparation, check_topk
 from ..tasks.protocol import Task
@@ -81,7 +81,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Of the file's tensors."""
-        return sum(_count(s.size) * s.dtype.itemsize for s in self.file.shapes.values()) if self.file else 0
+        return sum(math.prod(s.size) * s.dtype.itemsize for s in self.file.shapes.values()) if self.file else 0
 
     @property
     def serves(self) -> str:
@@ -106,10 +106,9 @@ class Stamp:
         """Raises OSError: it cannot be read, or somebody writes it all the time."""
         for _ in range(10):
             seen = look(path)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+            digest = sha256_of(path)
             if look(path) == seen:  # nobody wrote meanwhile
-                return cls(seen, digest.hexdigest())
+                return cls(seen, digest)
         raise OSError("it changes while it is read")
 
 
@@ -175,7 +174,7 @@ def read_book(path: str | Path, *, memory: int | None = None, keep_going: bool =
                 check_alike(entry, whole[0])
         whole = [e for e in whole if e.error is None]
         # Of a file that holds the whole backbone, nothing else is read; what the smallest one lacks, all others share.
-        first = min(whole, key=lambda e: sum(_count(s.size) for s in e.file.shapes.values()))
+        first = min(whole, key=lambda e: sum(math.prod(s.size) for s in e.file.shapes.values()))
         with _in_task(first, False):
             backbone = restored_backbone(first.task, first.file, class_count(first.file), weights)
         fits = _Fits(backbone)
@@ -377,18 +376,3 @@ def _in_task(entry: Entry, keep_going: bool) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _count(size: tuple[int, ...]) -> int:
-    count = 1
-    for side in size:
-        count *= side
-    return count
-
-
-def _digest(file: Any) -> Any:
-    """``hashlib.file_digest``, which Python 3.10 lacks."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.find import find_images
 from ..data.images import open_image
 from ..data.listing import read_lines
-from ..engine.outputs import FORMATS, Output, lines_of, open_file
+from ..engine.outputs import FORMATS, lines_of, open_files
 from ..engine.predict import give_out
 from ..errors import ConfigError, DataError, did_you_mean, shown
 from ..files import shortened, write_bytes
@@ -108,15 +108,7 @@ def predict_list(
     classes, columns = _columns(book, wanted, options.topk)
     taken = {Path(p).resolve(): "one of the inputs" for p in (book.path, *inputs, *book.read, *(w.path for w in wanted))}
     taken |= {e.file.path.resolve(): "a checkpoint" for e in book.entries.values() if e.file is not None}
-    files: list[Output] = []
-    for option, path in (("--json", json_file), ("--save", save)):
-        if path is None:
-            continue
-        other = taken.setdefault(Path(path).resolve(), option)
-        if other != option:
-            raise ConfigError(f"{option}: '{path}' is {f'the file of {other}' if other[0] == '-' else other}")
-        lines = Path(path).suffix.lower() in (".jsonl", ".ndjson")
-        files.append(open_file(path, option, classes, None if option == "--save" else "jsonl" if lines else "json", columns))
+    files = open_files(json_file, save, taken, classes, columns)
     line = lines_of(form, classes, columns)
     return give_out(_rows(shelf, wanted, options), line, options.watch, files, None, [json_file, save])
 
