@@ -90,9 +90,7 @@ def _settle_yapf(attempts: int = 20, wait: float = 0.25) -> None:
             return
         except (EOFError, pickle.UnpicklingError) as error:
             if not left:
-                raise ImportError(
-                    f"yapf's stored grammar is damaged ({error}); remove its cache folder"
-                ) from error
+                raise ImportError(f"yapf's stored grammar is damaged ({error}); remove its cache folder") from error
             time.sleep(wait)
         except ImportError:  # said where mmengine itself is missed
             return
