@@ -155,7 +155,7 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     split = next((s for s in ("test", "val") if all(f"{s}_{task.monitor}" in m for m in found)), None)
     scores = [m[f"{split}_{task.monitor}"] for m in found] if split else []
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
-    own, error = merge_error(configs[0], best)
+    own, error = merge_error(configs[0], best) if best.exists() else (0, None)  # nearest neighbours train nothing
     return {
         "config": str(file),
         "experiment": configs[0].name.rpartition("-seed")[0],
