@@ -121,9 +121,8 @@ class Trainer:
             for split in ("train", "val"):
                 if split in self.loaders:
                     loader = self.loaders[split]
-                    self.loaders[split] = stored(self.config, self.handle, loader, split, accelerator, self.run).loader(
-                        loader
-                    )
+                    cache = stored(self.config, self.handle, loader, split, accelerator, self.run)
+                    self.loaders[split] = cache.loader(loader)
         except CacheError as error:
             if config.mode != "auto":
                 raise

@@ -1,7 +1,7 @@
 """Learning rates of their own for layers of the model, where a method trains the model's tensors.
 
 ``optim.layer_decay`` multiplies the rate once for each layer below the classifier, as timm groups them; ``optim.lr_scales``
-multiplies it for what lies under a path. The schedule's lowest and first rates are multiplied likewise (timm's ``lr_scale``).
+multiplies it for what lies under a path. The schedule's first and lowest rates are multiplied too (timm's ``lr_scale``).
 """
 
 from typing import Any

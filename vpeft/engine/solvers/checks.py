@@ -48,15 +48,18 @@ def check_solver(config: DictConfig, method: Method, task: Step) -> None:
 
 
 def check_head(config: DictConfig, handle: Handle) -> None:
-    """Refuse, before a run's folder is made, a model whose classifier is not one linear layer.
+    """Refuse, before a run's folder is made, a model whose classifier is not one linear layer with a bias.
 
     Raises:
         ConfigError: names what it has.
     """
+    if config.train.solver == "optim":
+        return
     heads = handle.heads
-    if config.train.solver != "optim" and (len(heads) != 1 or not isinstance(heads[0].module, nn.Linear)):
+    fits = len(heads) == 1 and isinstance(heads[0].module, nn.Linear)
+    if not fits or heads[0].module.bias is None:
         has = ", ".join(f"{h.path} ({type(h.module).__name__})" for h in heads) or "none"
         raise ConfigError(
-            f"train.solver: {config.train.solver} finds one linear classifier; {config.model.name} has {has}; choose "
-            "train.solver=optim"
+            f"train.solver: {config.train.solver} finds one linear classifier with a bias; {config.model.name} has {has}; "
+            "choose train.solver=optim"
         )

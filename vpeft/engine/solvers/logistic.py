@@ -28,7 +28,6 @@ class Solution:
         l2: the penalty's strength.
         steps: of L-BFGS, from the next stronger penalty's solution.
         gradient: its largest entry at the end.
-        penalty: value of the penalty.
     """
 
     weight: Tensor
@@ -36,7 +35,6 @@ class Solution:
     l2: float
     steps: int
     gradient: float
-    penalty: float
 
     def scores(self, features: Tensor) -> Tensor:
         """Logits (N, classes) of features (N, width)."""
@@ -67,10 +65,8 @@ def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequenc
         start = found.x
         own = torch.from_numpy(found.x).to(x).view(classes, -1)
         weight = own[:, :-1] / std
-        yield Solution(
-            weight, own[:, -1] - weight @ mean, l2, int(found.nit), float(abs(found.jac).max()),
-            float(l2 / 2 * own[:, :-1].square().sum()),
-        )  # fmt: skip
+        gradient = float(abs(found.jac).max())
+        yield Solution(weight, own[:, -1] - weight @ mean, l2, int(found.nit), gradient)
 
 
 class _Problem:

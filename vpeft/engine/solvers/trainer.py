@@ -1,5 +1,6 @@
 """The loop's counterpart for solvers: one round in which the head is found, with the same files as any run."""
 
+import math
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ class SolvingTrainer(Trainer):
 
     def _load_state(self) -> None:
         super()._load_state()
-        self.epoch = 0
+        self.epoch, self.best = 0, {"epoch": None, "value": -math.inf}
+
+    def _check_best(self) -> None:
+        """All checkpoints are written again."""
 
     def _train_epoch(self) -> tuple[float, float]:
         for group in self.optimizer.param_groups:  # whose rate is logged: nothing is stepped
@@ -108,8 +112,7 @@ class LogisticTrainer(SolvingTrainer):
         """Make a solution the model's classifier."""
         head: nn.Linear = self.head.module
         head.weight.copy_(solution.weight)
-        if head.bias is not None:
-            head.bias.copy_(solution.bias)
+        head.bias.copy_(solution.bias)
 
 
 class NeighboursTrainer(SolvingTrainer):
@@ -141,9 +144,6 @@ class NeighboursTrainer(SolvingTrainer):
 
     def _write(self, *args: Any) -> None:
         """There is no checkpoint."""
-
-    def _check_best(self) -> None:
-        """There is none."""
 
     def _load_best(self) -> None:
         """What answers is here."""
