@@ -62,13 +62,20 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
     return method
 
 
-def train(config: DictConfig, task: Task | None = None, *, last: bool = True) -> dict[str, Any]:
+def train(
+    config: DictConfig,
+    task: Task | None = None,
+    *,
+    last: bool = True,
+    after_epoch: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """Run one experiment; returns the metrics that were written to the run's metrics.json.
 
     Args:
         config: the experiment.
         task: of your own; the one that the configuration names where None.
         last: several processes part at the end; False where they will do more together.
+        after_epoch: called with each epoch's row of ``log.jsonl``; what it raises ends the run, which could go on.
 
     Raises:
         VpeftError: what a user can put right; see ``check``.
@@ -97,6 +104,7 @@ def train(config: DictConfig, task: Task | None = None, *, last: bool = True) ->
         names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
         metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
         trainer = TRAINERS[config.train.solver](config, built, handle, data, run, accelerator, metadata, again)
+        trainer.after_epoch = after_epoch or trainer.after_epoch
         metrics = trainer.fit()
         if last:
             accelerator.end_training()
