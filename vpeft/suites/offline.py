@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import checkpoint
 from ..data.generated.offline import TASKS
+from ..engine.plan import BEST
 from ..engine.settings import HARMLESS, WATCHING
 from ..errors import ConfigError, did_you_mean
 from ..files import Shape, shipped, write_text
@@ -185,8 +186,10 @@ def result_of(key: Key, outcome: Outcome) -> OfflineResult:
     """The row of a finished run."""
     folder, config = outcome.folder, outcome.job.config()
     metrics = json.loads((folder / "metrics.json").read_text())
-    file = checkpoint.read_header(folder / "best.safetensors")
-    own = sum(_numel(shape) for name, shape in file.shapes.items() if name not in file.head_names)
+    own = 0
+    if (folder / BEST).is_file():  # nearest neighbours have no checkpoint
+        file = checkpoint.read_header(folder / BEST)
+        own = sum(_numel(shape) for name, shape in file.shapes.items() if name not in file.head_names)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     seconds = outcome.seconds or sum(row.get("seconds", 0) for row in log)
     return OfflineResult(

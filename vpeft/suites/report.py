@@ -129,8 +129,7 @@ Test accuracy in percent on tasks of 1,000 training images, the last of {epochs}
 
 "Mean of tasks" is the mean of all of them, "of groups" that of the groups' means; ± is the mean of the tasks' standard
 deviations over seeds. PPT is V-PETL Bench's trade-off of the mean of tasks and the parameters without the classifier. Step
-and memory are those of a training step, over full fine-tuning's. Not among the methods: {absent} (for videos, or made of other
-methods)."""
+and memory are those of a training step, over full fine-tuning's. Left out: {absent} (for videos, or of other methods)."""
 
 
 def table(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
