@@ -90,11 +90,14 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
         rows = rows_of(results, backbone, costs)
         name = backbone.replace("/", "_")
         whole = [row for row in rows if set(row.scores) == set(TASKS)]
-        if whole:
-            parts.append(f"## {backbone}: all tasks\n\n{table(whole, list(TASKS))}")
-            draw_front(out / f"{name}_pareto.png", backbone, _points(whole, list(TASKS)))
-            draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, TASKS))
-            draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, list(TASKS), PROBE)
+        tasks = list(TASKS) if whole else [t for t in TASKS if all(t in row.scores for row in rows)]
+        whole = whole or rows
+        if tasks:
+            what = "all tasks" if len(tasks) == len(TASKS) else "the tasks that all have done"
+            parts.append(f"## {backbone}: {what}\n\n{table(whole, tasks)}")
+            draw_front(out / f"{name}_pareto.png", backbone, _points(whole, tasks))
+            draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, tasks))
+            draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, PROBE)
             parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in ("pareto", "ranks", "tasks")))
         some = list(recipes()["some"])
         others = [row for row in rows if set(some) <= set(row.scores)]
@@ -113,7 +116,11 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
 
 
 def _points(rows: Iterable[EntryRow], tasks: Sequence[str]) -> dict[str, tuple[float, float, float | None]]:
-    return {row.entry: (row.parameters, row.means(tasks).of_groups, row.cost and row.cost[1]) for row in rows}
+    found = {row.entry: row.means(tasks) for row in rows}
+    return {
+        row.entry: (row.parameters, found[row.entry].of_groups or found[row.entry].tasks, row.cost and row.cost[1])
+        for row in rows
+    }
 
 
 def _head(results: Sequence[OfflineResult]) -> str:
