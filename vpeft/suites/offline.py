@@ -26,7 +26,11 @@ from ..version import __version__
 from .runner import Job, Outcome
 
 RECIPES = Path(__file__).with_suffix(".yaml")
-BACKBONES = {"vit": "vit_micro_patch4_28.vpeft_fashion", "swin": "swin_micro_patch2_window7_28.vpeft_fashion"}
+BACKBONES = {
+    "vit": "vit_micro_patch4_28.vpeft_pretext",
+    "vit_fashion": "vit_micro_patch4_28.vpeft_fashion",
+    "swin": "swin_micro_patch2_window7_28.vpeft_fashion",
+}
 RESULTS = "results.csv"
 VERSIONS = f"vpeft {__version__}, timm {timm.__version__}, torch {torch.__version__}"
 Key = tuple[str, str, str, int]  # backbone, task, entry, seed
