@@ -9,11 +9,12 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from ...data.embedded import EMBEDDED, check_fashion_mnist
+from ...data.embedded import check_fashion_mnist
 from ...data.images import open_image
 from ...data.pixels import to_rgb
 from ...data.sets import FAMILIES, SETS, check_also, check_set, check_unused, is_set, open_also, open_set
 from ...data.sets.lists import ListedImages
+from ...data.sources import BUILT_IN
 from ...data.splits import (
     Datasets,
     check_label,
@@ -49,7 +50,7 @@ def check_source(data: Any) -> None:
         check_set(data, named_splits(data))
         return
     check_unused(data)
-    if source in EMBEDDED:
+    if source in BUILT_IN:
         if source == "fashion_mnist":
             check_fashion_mnist(data.fashion_mnist or data.root)
     elif source == "folder":
@@ -64,8 +65,8 @@ def check_source(data: Any) -> None:
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
                 raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
     elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
-        known = [*EMBEDDED, "folder", *(f"{p}/NAME" for p in (*TIMM_PREFIXES, *FAMILIES))]
-        near = nearest(source, [*EMBEDDED, "folder", *SETS]) or did_you_mean(source, known)
+        known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in (*TIMM_PREFIXES, *FAMILIES))]
+        near = nearest(source, [*BUILT_IN, "folder", *SETS]) or did_you_mean(source, known)
         raise DataError(f"data.source: '{source}' is not a known source{near}")
 
 
@@ -148,8 +149,8 @@ def _relabel(dataset: Dataset, own: Sequence[str] | None, classes: Sequence[str]
 
 def _open(data: Any, split: str, part: str, transform: Callable) -> Dataset:
     """A split by its name; ``part`` says whether it is for ``train``, ``val`` or ``test``."""
-    if data.source in EMBEDDED:
-        dataset = EMBEDDED[data.source][0](data.fashion_mnist or data.root, split)
+    if data.source in BUILT_IN:
+        dataset = BUILT_IN[data.source][0](data.fashion_mnist or data.root, split)
         dataset.transform = transform
         return dataset
     if is_set(data.source):
@@ -212,8 +213,8 @@ def _cut(train: Dataset, size: int, eval_transform: Callable, seed: int) -> tupl
 
 def _own_names(data: Any, dataset: Dataset) -> tuple[str, ...] | None:
     """The class names that a data set brings, None where it has none."""
-    if data.source in EMBEDDED:
-        return EMBEDDED[data.source][1]
+    if data.source in BUILT_IN:
+        return BUILT_IN[data.source][1]
     if isinstance(dataset, FolderImages):
         return dataset.classes
     if isinstance(dataset, ListedImages):

@@ -21,8 +21,9 @@ from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.images import open_image, read_image
 from ...data.presets import KEYS, check_preset, evaluation_transform
+from ...data.sources import GROUPED
 from ...data.splits import Datasets, check_class_count, make_transforms
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
@@ -57,6 +58,11 @@ class ImageClassification(LabelStep):
         check_source(self.config.data)
         check_preset(self.config.data, self.config.augment.enabled)
         check_augmentation(self.config)
+        if self.config.data.source in GROUPED and (self.label_smoothing or self.mixup or self.cutmix):
+            raise ConfigError(
+                f"train.label_smoothing, augment.mixup, augment.cutmix: '{self.config.data.source}' holds several tasks: "
+                "a sample has no share of another task's classes; leave them at 0"
+            )
         make_transforms(self.config.augment, data_stats(self.config))
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
@@ -66,6 +72,9 @@ class ImageClassification(LabelStep):
         data = build_datasets(config.data, config.augment, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
         data.notes |= {"preset": stats["preset"], "preprocessing": {k: stats[k] for k in KEYS}}
+        if config.data.source in GROUPED:
+            tasks = [name.partition("/")[0] for name in data.classes]
+            self.groups = [tasks.index(task) for task in tasks]
         return data, stats
 
     # ---- the model ----
