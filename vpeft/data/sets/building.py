@@ -58,7 +58,8 @@ RECIPES = {
     ),
     "kitti": Recipe(
         "kitti", raw_files.kitti,
-        "training/image_2/000000.png …, training/label_2/000000.txt … and the devkit's mapping/train_rand.txt, train_mapping.txt",
+        "training/image_2/000000.png …, training/label_2/000000.txt … and the devkit's mapping/train_rand.txt and "
+        "train_mapping.txt",
     ),
 }  # fmt: skip
 for _name in ("clevr_count", "clevr_dist"):
@@ -71,7 +72,7 @@ for _name in ("smallnorb_azi", "smallnorb_ele"):
     RECIPES[_name] = Recipe(
         "smallnorb",
         raw_arrays.smallnorb,
-        "smallnorb-*-training-{dat,info}.mat and smallnorb-*-testing-{dat,info}.mat (or .gz)",
+        "smallnorb-*-{training,testing}-{dat,info}.mat (or .mat.gz)",
     )
 NOT_REBUILT = {
     "caltech101": "its thirty training images of each class were drawn from the order in which one file system listed them",
@@ -93,9 +94,7 @@ def build(name: str, raw: str | None, out: str, pixels: str = ZIP) -> Path:
     """
     found = get_set(name, "data build")
     if not isinstance(found, VtabSet):
-        raise DataError(
-            f"data build: only VTAB-1k's tasks are built (vtab/{', vtab/'.join(RECIPES)}); '{name}' is read as it is"
-        )
+        raise DataError(f"data build: only VTAB-1k's tasks are built (vpeft data list); '{name}' is read as it is")
     task = found.task.name
     if task in NOT_REBUILT:
         raise DataError(

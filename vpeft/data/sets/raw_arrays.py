@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ...errors import DataError
 from ..generated import dsprites
@@ -19,11 +20,11 @@ def cifar(raw: Path, split: str) -> RawSplit:
     if not len(data) or len(data) % 3074:
         raise DataError(f"{file}: {len(data)} bytes are no records of 3,074, as CIFAR-100's binary version has them")
     rows = data.reshape(-1, 3074)
-    return RawSplit(
-        range(len(rows)),
-        lambda i: rgb(rows[i, 2:].reshape(3, 32, 32).transpose(1, 2, 0)),
-        {"cifar": lambda i: int(rows[i, 1])},
-    )
+
+    def image(i: int) -> Image.Image:
+        return rgb(rows[i, 2:].reshape(3, 32, 32).transpose(1, 2, 0))
+
+    return RawSplit(range(len(rows)), image, {"cifar": lambda i: int(rows[i, 1])})
 
 
 def svhn(raw: Path, split: str) -> RawSplit:

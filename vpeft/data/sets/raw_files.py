@@ -115,10 +115,11 @@ def clevr(raw: Path, split: str) -> RawSplit:
 
 def kitti(raw: Path, split: str) -> RawSplit:
     """KITTI's object detection: the distance of the nearest car, van or truck; split by video, as the seed 123 has it."""
-    ids = kitti_split(
-        _lines(needed(raw, "mapping/train_rand.txt", "*/mapping/train_rand.txt")),
-        _lines(needed(raw, "mapping/train_mapping.txt", "*/mapping/train_mapping.txt")),
-    )[split]
+    files = [needed(raw, f"mapping/{name}", f"*/mapping/{name}") for name in ("train_rand.txt", "train_mapping.txt")]
+    try:
+        ids = kitti_split(*map(_lines, files))[split]
+    except (ValueError, IndexError) as error:
+        raise DataError(f"{files[0]}: not the mapping of KITTI's devkit: {error}") from error
     images = needed(raw, "training/image_2", "*/training/image_2")
     texts = needed(raw, "training/label_2", "*/training/label_2")
     keys = [f"{one:06d}.png" for one in ids]
@@ -149,7 +150,7 @@ def kitti_split(order: Sequence[str], mapping: Sequence[str]) -> dict[str, list[
 
 
 def nearest_vehicle(lines: Sequence[str]) -> float:
-    """The least distance along the camera's axis of a car, van or truck in an image's labels, in metres; 1000 without one."""
+    """The least distance along the camera's axis of a car, van or truck in an image's labels, in metres; 1000 if none."""
     rows = [line.split() for line in lines]
     return min([float(row[13]) for row in rows if row[0] in ("Car", "Van", "Truck")], default=_NO_VEHICLE)
 
