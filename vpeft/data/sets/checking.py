@@ -12,6 +12,8 @@ from .lists import Listing, missing
 from .registry import SETS, check_labels, get_set
 from .vtab import VtabSet
 
+SHOWN = 6  # faults of one set
+
 
 @dataclass
 class Found:
@@ -44,10 +46,10 @@ class Found:
             return f"{self.name}: complete ({', '.join(self.splits)})"
         if not self.there:
             return f"{self.name}: not there"
-        parts = [*self.faults, *(f"{one} is not there" for one in self.absent)]
-        return (
-            f"{self.name}: incomplete: " + "; ".join(parts) + (f"; whole: {', '.join(self.splits)}" if self.splits else "")
-        )
+        lines = [*self.faults, *(f"{one} is not there" for one in self.absent)]
+        lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        whole = [f"whole: {', '.join(self.splits)}"] if self.splits else []
+        return "\n  ".join([f"{self.name}: incomplete", *lines, *whole])
 
 
 def check_root(root: str | Path, names: Sequence[str] = ()) -> list[Found]:
