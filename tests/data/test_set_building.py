@@ -13,7 +13,7 @@ from tests.support.sets import picture, pictures
 from vpeft.data.generated import dsprites
 from vpeft.data.sets import Asked, get_set
 from vpeft.data.sets.building import RECIPES, build, build_task
-from vpeft.data.sets.order import SLICES, Slice, Slices, ranked
+from vpeft.data.sets.order import SLICES, Slice, RankSlices, ranked
 from vpeft.data.sets.raw import last_below
 from vpeft.data.sets.raw_files import CLEVR_DISTANCES, KITTI_DISTANCES, kitti_split, nearest_vehicle
 from vpeft.data.sets.retina import prepared, within_pixels
@@ -23,12 +23,12 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
 
 
 def small(dataset, totals):
-    """Slices of a download of a few examples: three, two and the rest."""
+    """RankSlices of a download of a few examples: three, two and the rest."""
     full = SLICES[dataset]
     where = {name: getattr(full, name).split for name in ("train800", "val200", "test")}
     val = Slice(where["val200"], 3, 5) if where["val200"] == where["train800"] else Slice(where["val200"], 0, 2)
     start = 5 if where["test"] == where["train800"] else 2 if where["test"] == where["val200"] else 0
-    return Slices(Slice(where["train800"], 0, 3), val, Slice(where["test"], start), totals)
+    return RankSlices(Slice(where["train800"], 0, 3), val, Slice(where["test"], start), totals)
 
 
 def made(task, raw, out, totals, pixels="exact"):

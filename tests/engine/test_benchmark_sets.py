@@ -147,3 +147,14 @@ def test_further_sets_follow_the_trained_order_of_classes(domains):
     found = data.also["imagenet-a"]
     assert [order[label] for label in found.labels] == list(wnids("imagenet_a")[:3])
     assert {order[i] for i in found.within} == set(wnids("imagenet_a"))
+
+
+@pytest.mark.parametrize("name", ["cifar100", "imagenet_shots"])
+def test_shipped_configurations_of_benchmarks(name, tmp_path):
+    config = load_config(Path(__file__).parents[2] / f"configs/examples/{name}.yaml", [f"data.root={tmp_path}"])
+    assert (config.data.preset, config.train.select) == ("timm", "last")
+    if name == "cifar100":
+        get_task(config).check()
+    else:
+        with pytest.raises(DataError, match=r"num_shot_16\.seed_0 does not exist|imagenet-v2 .*does not exist"):
+            get_task(config).check()
