@@ -13,7 +13,7 @@ from tests.support.sets import picture, pictures
 from vpeft.data.generated import dsprites
 from vpeft.data.sets import Asked, get_set
 from vpeft.data.sets.building import RECIPES, build, build_task
-from vpeft.data.sets.order import SLICES, Slice, RankSlices, ranked
+from vpeft.data.sets.order import SLICES, RankSlices, Slice, ranked
 from vpeft.data.sets.raw import last_below
 from vpeft.data.sets.raw_files import CLEVR_DISTANCES, KITTI_DISTANCES, kitti_split, nearest_vehicle
 from vpeft.data.sets.retina import prepared, within_pixels
@@ -243,6 +243,7 @@ def test_an_eye_is_brought_to_one_radius_and_cut():
     assert found.shape == (540, 540, 3)
     assert np.abs(found[:20, :20] - 128).max() < 8, "grey outside"
     assert np.abs(found[200:340, 200:340] - 128).max() < 8, "an even surface is its own average"
+    assert prepared(Image.new("RGB", (30, 20))).size == (540, 540), "a dark one is taken to fill its height"
 
 
 @pytest.mark.slow

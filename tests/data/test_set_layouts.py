@@ -291,6 +291,17 @@ def test_imagenet_of_few_shots(tmp_path):
     refused(section(tmp_path, "imagenet", shots=16, val_split="val"), "would hold the same images")
 
 
+def test_imagenets_images_elsewhere_are_still_two_folders(tmp_path):
+    imagenet(tmp_path)
+    (tmp_path / "ILSVRC").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "imagenet" / part).rename(tmp_path / "ILSVRC" / part)
+    data = section(tmp_path, "imagenet", shots=16, image_root="ILSVRC")
+    check_set(data, named_splits(data))
+    assert opened(data).labels == [0, 0, 1, 1, 2, 2]
+    assert names(opened(data, "test"), tmp_path)[0].startswith("ILSVRC/val/")
+
+
 def test_imagenet_validation_in_one_folder_is_read_by_its_list(tmp_path):
     few_shot(
         tmp_path / "imagenet/annotations", tmp_path / "imagenet/val", {"val_meta.list": [("b.JPEG", 65), ("a.JPEG", 7)]}

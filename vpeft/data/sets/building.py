@@ -33,7 +33,7 @@ class RawRecipe:
     note: str = ""
 
 
-_OPENCV = "resized and sharpened by OpenCV's rules in torch and SciPy, which may differ from OpenCV by a grey level"
+_OPENCV = "resized and sharpened by OpenCV's rules in torch and SciPy, which may differ by a few grey levels"
 RECIPES = {
     "cifar": RawRecipe("cifar", raw_arrays.cifar, "cifar-100-binary/train.bin and test.bin (the binary version)"),
     "svhn": RawRecipe("svhn", raw_arrays.svhn, "train_32x32.mat and test_32x32.mat"),
