@@ -106,6 +106,10 @@ def test_sets_of_other_layouts(tmp_path):
     assert "test: 1 images, not 7500" in found["imagenet-a"]
     assert "1 classes, not 200" in found["imagenet-a"]
     assert found["imagenet-r"] == "imagenet-r: not there"
+    pictures(tmp_path / "imagenet/val", [f"{wnids()[0]}/v.JPEG"])
+    found = {one.name: str(one) for one in check_root(tmp_path)}
+    assert "test: 1 images, not 50000" in found["imagenet"]
+    assert found["fewshot/imagenet"] == "fewshot/imagenet: not there", "no list of shots"
 
 
 def test_nothing_there_and_no_folder(tmp_path, capsys):

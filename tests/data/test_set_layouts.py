@@ -47,7 +47,7 @@ def test_vtab_has_nineteen_tasks_of_a_thousand_images():
 
 
 @pytest.mark.parametrize(("source", "folder"), [
-    ("vtab/cifar", "cifar"), ("vtab/cifar", "cifar_100"), ("vtab/cifar100", "vtab-cifar"), ("vtab/vtab-cifar", "cifar100"),
+    ("vtab/cifar", "cifar"), ("vtab/cifar", "cifar_100"), ("VTAB/cifar100", "vtab-cifar"), ("vtab/vtab-cifar", "cifar100"),
 ])  # fmt: skip
 def test_vtab_under_all_names_of_its_folder(tmp_path, source, folder):
     data = section(vtab(tmp_path, folder, LISTS), source, train_split="train800", val_split="val200")
@@ -361,6 +361,7 @@ def test_further_test_sets_lie_below_the_same_root(tmp_path):
     for chosen, words in (
         (["imagenet-b"], r"data\.also_test: there is no set 'imagenet-b'; did you mean"),
         (["imagenet"], "'imagenet' is tested already"),
+        (["fewshot/imagenet"], "'fewshot/imagenet' is tested already"),
         (["imagenet-a", "imagenet-adversarial"], "'imagenet-a' is tested already"),
         (["vtab/svhn"], "the labels of 'vtab/svhn' are numbers"),
         (["imagenet-r"], r"imagenet-r \(test\): .* does not exist; expected"),

@@ -179,8 +179,3 @@ IMAGENET = {
         ),
     )
 }  # fmt: skip
-IMAGENET_NAMES = {
-    "imagenetv2": "imagenet-v2", "imagenet_v2": "imagenet-v2", "imagenet-adversarial": "imagenet-a",
-    "imagenet_a": "imagenet-a", "imagenet-rendition": "imagenet-r", "imagenet_r": "imagenet-r",
-    "imagenet_sketch": "imagenet-sketch",
-}  # fmt: skip
