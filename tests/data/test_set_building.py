@@ -2,6 +2,8 @@
 
 import json
 import struct
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -234,6 +236,23 @@ def test_sun397_and_retinopathy(tmp_path):
     assert labels["train800"] == in_order("eyes", "train", ["1_left", "2_left", "3_left"], [0, 4, 2])
     assert labels["val200"] == in_order("eyes", "validation", ["0_left", "2_left"], [1, 3])
     assert labels["test"] == in_order("eyes", "test", ["1_left", "3_left"], [2, 4])
+
+
+def test_patch_camelyon_with_a_stand_in_for_h5py(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(DataError, match=r"read with h5py; pip install h5py"):
+            made("patch_camelyon", tmp_path, tmp_path / "out", {"train": 5, "validation": 2, "test": 2})
+    monkeypatch.setitem(sys.modules, "h5py", types.SimpleNamespace(File=np.load))
+    answers = {"train": [0, 1, 1, 0, 1], "valid": [1, 0], "test": [0, 1]}
+    for part, labels in answers.items():
+        for kind, values in (("x", COLOURS[: len(labels)]), ("y", np.array(labels)[:, None, None, None])):
+            with (tmp_path / f"camelyonpatch_level_2_split_{part}_{kind}.h5").open("wb") as file:
+                np.savez(file, **{kind: values})
+    found, _ = made("patch_camelyon", tmp_path, tmp_path / "out", {"train": 5, "validation": 2, "test": 2})
+    assert found["train800"] == in_order("", "train", [f"train_{i}" for i in range(5)], answers["train"], 0, 3)
+    assert found["val200"] == in_order("", "validation", [f"valid_{i}" for i in range(2)], answers["valid"])
+    assert found["test"] == in_order("", "test", [f"test_{i}" for i in range(2)], answers["test"])
 
 
 def test_an_eye_is_brought_to_one_radius_and_cut():

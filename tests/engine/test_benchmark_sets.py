@@ -71,6 +71,18 @@ def test_the_protocol_tunes_on_its_parts_and_is_reported_at_the_last_epoch(kitti
     assert (final["epoch"], final["preset"]) == (2, "timm")
 
 
+def test_classes_are_those_of_the_task(kitti):
+    names = "[near,middle,far,none]"
+    assert get_task(kitti()).open_data()[0].classes == ("0", "1", "2", "3"), "although two labels occur"
+    assert get_task(kitti(f"data.classes={names}", "data.num_classes=4")).open_data()[0].classes == tuple(
+        names[1:-1].split(",")
+    )
+    with pytest.raises(DataError, match=r"data\.num_classes: 10 asked for, but 'vtab/kitti' has 4"):
+        get_task(kitti("data.num_classes=10")).open_data()
+    with pytest.raises(DataError, match=r"data\.classes: 5 names, but 'vtab/kitti' has 4 classes"):
+        get_task(kitti("data.classes=[a,b,c,d,e]")).open_data()
+
+
 def test_a_missing_set_is_refused_before_anything_is_made(kitti, tmp_path):
     config = kitti("data.source=vtab/dtd")
     with pytest.raises(DataError, match=r"ROOT/dtd/train800\.txt"):

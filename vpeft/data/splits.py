@@ -192,7 +192,7 @@ def label_table(own: Sequence[str], classes: Sequence[str], where: str) -> list[
     return None if found == list(range(len(classes))) else found
 
 
-def check_class_count(data: Any, classes: Sequence[str]) -> None:
+def check_class_count(data: Any, classes: Sequence[Any]) -> None:
     """Refuse a number of classes that is not that of the data.
 
     Raises:

@@ -17,6 +17,7 @@ from ...data.sets.lists import ListedImages
 from ...data.sources import BUILT_IN
 from ...data.splits import (
     Datasets,
+    check_class_count,
     check_label,
     check_root,
     check_validation,
@@ -120,7 +121,12 @@ def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[st
             f"data.train_split: the class {some(list(empty))} has a folder in '{data.train_split}', but no image"
         )
     if order is None:
-        return class_names(data, _own_names(data, first), getattr(first, "count", None))
+        count = first.count if isinstance(first, ListedImages) else None
+        if count is not None and data.classes and len(data.classes) != count:
+            raise DataError(f"data.classes: {len(data.classes)} names, but '{data.source}' has {count} classes")
+        if count is not None:
+            check_class_count(data, range(count))
+        return class_names(data, _own_names(data, first), count)
     if data.classes:
         label_table(data.classes, order, "data.classes")
     elif named_by(order) and _own_names(data, first) is None:
