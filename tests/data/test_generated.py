@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import label as label_components
 
 from vpeft.data.generated import dsprites
+from vpeft.data.generated.offline import GROUPS, scenes_count, scenes_distance, sprite_indices
+from vpeft.data.generated.offline import TASKS as TASKS_OFFLINE
 from vpeft.data.generated.pretext import CLASSES, TASKS, Pretext
+from vpeft.data.sources import BUILT_IN
 from vpeft.engine.config import load_config
-from vpeft.errors import ConfigError
+from vpeft.errors import ConfigError, DataError
 from vpeft.tasks.labels import LabelStep
 from vpeft.tasks.registry import get_task
 
@@ -101,3 +105,48 @@ def test_classes_of_several_tasks_share_no_label():
     assert len(set(task.groups)) == 10
     with pytest.raises(ConfigError, match="holds several tasks"):
         get_task(load_config("configs/pretrain/vit_micro_pretext.yaml", ["train.label_smoothing=0.1"])).check()
+
+
+# ---- the offline benchmark ----
+
+
+def test_the_sprites_are_those_of_vtab():
+    train, test = sprite_indices("train"), sprite_indices("test")
+    assert train[:5] == (16399, 634903, 206287, 470425, 352707)
+    assert (train[799], train[800:803], test[:3]) == (86528, (220697, 85843, 84902), (493443, 195884, 225768))
+    assert len(train) == len(test) == 1000
+    places = np.bincount([dsprites.location_label(i) for i in train[:800]])
+    assert places.tolist() == [54, 42, 45, 45, 48, 54, 49, 48, 62, 51, 50, 60, 50, 47, 53, 42]
+    turns = np.bincount([dsprites.orientation_label(i) for i in train[:800]])
+    assert turns.tolist() == [59, 43, 67, 50, 53, 45, 58, 43, 61, 38, 52, 42, 56, 35, 57, 41]
+
+
+@pytest.mark.parametrize("name", ["digits", "corruptions", "scenes_distance", "dsprites_scale"])
+def test_offline_tasks_have_the_splits_of_vtab(name):
+    opened, classes = BUILT_IN[f"offline/{name}"]
+    whole, train, val, test = (opened(None, split) for split in ("train800val200", "train800", "val200", "test"))
+    assert (len(whole), len(train), len(val)) == (1000, 800, 200)
+    assert (np.concatenate([train.images, val.images]) == whole.images).all()
+    assert set(whole.labels) == set(test.labels) == set(range(len(classes)))
+    seen = {picture.tobytes() for picture in whole.images}
+    assert sum(picture.tobytes() in seen for picture in test.images) < 20  # a few sprites are alike
+    with pytest.raises(DataError, match="did you mean 'val200'"):
+        opened(None, "val20")
+
+
+def test_offline_tasks_are_of_three_groups():
+    assert {task.group for task in TASKS_OFFLINE.values()} == set(GROUPS)
+    assert len(TASKS_OFFLINE) >= 10
+
+
+def test_distances_and_counts_are_what_the_label_says():
+    """Told from the picture alone: garments stand out from the ground."""
+    garments = np.full((5, 28, 28), 255, np.uint8), np.zeros(5, int)
+    for i in range(6):
+        picture, label = scenes_count(np.random.default_rng(i), garments)
+        assert label_components(picture > 150)[1] == label + 1
+        picture, label = scenes_distance(np.random.default_rng(i), garments)
+        found, count = label_components(picture > 150)
+        if count == 2:
+            middles = [np.argwhere(found == k).mean(0) for k in (1, 2)]
+            assert (2 * np.hypot(*(middles[0] - middles[1])) - 13) / 5 == pytest.approx(label + 0.5, abs=0.9)

@@ -65,6 +65,8 @@ def check_source(data: Any) -> None:
             if split and not (Path(data.root) / split).is_dir():
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
                 raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
+    elif source.lower().startswith("torch/") and data.root and not data.download:
+        check_root(data, "torchvision's files are expected there; data.download=true brings those that it can")
     elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
         known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in (*TIMM_PREFIXES, *FAMILIES))]
         near = nearest(source, [*BUILT_IN, "folder", *SETS]) or did_you_mean(source, known)

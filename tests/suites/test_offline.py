@@ -1,0 +1,208 @@
+"""The offline benchmark: its runs, the table of results that it goes on from, its report."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vpeft.cli import main
+from vpeft.data.generated.offline import TASKS
+from vpeft.errors import ConfigError
+from vpeft.methods import list_methods
+from vpeft.suites.offline import (
+    BACKBONES,
+    OfflineResult,
+    Selection,
+    job,
+    left_out,
+    plans,
+    read_results,
+    recipes,
+    settings_of,
+    undone,
+    write_results,
+)
+from vpeft.suites.report import rows_of, write_report
+from vpeft.suites.runner import Job, run_all
+from vpeft.suites.scores import mean_ranks, pareto
+
+SMALL = ("train.epochs=1", "data.num_samples=24", "train.precision=fp32", "schedule.warmup_epochs=0")
+
+
+def result(entry, task, seed=0, top1=50.0, backbone="vit", **changes):
+    planned = job(backbone, task, entry, seed)
+    found = OfflineResult(backbone, task, entry, seed, top1, 100, 200, 12, 0.01, 3.5, settings_of(planned), "vpeft 1")
+    return dataclasses.replace(found, **changes)
+
+
+def test_every_method_is_trained_or_left_out_by_name():
+    trained = {entry["method"]["name"] for entry in recipes()["entries"].values()}
+    assert trained | set(left_out()) == set(list_methods())
+    assert len(recipes()["main"]) >= 12
+    assert len(recipes()["some"]) == 6
+    assert {TASKS[t].group for t in recipes()["some"]} == {"natural", "specialized", "structured"}
+
+
+@pytest.mark.parametrize("entry", ["evp", "knn", "increlora", "scratch"])
+def test_a_recipe_becomes_a_configuration(entry):
+    config = job("swin", "motion_trail", entry, 3, ("train.epochs=5",)).config()
+    assert (config.model.name, config.data.source, config.seed) == (BACKBONES["swin"], "offline/motion_trail", 3)
+    assert config.train.epochs == 5
+    assert config.name == f"swin/motion_trail/{entry}-seed3"
+    if entry == "evp":
+        assert config.method.options == {"classes": 8}
+    if entry == "scratch":
+        assert not config.model.pretrained
+
+
+def test_the_whole_benchmark_and_the_quick_one():
+    whole, quick = plans(False), plans(True)
+    keys = [key for part in whole for key in part.jobs()]
+    assert len(keys) == len(set(keys))
+    main, others = len(recipes()["main"]), len(recipes()["entries"]) - len(recipes()["main"])
+    assert len(keys) == 2 * 3 * main * len(TASKS) + 6 * others
+    assert set(quick[0].jobs()) < set(keys)
+    assert len(quick[0].jobs()) == main * len(TASKS)
+    some = plans(False, tasks=["digits"], seeds=[4])
+    assert [key for part in some for key in part.jobs()] == [("vit", "digits", entry, 4) for entry in recipes()["main"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"entries": ["lorra"]}, "no method 'lorra'; did you mean 'lora'"),
+        ({"tasks": ["digit"]}, "no task 'digit'; did you mean 'digits'"),
+        ({"backbones": ["vitt"]}, "no backbone 'vitt'"),
+        ({"seeds": [1, 1]}, "--seeds: 1 1"),
+        ({"tasks": []}, "--tasks: nothing"),
+    ],
+)
+def test_what_there_is_not_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        plans(False, **given)
+
+
+def test_results_are_kept_and_told_from_those_of_other_settings(tmp_path):
+    file = tmp_path / "results.csv"
+    write_results(file, [result("lora", "digits", top1=91.25), result("bitfit", "digits", seed=1)])
+    found = read_results(file)
+    assert found["vit", "digits", "lora", 0] == result("lora", "digits", top1=91.25)
+    jobs = Selection(("vit",), ("lora", "bitfit"), ("digits",), (0, 1)).jobs()
+    assert sorted(undone(jobs, found)) == [("vit", "digits", "bitfit", 0), ("vit", "digits", "lora", 1)]
+    other = Selection(("vit",), ("lora",), ("digits",), (0,), ("optim.lr=0.1",)).jobs()
+    with pytest.raises(ConfigError, match=r"1 results of other settings.*vit/digits/lora-seed0.*--again"):
+        undone(other, found)
+    assert list(undone(other, found, again=True)) == [("vit", "digits", "lora", 0)]
+    harmless = Selection(("vit",), ("lora",), ("digits",), (0,), ("output=elsewhere", "data.workers=2")).jobs()
+    assert undone(harmless, found) == {}
+    file.write_text(file.read_text().replace("91.25", "many"))
+    with pytest.raises(ConfigError, match=r"results\.csv, line 3"):
+        read_results(file)
+
+
+def test_runs_are_done_once_and_failures_do_not_stop_the_rest(tmp_path, capsys):
+    jobs = [
+        job("vit", "digits", "bitfit", 0, (*SMALL, f"output={tmp_path}")),
+        job("vit", "digits", "lora", 0, (*SMALL, f"output={tmp_path}", "method.options={rank: 999}")),
+        job("vit", "digits", "knn", 0, (*SMALL, f"output={tmp_path}")),
+    ]
+    lines = []
+    first, second, third = run_all(jobs, say=lines.append)
+    assert (first.error, third.error) == (None, None)
+    assert first.seconds > 0
+    assert (first.folder / "metrics.json").is_file()
+    assert "rank" in second.error
+    assert "failed" in lines[1]
+    before = (first.folder / "metrics.json").stat().st_mtime_ns
+    again, *_ = run_all(jobs[:1], say=lines.append)
+    assert again.seconds == 0
+    assert "was there" in lines[-1]
+    assert (first.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_a_job_with_another_file_of_the_same_name_is_no_other_run(tmp_path):
+    assert Job("a", "b.yaml") == Job("a", "b.yaml")
+    with pytest.raises(ConfigError):
+        Job("a", tmp_path / "missing.yaml").config()
+
+
+def test_the_report_says_what_the_results_say(tmp_path):
+    results = [
+        result(entry, task, seed, top1=base + seed, parameters=p)
+        for entry, base, p in (("linear", 60.0, 99), ("lora", 70.0, 12_288), ("full", 65.0, 1_200_000), ("knn", 50.0, 0))
+        for task in TASKS
+        for seed in (0, 1, 2)
+    ]
+    results += [result("norm", task, top1=58.5) for task in recipes()["some"]]
+    text = write_report(tmp_path, results, {("vit", "lora"): (0.8, 0.5)})
+    row = next(line for line in text.splitlines() if line.startswith("| lora"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["lora", "12,288", "71.0"]
+    # mean of tasks, of groups, spread over three seeds, rank, PPT, step, memory, seeds
+    assert cells[-8:] == [
+        "71.00",
+        "71.00",
+        "1.0",
+        "1.0",
+        f"{0.71 * math.exp(-math.log10(1.0012288)):.3f}",
+        "0.80",
+        "0.50",
+        "3",
+    ]
+    linear = next(line for line in text.splitlines() if line.startswith("| linear"))
+    assert linear.split("|")[2].strip() == "0"
+    assert "Below the linear probe (60.0) on average: norm (58.5), knn (50.0)." in text
+    for name in ("vit_pareto", "vit_ranks", "vit_tasks", "vit_all_pareto"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert f"{name}.png" in text
+    assert rows_of(results, "swin", {}) == []
+
+
+def test_ranks_and_front():
+    scores = {"a": {"x": 3.0, "y": 1.0}, "b": {"x": 3.0, "y": 2.0}, "c": {"x": 1.0, "y": 3.0}, "d": {"x": 9.0}}
+    assert mean_ranks(scores, ["x", "y"]) == {"a": 2.25, "b": 1.75, "c": 2.0}
+    assert pareto({"a": (0, 60.0), "b": (10, 59.0), "c": (10, 70.0), "d": (20, 70.0), "e": (30, 71.0)}) == ["a", "c", "e"]
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
+    for arguments, said in (
+        (["--report", "--out", str(tmp_path)], "holds no results"),
+        (["--processes", "0"], "--processes: 0"),
+        (["--methods", "bitfit", "--tasks", "digits", "--out", str(tmp_path), "--set", "optim.lrr=1"], "optim.lrr"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["benchmark", *arguments])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_a_killed_benchmark_goes_on(tmp_path):
+    """Killed after its first result; the same command does the rest, and none twice."""
+    out, runs = tmp_path / "report", tmp_path / "runs"
+    command = [
+        sys.executable, "-m", "vpeft.cli", "benchmark", "--processes", "2", "--no-costs", "--out", str(out),
+        "--tasks", "digits", "defects", "--methods", "bitfit", "norm", "lora", "--set", *SMALL, f"output={runs}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (out / "results.csv").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = read_results(out / "results.csv")
+    assert 1 <= len(done) < 6
+    seen = {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
+    subprocess.run(command, check=True, timeout=600)
+    found = read_results(out / "results.csv")
+    assert len(found) == 6
+    assert {key: found[key] for key in done} == done
+    assert seen == {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
+    alone = subprocess.run([*command[:4], "--report", "--out", str(out)], check=True, capture_output=True, text=True)
+    assert "| bitfit |" in alone.stdout
