@@ -117,3 +117,8 @@ def test_other_sources_refuse_the_keys_of_benchmarks(make):
             DataError, match=rf"{override.partition('=')[0]}: only for lists of benchmarks, not for 'digits'"
         ):
             get_task(make(override)).check()
+
+
+def test_a_folder_that_torchvision_would_read_must_be_there(make, tmp_path):
+    with pytest.raises(DataError, match=r"data\.root: folder '.*none' does not exist; .*data\.download=true"):
+        get_task(make("data.source=torch/cifar100", f"data.root={tmp_path / 'none'}")).check()

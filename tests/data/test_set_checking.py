@@ -112,6 +112,17 @@ def test_sets_of_other_layouts(tmp_path):
     assert found["fewshot/imagenet"] == "fewshot/imagenet: not there", "no list of shots"
 
 
+def test_a_folder_without_lists_is_incomplete_unless_it_is_another_sets(tmp_path):
+    pictures(tmp_path / "svhn/images/test", ["000000.jpg"])
+    split_files(tmp_path / "flowers102", "jpg", {"train": {"a.jpg": 1}})
+    found = {one.name: one for one in check_root(tmp_path)}
+    assert "svhn/test.txt is not there" in str(found["vtab/svhn"])
+    assert not found["vtab/svhn"].complete
+    assert found["fgvc/flowers"].there
+    assert not found["vtab/oxford_flowers102"].there
+    assert not found["fewshot/oxford-flowers102"].there
+
+
 def test_nothing_there_and_no_folder(tmp_path, capsys):
     assert status("check", tmp_path) == 1
     assert status("check", tmp_path / "no") == 2

@@ -25,17 +25,19 @@ class Found:
         splits: those that are whole.
         absent: lists or folders that are not there.
         faults: what is wrong with those that are.
+        begun: whether there is a folder of the set's name.
     """
 
     name: str
     splits: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    begun: bool = False
 
     @property
     def there(self) -> bool:
         """Whether anything of the set is in the folder."""
-        return bool(self.splits or self.faults)
+        return bool(self.splits or self.faults or self.begun)
 
     @property
     def complete(self) -> bool:
@@ -70,7 +72,13 @@ def check_root(root: str | Path, names: Sequence[str] = ()) -> list[Found]:
     for name in names or SETS:
         family = {other: found for other, found in SETS.items() if other.startswith(f"{name.rstrip('/')}/")}
         chosen |= family or {get_set(name, "data check").name: get_set(name, "data check")}
-    return [_check(found, root) for found in chosen.values()]
+    states = {name: _check(found, root) for name, found in chosen.items()}
+    taken = {folder for name, state in states.items() if state.there for folder in chosen[name].folders}
+    for name, state in states.items():  # a folder without any list, unless it is another set's
+        state.begun = not name.startswith("fewshot/imagenet") and any(
+            (root / folder).is_dir() for folder in chosen[name].folders if folder not in taken
+        )
+    return list(states.values())
 
 
 def _check(found: LabelledSet, root: Path) -> Found:
