@@ -129,8 +129,7 @@ class OtherDomainSet(LabelledSet):
 
     def layout(self) -> str:
         kind = "<0 … 999, not padded>" if self.numbered else "<wnid>"
-        inner = f"/{self.inner[0]}" if self.inner[0] else ""
-        return f"ROOT/{self.folders[0]}{inner}/{kind}/*.jpg ({', '.join(self.folders[1:])} are taken too)"
+        return f"ROOT/{self.folders[0]}/{kind}/*.jpg ({', '.join(self.folders[1:])} are taken too)"
 
     def sources(self, asked: Asked, split: str) -> list[Path]:
         usual = [asked.root / folder / inner for folder in self.folders for inner in self.inner]

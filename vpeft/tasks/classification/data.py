@@ -45,12 +45,18 @@ def check_source(data: Any) -> None:
     """
     source = data.source
     check_validation(data)
-    if data.also_test:
-        check_also(data)
     if is_set(source):
         check_set(data, named_splits(data))
-        return
-    check_unused(data)
+    else:
+        check_unused(data)
+        _check_own(data)
+    if data.also_test:
+        check_also(data)
+
+
+def _check_own(data: Any) -> None:
+    """Refuse a source that is no benchmark's set, where it cannot exist."""
+    source = data.source
     if source in BUILT_IN:
         if source == "fashion_mnist":
             check_fashion_mnist(data.fashion_mnist or data.root)
