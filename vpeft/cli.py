@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .commands import (
     benchmark,
+    data,
     leaving,
     making,
     measuring,
@@ -38,6 +39,7 @@ COMMANDS = {
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
     "configs": (shipping.configs, "list, show or copy the example configurations"),
+    "data": (data.data, "list, check and build the data sets of benchmarks"),
     "methods": (telling.methods, "list the methods, or describe one"),
     "bench": (measuring.bench, "measure time and memory of methods on a backbone"),
     "docs": (telling.docs, "write the pages in docs/ that a program can write"),

@@ -61,7 +61,7 @@ class Trainer:
         recalibrate: Callable[[], Any] | None = None,
     ):
         self.config, self.handle, self.task, self.run, self.accelerator = config, handle, built.task, run, accelerator
-        self.metadata, self.recalibrate = metadata or {}, recalibrate
+        self.data, self.metadata, self.recalibrate = data, metadata or {}, recalibrate
         self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         groups = by_layer(config, handle, groups)
@@ -265,6 +265,8 @@ class Trainer:
         }
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
+        for name in self.data.also:
+            metrics |= {f"test_{name}_{k}": v for k, v in self.evaluate(name).items()}
         metrics |= self._left_out()
         if self.epoch < self.epochs:
             self.notes["stopped_early"] = self.epoch
@@ -275,9 +277,9 @@ class Trainer:
         if self.run.main:
             self._keep(metrics)
             draw_curves(self.run, self.task)
-            self.run.finish(metrics | self.notes)
+            self.run.finish(metrics | self.notes | self.data.notes)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
-        return metrics | self.notes
+        return metrics | self.notes | self.data.notes
 
     def _keep(self, metrics: dict[str, Any]) -> None:
         """The checkpoints of the finished run."""
