@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .commands import leaving, making, measuring, serving, shipping, showing, telling, training, using, zoo
+from .commands import leaving, making, measuring, serving, shipping, showing, suites, telling, training, using, zoo
 from .errors import VpeftError
 from .stopping import any_characters, printing, stoppable
 from .version import __version__
@@ -22,6 +22,7 @@ COMMANDS = {
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
+    "published": (suites.published, "print published results of a benchmark, and your runs beside them"),
     "configs": (shipping.configs, "list, show or copy the example configurations"),
     "methods": (telling.methods, "list the methods, or describe one"),
     "bench": (measuring.bench, "measure time and memory of methods on a backbone"),

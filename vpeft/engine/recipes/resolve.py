@@ -133,10 +133,14 @@ def _said(chosen: Suite, recipe: Recipe, task: str, method: str, shots: int | No
 
 
 def _layer(settings: Settings) -> DictConfig:
-    layer = OmegaConf.create({})
+    layer: dict[str, Any] = {}
     for key, value in settings.items():
-        OmegaConf.update(layer, key, value, force_add=True)
-    return layer
+        *sections, name = key.split(".")
+        place = layer
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return OmegaConf.create(layer)
 
 
 def _without(layer: DictConfig) -> DictConfig:

@@ -66,6 +66,7 @@ class Suite:
         default: settings for methods that have no recipe.
         methods: what is otherwise in it for some methods.
         recipes: of each method, the first one first.
+        note: what is to be known of its published numbers.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Suite:
     default: Recipe
     methods: dict[str, Settings]
     recipes: dict[str, list[Recipe]]
+    note: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -157,6 +159,7 @@ def suite(name: str) -> Suite:
     return Suite(
         name, raw["title"], groups, raw.get("aliases", {}), raw["settings"], shots,
         Recipe(DEFAULT, default["by"], default["settings"]), default.get("methods", {}), recipes,
+        raw.get("note", ""),
     )  # fmt: skip
 
 
