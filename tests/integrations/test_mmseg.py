@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,42 @@ def test_real_operators_are_left_alone(monkeypatch):
     monkeypatch.setattr(mmcv, "ops", real)
     assert mmcv_ops.install() is False
     assert sys.modules["mmcv.ops"] is real
+
+
+@pytest.fixture
+def half_written(monkeypatch, tmp_path):
+    """yapf not yet imported, and its stored grammar as another process leaves it for a moment: empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def forget():
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("yapf", "yapf_third_party")]:
+            monkeypatch.delitem(sys.modules, name)
+
+    forget()
+    importlib.import_module("yapf")
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.pickle")}
+    assert files
+    for file in files:
+        file.write_bytes(b"")
+    forget()
+    return files
+
+
+def test_a_grammar_that_another_process_is_writing_is_waited_for(half_written):
+    def written():
+        for file, content in half_written.items():
+            file.write_bytes(content)
+
+    later = threading.Timer(0.3, written)
+    later.start()
+    mmcv_ops._settle_yapf(wait=0.1)
+    later.join()
+    assert importlib.import_module("yapf").__version__
+
+
+def test_a_grammar_that_stays_damaged_is_named(half_written):
+    with pytest.raises(ImportError, match="yapf's stored grammar is damaged"):
+        mmcv_ops._settle_yapf(attempts=2, wait=0.01)
 
 
 @pytest.mark.parametrize("operator", [mmcv_ops.CrissCrossAttention, mmcv_ops.PSAMask])

@@ -6,7 +6,6 @@ from typing import Any
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from ..errors import ConfigError
 from ..files import sha256_of, write_tensors
 from ..tasks.protocol import Task
 from ..tasks.registry import get_task
@@ -22,15 +21,15 @@ from .trouble import ending_in_words
 def pretrain(config: DictConfig, task: Task | None = None) -> dict[str, Any]:
     """Train every tensor; the result is ``weights.safetensors`` in the run's folder, with its checksum in the log.
 
+    It starts from random weights, or with ``model.pretrained`` goes on from the model's, with a classifier of its own.
+
     Args:
         config: the experiment.
         task: of your own; the one that the configuration names where None.
 
     Raises:
-        ConfigError: a configuration that starts from pretrained weights.
+        VpeftError: a configuration that cannot work.
     """
-    if config.model.pretrained:
-        raise ConfigError("model.pretrained: pretraining starts from random weights; set it to false")
     task = task or get_task(config)
     check(config, task)
     check_files(config)

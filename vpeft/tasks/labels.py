@@ -1,6 +1,6 @@
 """Loss and metrics of tasks whose samples have one label each: cross-entropy, and accuracies from torchmetrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ class LabelStep:
         num_classes: classes of the data; must equal the width of the model's head.
         label_smoothing: share of the target spread over all classes.
         mixup, cutmix: timm's alphas, 0 for off.
+
+    Attributes:
+        groups: where the data hold several tasks, the task of each class: a sample is judged among its task's classes alone.
     """
 
     monitor = "top1"
@@ -26,6 +29,7 @@ class LabelStep:
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.mixup, self.cutmix = mixup, cutmix
+        self.groups: Sequence[int] | None = None
 
     def mix(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of a batch (B, C, H, W), labels (B,) becoming shares (B, classes); else the batch itself."""
@@ -43,7 +47,14 @@ class LabelStep:
         """Cross-entropy of logits (B, classes) with labels (B,), or with shares (B, classes) of a mixed batch."""
         if targets.is_floating_point():
             return SoftTargetCrossEntropy()(outputs, targets)
-        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(self.within(outputs, targets), targets, label_smoothing=self.label_smoothing)
+
+    def within(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Logits (B, classes) in which those of other tasks than the label's are -inf."""
+        if self.groups is None:
+            return scores
+        groups = torch.as_tensor(self.groups, device=scores.device)
+        return scores.masked_fill(groups != groups[labels, None], -torch.inf)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """The outputs themselves, (B, classes)."""
@@ -85,6 +96,7 @@ class LabelStep:
             if not len(labels):
                 continue
             scores, labels = self.scores_on(model, inputs, device), labels.to(device)
+            scores = self.within(scores, labels)
             metrics.update(scores, labels)
             mean_loss.update(self.scores_loss(scores, labels), weight=len(labels))
         found = metrics.compute()

@@ -9,9 +9,10 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from ...data.embedded import EMBEDDED, check_fashion_mnist
+from ...data.embedded import check_fashion_mnist
 from ...data.images import open_image
 from ...data.pixels import to_rgb
+from ...data.sources import BUILT_IN
 from ...data.splits import (
     Datasets,
     check_label,
@@ -40,7 +41,7 @@ def check_source(data: Any) -> None:
         DataError: unknown source, missing folder, or splits that contradict each other.
     """
     source = data.source
-    if source in EMBEDDED:
+    if source in BUILT_IN:
         if source == "fashion_mnist":
             check_fashion_mnist(data.fashion_mnist or data.root)
     elif source == "folder":
@@ -55,7 +56,7 @@ def check_source(data: Any) -> None:
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
                 raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
     elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
-        known = [*EMBEDDED, "folder", *(f"{p}/NAME" for p in TIMM_PREFIXES)]
+        known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in TIMM_PREFIXES)]
         raise DataError(f"data.source: '{source}' is not a known source{did_you_mean(source, known)}")
     check_validation(data)
 
@@ -128,8 +129,8 @@ def _relabel(dataset: Dataset, own: Sequence[str] | None, classes: Sequence[str]
 
 
 def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Dataset:
-    if data.source in EMBEDDED:
-        dataset = EMBEDDED[data.source][0](data.fashion_mnist or data.root, split)
+    if data.source in BUILT_IN:
+        dataset = BUILT_IN[data.source][0](data.fashion_mnist or data.root, split)
         dataset.transform = transform
         return dataset
     if data.source == "folder":
@@ -190,8 +191,8 @@ def _cut(train: Dataset, size: int, eval_transform: Callable, seed: int) -> tupl
 
 def _own_names(data: Any, dataset: Dataset) -> tuple[str, ...] | None:
     """The class names that a data set brings, None where it has none."""
-    if data.source in EMBEDDED:
-        return EMBEDDED[data.source][1]
+    if data.source in BUILT_IN:
+        return BUILT_IN[data.source][1]
     if isinstance(dataset, FolderImages):
         return dataset.classes
     index = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)

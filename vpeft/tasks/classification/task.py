@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.images import open_image, read_image
+from ...data.sources import GROUPED
 from ...data.splits import Datasets, check_class_count, make_transforms
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ...files import naming
 from ...methods.base import Method
 from ..labels import LabelStep
@@ -55,6 +56,11 @@ class ImageClassification(LabelStep):
         """Refuse sections of data and augmentation that cannot work; see ``check_source``."""
         check_source(self.config.data)
         check_augmentation(self.config)
+        if self.config.data.source in GROUPED and (self.label_smoothing or self.mixup or self.cutmix):
+            raise ConfigError(
+                f"train.label_smoothing, augment.mixup, augment.cutmix: '{self.config.data.source}' holds several tasks: "
+                "a sample has no share of another task's classes; leave them at 0"
+            )
         make_transforms(self.config.augment, data_stats(self.config))
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
@@ -63,6 +69,9 @@ class ImageClassification(LabelStep):
         stats = data_stats(config)
         data = build_datasets(config.data, config.augment, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
+        if config.data.source in GROUPED:
+            tasks = [name.partition("/")[0] for name in data.classes]
+            self.groups = [tasks.index(task) for task in tasks]
         return data, stats
 
     # ---- the model ----

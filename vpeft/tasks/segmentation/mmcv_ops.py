@@ -5,7 +5,9 @@ wants are a few lines of torch; the others belong to two decode heads, and say s
 """
 
 import importlib
+import pickle
 import sys
+import time
 import types
 from typing import Any
 
@@ -61,6 +63,7 @@ class PSAMask(_Compiled):
 
 def install() -> bool:
     """Put the stand-in where ``mmcv.ops`` is looked for, unless the real one is there; returns whether it was put."""
+    _settle_yapf()
     import mmcv
 
     try:
@@ -73,3 +76,21 @@ def install() -> bool:
         setattr(module, part.__name__, part)
     sys.modules["mmcv.ops"] = mmcv.ops = module
     return True
+
+
+def _settle_yapf(attempts: int = 20, wait: float = 0.25) -> None:
+    """Import yapf, which mmengine imports, until its stored grammar is whole.
+
+    yapf stores its grammar when it is first imported for a user, and gives the file its name before it has written it: of
+    several processes that start together on a fresh machine, one may read an empty or a half file.
+    """
+    for left in reversed(range(attempts)):
+        try:
+            importlib.import_module("yapf")
+            return
+        except (EOFError, pickle.UnpicklingError) as error:
+            if not left:
+                raise ImportError(f"yapf's stored grammar is damaged ({error}); remove its cache folder") from error
+            time.sleep(wait)
+        except ImportError:  # said where mmengine itself is missed
+            return
