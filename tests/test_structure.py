@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "demo", "docs", "export", "search", "serving", "zoo"),
+    ("bench", "demo", "docs", "export", "search", "serving", "suites", "zoo"),
     ("commands",),
     ("cli",),
 )

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .commands import leaving, making, measuring, serving, shipping, showing, suites, telling, training, using, zoo
+from .commands import data, leaving, making, measuring, serving, shipping, showing, suites, telling, training, using, zoo
 from .errors import VpeftError
 from .stopping import any_characters, printing, stoppable
 from .version import __version__
@@ -24,6 +24,7 @@ COMMANDS = {
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
     "published": (suites.published, "print published results of a benchmark, and your runs beside them"),
     "configs": (shipping.configs, "list, show or copy the example configurations"),
+    "data": (data.data, "list, check and build the data sets of benchmarks"),
     "methods": (telling.methods, "list the methods, or describe one"),
     "bench": (measuring.bench, "measure time and memory of methods on a backbone"),
     "docs": (telling.docs, "write the pages in docs/ that a program can write"),

@@ -56,8 +56,7 @@ def leave_out(data: Datasets) -> Datasets:
     Raises:
         DataError: a stream, whose samples have no index to be counted by.
     """
-    for split in SPLITS:
-        dataset = getattr(data, split)
+    for dataset in (*(getattr(data, split) for split in SPLITS), *data.also.values()):
         if isinstance(dataset, IterableDataset):
             raise DataError("data.skip_broken: samples of a stream cannot be left out and counted; set it to false")
         if dataset is not None and tally_of(dataset) is None:

@@ -70,6 +70,14 @@ def _name(dataset: Any, index: int) -> str:
     return f"sample {index}"
 
 
+def judged_within(batches: Any) -> tuple[int, ...] | None:
+    """The classes among which a loader's samples are judged a second time (``within`` of its data set); None for all."""
+    dataset = getattr(batches, "dataset", None)
+    while isinstance(dataset, SeededDataset | Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "within", None)
+
+
 class Loader(DataLoader):
     """torch's loader, of which every pass draws one number from torch's generator, whatever its workers do.
 

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torchvision.transforms import ColorJitter
 
 from ..errors import ConfigError, DataError, did_you_mean, nearest, some
 from ..files import SURROGATE
+from .presets import evaluation_transform
 
 SPLITS = ("train", "val", "test")
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
@@ -31,12 +32,21 @@ POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 @dataclass
 class Datasets:
-    """The splits of one task. ``val`` or ``test`` is None where the configuration asks for none."""
+    """The splits of one task. ``val`` or ``test`` is None where the configuration asks for none.
+
+    Attributes:
+        train, val, test: the splits.
+        classes: names, in the order of the labels.
+        also: further test sets with the same classes, by name.
+        notes: what is written beside every result of these data, as plain values.
+    """
 
     train: Dataset | None
     val: Dataset | None
     test: Dataset | None
     classes: tuple[str, ...]
+    also: dict[str, Dataset] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def named_splits(data: Any) -> dict[str, str]:
@@ -216,15 +226,7 @@ def make_transforms(augment: Any, stats: dict) -> tuple[Callable, Callable]:
         ConfigError: timm does not take what the sections ``data`` and ``augment`` say.
     """
     try:
-        evaluate = create_transform(
-            stats["input_size"],
-            is_training=False,
-            interpolation=stats["interpolation"],
-            mean=stats["mean"],
-            std=stats["std"],
-            crop_pct=stats["crop_pct"],
-            crop_mode=stats["crop_mode"],
-        )
+        evaluate = evaluation_transform(stats)
         return (_augmented(augment, stats) if augment.enabled else evaluate), evaluate
     except (AssertionError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"augment: timm makes no transform of this: {type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data.embedded import FASHION_ROOT
+from ..data.presets import PRESETS
 from ..errors import ConfigError
 from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, probability
 from ..tasks.registry import TASKS, task_class
@@ -61,6 +62,12 @@ class DataConfig:
     )
     train_split: str = option("train", free="a split's name")
     val_split: str | None = option(None, free="a split's name")
+    shots: int | None = option(None, ge=1, le=16, unit="images", help="of each class, of the lists of few-shot benchmarks")
+    list_seed: int = option(0, ge=0, le=2, help="which of the lists of shots; not the seed of the run")
+    image_root: str | None = option(None, free="a folder's path", help="of a benchmark's images, where not beside its lists")
+    also_test: list[str] = option(
+        [], length=(0, 20), free="a benchmark's set", help="tested too, once, with the same classes"
+    )
     val_size: int = option(0, ge=0, le=10**9, unit="samples", help="of the training split, where there is no `val_split`")
     test_split: str | None = option("test", free="a split's name")
     num_classes: int | None = option(None, ge=1, unit="classes", help="to be checked against the data")
@@ -74,6 +81,9 @@ class DataConfig:
     skip_broken: bool = option(False, help="leave out and count what cannot be read; else it ends the run")
     batch_size: int = option(256, ge=1, unit="samples", help="outside training")
     workers: int = option(0, ge=0, le=1024, unit="processes", help="that load data; 0 loads in the main one")
+    preset: str | None = option(
+        None, choices=tuple(PRESETS), help="how images are resized and normalised; the keys below change parts of it"
+    )
     mean: list[float] | None = option(None, length=(1, 1000), help="of each channel")
     std: list[float] | None = option(None, ge=1e-6, length=(1, 1000), help="of each channel")
     interpolation: str | None = option(

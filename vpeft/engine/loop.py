@@ -60,7 +60,7 @@ class Trainer:
         recalibrate: Callable[[], Any] | None = None,
     ):
         self.config, self.handle, self.task, self.run, self.accelerator = config, handle, built.task, run, accelerator
-        self.metadata, self.recalibrate = metadata or {}, recalibrate
+        self.data, self.metadata, self.recalibrate = data, metadata or {}, recalibrate
         self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         self.params = [p for g in groups for p in g["params"]]
@@ -273,6 +273,8 @@ class Trainer:
         }
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
         metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
+        for name in self.data.also:
+            metrics |= {f"test_{name}_{k}": v for k, v in self.evaluate(name).items()}
         metrics |= self._left_out()
         if self.epoch < self.epochs:
             self.notes["stopped_early"] = self.epoch
@@ -285,9 +287,9 @@ class Trainer:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             draw_curves(self.run, self.task)
-            self.run.finish(metrics | self.notes)
+            self.run.finish(metrics | self.notes | self.data.notes)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
-        return metrics | self.notes
+        return metrics | self.notes | self.data.notes
 
     def _left_out(self) -> dict[str, int]:
         """How many samples of each split could not be read (``data.skip_broken``); the log names them."""

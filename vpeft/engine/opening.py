@@ -47,10 +47,12 @@ def only_split(config: DictConfig, split: str) -> DictConfig:
     """
     config = copy.deepcopy(config)
     if split == "val" and not config.data.val_split and config.data.val_size:
-        config.data.test_split = None  # it is a part of the training split
+        config.data.test_split, config.data.also_test = None, []  # it is a part of the training split
         return config
     if not config.data[f"{split}_split"]:
         raise ConfigError(f"data.{split}_split: the configuration has no {split} split")
+    if split != "test":
+        config.data.also_test = []
     if split != "train":
         config.data.train_split, config.data.val_size = "", 0
     for other in {"val", "test"} - {split}:

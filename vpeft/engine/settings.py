@@ -28,7 +28,7 @@ OPEN_ENDED = ("constant", "step", "multistep")
 # What may be changed on the way, where that is asked for (resume=changed).
 ADJUSTABLE = frozenset({"optim.lr", "optim.head_lr", "optim.weight_decay", "optim.momentum", "train.clip_grad",
                         "train.epochs", "train.patience", "train.label_smoothing", "train.precision"})  # fmt: skip
-PATHS = ("data.root", "data.fashion_mnist", "model.checkpoint", "init", "video.lists")
+PATHS = ("data.root", "data.image_root", "data.fashion_mnist", "model.checkpoint", "init", "video.lists")
 
 
 def stored_config(folder: Path) -> DictConfig:

@@ -62,7 +62,7 @@ def start_tracking(config: DictConfig, accelerator: Accelerator) -> None:
 
 
 def make_loaders(config: DictConfig, data: Datasets, accelerator: Accelerator) -> dict[str, DataLoader]:
-    """This process's loaders: ``train``, and ``val`` and ``test`` where there are such splits.
+    """This process's loaders: ``train``; ``val`` and ``test`` where there are such splits; further test sets by their names.
 
     Raises:
         VpeftError: a training split that makes no whole batch.
@@ -74,7 +74,7 @@ def make_loaders(config: DictConfig, data: Datasets, accelerator: Accelerator) -
     loaders = {
         "train": make_loader(data.train, config.train.batch_size, train=True, drop_last=config.train.drop_last, **common)
     }
-    for split, dataset in (("val", data.val), ("test", data.test)):
+    for split, dataset in (("val", data.val), ("test", data.test), *data.also.items()):
         if dataset is not None:
             loaders[split] = make_loader(dataset, config.data.batch_size, train=False, **common)
     if not len(loaders["train"]):

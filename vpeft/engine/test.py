@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on the data set of a configuration."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..data.loader import make_loader
+from ..data.presets import PRESETS, preset_of
+from ..errors import CheckpointError, ConfigError, did_you_mean, shown
 from ..tasks.frozen import backbone_of
 from ..tasks.models import check_model_name, check_weights
 from ..tasks.protocol import Task
@@ -38,9 +41,9 @@ def test(
     if task is not None:
         task.check()
     file = checkpoint.read_header(ckpt)
+    config = _as_trained(config, file)
     accelerator = make_accelerator(config)
     task, data = open_split(config, split, file.metadata["class_names"], str(ckpt), task)
-    dataset = getattr(data, split)
     with building(config):
         backbone = backbone_of(task, file, len(data.classes))
     built = task.assemble(backbone, len(data.classes))
@@ -49,17 +52,42 @@ def test(
         handle.merge()
     built.model.to(accelerator.device).eval()
     handle.eval()
-    loader = make_loader(
-        dataset, config.data.batch_size, train=False, workers=config.data.workers,
-        rank=accelerator.process_index, world=accelerator.num_processes,
-    )  # fmt: skip
-    with accelerator.autocast():
-        values = task.evaluate(built.model, loader, accelerator.device)
-    left_out = skipped([(split, loader)])
-    if left_out:
-        values["skipped"] = left_out[split][0]
+    values: dict[str, float] = {}
+    for name, dataset in {split: getattr(data, split), **data.also}.items():
+        loader = make_loader(
+            dataset, config.data.batch_size, train=False, workers=config.data.workers,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        with accelerator.autocast():
+            found = task.evaluate(built.model, loader, accelerator.device)
+        for count, _ in skipped([(name, loader)]).values():
+            found["skipped"] = count
+            if accelerator.is_main_process:
+                print(f"{name}: {count} left out", file=sys.stderr)
+        values |= found if name == split else {f"{name}_{k}": v for k, v in found.items()}
     if accelerator.is_main_process:
-        for count, _ in left_out.values():
-            print(f"{split}: {count} left out", file=sys.stderr)
-        print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()}, indent=1))
+        print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()} | data.notes, indent=1))
     return values
+
+
+def _as_trained(config: DictConfig, file: checkpoint.File) -> DictConfig:
+    """The experiment with the preset that a checkpoint was trained with, where it says so.
+
+    Raises:
+        ConfigError: it asks for another one.
+        CheckpointError: the file names one that there is not.
+    """
+    stored = file.metadata["data"].get("preset")
+    if stored is None or (config.data.preset is None and stored == preset_of(config.data)):
+        return config
+    if not isinstance(stored, str) or stored not in PRESETS:
+        raise CheckpointError(
+            f"{file.path}: its images were prepared by the preset {shown(stored)}{did_you_mean(stored, PRESETS)}"
+        )
+    if config.data.preset not in (None, stored):
+        raise ConfigError(
+            f"data.preset: '{config.data.preset}' asked for, but {file.path} was trained with '{stored}'; leave it out"
+        )
+    config = copy.deepcopy(config)
+    config.data.preset = stored
+    return config

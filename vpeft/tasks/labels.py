@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
+from ..data.loader import judged_within
+
 
 class LabelStep:
     """Loss and metrics of one label for each sample.
@@ -90,7 +92,12 @@ class LabelStep:
 
         Each process passes its own share of the samples; torchmetrics adds the counts up, so that every sample counts
         once whatever the number of processes. Not ``together``, each process has the metrics of its own batches.
+        Where the samples are of few of the classes (``judged_within``), ``acc1000`` is the accuracy among all 1,000 outputs
+        and ``acc200`` that among the outputs of those 200, whatever the numbers are.
         """
+        within = judged_within(batches)
+        few = None if within is None else MulticlassAccuracy(self.num_classes, average="micro", sync_on_compute=together)
+        few = None if few is None else few.to(device)
         metrics, mean_loss = self.metrics(together).to(device), MeanMetric(sync_on_compute=together).to(device)
         for inputs, labels in batches:
             if not len(labels):
@@ -99,9 +106,14 @@ class LabelStep:
             scores = self.within(scores, labels)
             metrics.update(scores, labels)
             mean_loss.update(self.scores_loss(scores, labels), weight=len(labels))
+            if few is not None:
+                chosen = torch.tensor(within, device=device)
+                few.update(chosen[scores[:, chosen].argmax(-1)], labels)
         found = metrics.compute()
         hits, *_, support = found["per_class"].double().unbind(-1)
         # A class that the split lacks has no accuracy.
         found["per_class"] = (hits / support)[support > 0].mean()
         values = {k: 100 * float(v) for k, v in found.items()}
+        if few is not None:
+            values |= {f"acc{self.num_classes}": values["top1"], f"acc{len(within)}": 100 * float(few.compute())}
         return values | {"loss": float(mean_loss.compute())}

@@ -10,10 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..data.presets import KEYS, PRESETS, preset_of
 from ..errors import ConfigError, VpeftError, did_you_mean
 from ..files import LONGEST_SHOWN
 from ..methods import Method, create
 from ..numerics import eval_mode
+
+# Keys that only classification reads.
+OF_BENCHMARKS = tuple(f"data.{key}" for key in ("preset", "shots", "list_seed", "image_root", "also_test"))
 
 
 def make_method(config: DictConfig) -> Method:
@@ -169,9 +173,9 @@ def check_outputs(model: nn.Module, size: Sequence[int], num_classes: int) -> No
 
 
 def data_stats(config: DictConfig) -> dict[str, Any]:
-    """timm's data config of the model (input_size, mean, std, interpolation, crop) under the configuration's overrides.
+    """timm's data config of the model (input_size, mean, std, interpolation, crop) under the preset and the section's keys.
 
-    No model is built for it.
+    No model is built for it. The preset's name stands beside it.
 
     Raises:
         ConfigError: statistics of another number of channels than three.
@@ -180,10 +184,9 @@ def data_stats(config: DictConfig) -> dict[str, Any]:
     for key in ("mean", "std"):
         if d[key] is not None and len(d[key]) not in (1, 3):
             raise ConfigError(f"data.{key}: {len(d[key])} numbers; images have 3 colours, give 3 or 1")
-    overrides = {"mean": d.mean, "std": d.std, "interpolation": d.interpolation, "crop_pct": d.crop_pct}
-    overrides = {k: (list(v) if k in ("mean", "std") else v) for k, v in overrides.items() if v is not None}
-    if d.crop_mode:
-        overrides["crop_mode"] = d.crop_mode
+    preset = preset_of(d)
+    overrides = dict(PRESETS[preset]) | {k: d[k] for k in KEYS if d[k] is not None}
+    overrides |= {k: list(overrides[k]) for k in ("mean", "std") if k in overrides}
     if config.model.img_size:
         overrides["input_size"] = (3, config.model.img_size, config.model.img_size)
-    return resolve_data_config(overrides, pretrained_cfg=_pretrained_cfg(config.model.name))
+    return resolve_data_config(overrides, pretrained_cfg=_pretrained_cfg(config.model.name)) | {"preset": preset}

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from ...data.embedded import check_fashion_mnist
 from ...data.images import open_image
 from ...data.pixels import to_rgb
+from ...data.sets import FAMILIES, SETS, check_also, check_set, check_unused, is_set, open_also, open_set
+from ...data.sets.lists import ListedImages
 from ...data.sources import BUILT_IN
 from ...data.splits import (
     Datasets,
@@ -26,7 +28,7 @@ from ...data.splits import (
     named_splits,
     thinned,
 )
-from ...errors import DataError, did_you_mean, some
+from ...errors import DataError, did_you_mean, nearest, some
 from .folder import FolderImages
 
 # Prefixes of timm.data.create_dataset.
@@ -41,6 +43,13 @@ def check_source(data: Any) -> None:
         DataError: unknown source, missing folder, or splits that contradict each other.
     """
     source = data.source
+    check_validation(data)
+    if data.also_test:
+        check_also(data)
+    if is_set(source):
+        check_set(data, named_splits(data))
+        return
+    check_unused(data)
     if source in BUILT_IN:
         if source == "fashion_mnist":
             check_fashion_mnist(data.fashion_mnist or data.root)
@@ -56,9 +65,9 @@ def check_source(data: Any) -> None:
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
                 raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
     elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
-        known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in TIMM_PREFIXES)]
-        raise DataError(f"data.source: '{source}' is not a known source{did_you_mean(source, known)}")
-    check_validation(data)
+        known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in (*TIMM_PREFIXES, *FAMILIES))]
+        near = nearest(source, [*BUILT_IN, "folder", *SETS]) or did_you_mean(source, known)
+        raise DataError(f"data.source: '{source}' is not a known source{near}")
 
 
 def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0, order: Sequence[str] | None = None) -> Datasets:
@@ -77,20 +86,30 @@ def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0, order
     check_source(data)
     train_transform, eval_transform = make_transforms(augment, stats)
     found = {
-        split: _open(data, name, train_transform if split == "train" else eval_transform, training=split == "train")
+        split: _open(data, name, split, train_transform if split == "train" else eval_transform)
         for split, name in named_splits(data).items()
     }
     first = next(iter(found.values()))
     classes = _classes(data, first, order)
     for split, dataset in found.items():
-        _relabel(
-            dataset, _own_names(data, dataset) or data.classes, classes, f"data.{split}_split: '{data[f'{split}_split']}'"
-        )
+        own = _own_names(data, dataset) or data.classes
+        _relabel(dataset, own, classes, f"data.{split}_split: '{data[f'{split}_split']}'")
+    pixels = getattr(first, "pixels", None)
+    notes = {"pixels": pixels} if pixels else {}
     if _prefix(data.source) not in STREAMS:
         found = {split: _thin(dataset, data.num_samples) for split, dataset in found.items()}
     if data.val_size and "train" in found:
         found["train"], found["val"] = _cut(found["train"], data.val_size, eval_transform, seed)
-    return Datasets(found.get("train"), found.get("val"), found.get("test"), classes)
+    also = _also(data, classes, eval_transform) if data.also_test else {}
+    return Datasets(found.get("train"), found.get("val"), found.get("test"), classes, also, notes)
+
+
+def _also(data: Any, classes: Sequence[str], transform: Callable) -> dict[str, Dataset]:
+    """Further test sets, their samples labelled as the trained classes are."""
+    found = open_also(data, transform)
+    for name, dataset in found.items():
+        _relabel(dataset, dataset.names, classes, f"data.also_test: '{name}'")
+    return {name: _thin(dataset, data.num_samples) for name, dataset in found.items()}
 
 
 def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[str, ...]:
@@ -101,7 +120,7 @@ def _classes(data: Any, first: Dataset, order: Sequence[str] | None) -> tuple[st
             f"data.train_split: the class {some(list(empty))} has a folder in '{data.train_split}', but no image"
         )
     if order is None:
-        return class_names(data, _own_names(data, first))
+        return class_names(data, _own_names(data, first), getattr(first, "count", None))
     if data.classes:
         label_table(data.classes, order, "data.classes")
     elif named_by(order) and _own_names(data, first) is None:
@@ -128,11 +147,14 @@ def _relabel(dataset: Dataset, own: Sequence[str] | None, classes: Sequence[str]
         dataset.transforms.target_transform = table.__getitem__
 
 
-def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Dataset:
+def _open(data: Any, split: str, part: str, transform: Callable) -> Dataset:
+    """A split by its name; ``part`` says whether it is for ``train``, ``val`` or ``test``."""
     if data.source in BUILT_IN:
         dataset = BUILT_IN[data.source][0](data.fashion_mnist or data.root, split)
         dataset.transform = transform
         return dataset
+    if is_set(data.source):
+        return open_set(data, split, f"data.{part}_split", transform)
     if data.source == "folder":
         return FolderImages(Path(data.root) / split, transform)
     # tfds gives arrays, which timm makes images of; what the others open comes as it is in the file.
@@ -142,7 +164,7 @@ def _open(data: Any, split: str, transform: Callable, *, training: bool) -> Data
             data.source,
             root=data.root,
             split=split,
-            is_training=training,
+            is_training=part == "train",
             batch_size=data.batch_size,
             download=data.download,
             num_samples=data.num_samples,
@@ -195,6 +217,8 @@ def _own_names(data: Any, dataset: Dataset) -> tuple[str, ...] | None:
         return BUILT_IN[data.source][1]
     if isinstance(dataset, FolderImages):
         return dataset.classes
+    if isinstance(dataset, ListedImages):
+        return dataset.names
     index = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return tuple(sorted(index, key=index.get)) if index else None
 

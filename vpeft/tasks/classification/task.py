@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from timm.data import DEFAULT_CROP_PCT, create_transform
+from timm.data import DEFAULT_CROP_PCT
 from torch import Tensor, nn
 
 from ... import checkpoint
 from ...backbone.reading import input_size
 from ...data.images import open_image, read_image
+from ...data.presets import KEYS, check_preset, evaluation_transform
 from ...data.sources import GROUPED
 from ...data.splits import Datasets, check_class_count, make_transforms
 from ...errors import ConfigError, DataError
@@ -55,6 +56,7 @@ class ImageClassification(LabelStep):
     def check(self, method: Method | None = None) -> None:
         """Refuse sections of data and augmentation that cannot work; see ``check_source``."""
         check_source(self.config.data)
+        check_preset(self.config.data, self.config.augment.enabled)
         check_augmentation(self.config)
         if self.config.data.source in GROUPED and (self.label_smoothing or self.mixup or self.cutmix):
             raise ConfigError(
@@ -69,6 +71,7 @@ class ImageClassification(LabelStep):
         stats = data_stats(config)
         data = build_datasets(config.data, config.augment, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
+        data.notes |= {"preset": stats["preset"], "preprocessing": {k: stats[k] for k in KEYS}}
         if config.data.source in GROUPED:
             tasks = [name.partition("/")[0] for name in data.classes]
             self.groups = [tasks.index(task) for task in tasks]
@@ -135,11 +138,10 @@ class ImageClassification(LabelStep):
 
 
 def _transform_of(file: checkpoint.File) -> Callable:
-    """timm's evaluation transform, as the checkpoint's model was trained with; it raises DataError for too thin images."""
-    keys, data = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"), file.metadata["data"]
+    """The evaluation transform, as the checkpoint's model was trained with; it raises DataError for too thin images."""
+    given = {k: v for k, v in file.metadata["data"].items() if v is not None}
     with naming(file.path, Exception):  # an interpolation that timm does not know
-        given = {k: data[k] for k in keys if data.get(k) is not None}
-        transform = create_transform(**given)
+        transform = evaluation_transform(given)
     if given.get("crop_mode") in ("squash", "border"):  # these enlarge no side beyond the input
         return transform
     height, width = (side / given.get("crop_pct", DEFAULT_CROP_PCT) for side in given.get("input_size", (224, 224))[-2:])

@@ -20,7 +20,7 @@ from ...data.splits import Datasets
 from ...errors import ConfigError, DataError, VpeftError
 from ...methods.base import Method
 from ...numerics import eval_mode
-from ..models import build_model, data_stats, refuse_unused
+from ..models import OF_BENCHMARKS, build_model, data_stats, refuse_unused
 from ..prediction import check_finite, check_resized, find_inputs, leave_out, names_of, preparation, read_batches
 from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
@@ -88,6 +88,7 @@ class SemanticSegmentation(SegmentationStep):
         config, seg = self.config, self.config.seg
         fixed = "images are resized by seg.short, seg.scale and seg.crop (bilinear) in segmentation; leave it out"
         refuse_unused(config, ("data.interpolation", "data.crop_pct", "data.crop_mode"), fixed)
+        refuse_unused(config, OF_BENCHMARKS, "it is for the images of task=classification; leave it out")
         refuse_unused(
             config, ("model.keep_head",), "a decode head stands in the place of the weights' classifier; set it to false"
         )

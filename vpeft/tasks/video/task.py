@@ -15,7 +15,7 @@ from ...backbone.reading import input_size
 from ...data.splits import Datasets, check_class_count
 from ...errors import ConfigError
 from ...methods.base import Method
-from ..models import build_model, check_augmentation, check_outputs, data_stats, refuse_unused
+from ..models import OF_BENCHMARKS, build_model, check_augmentation, check_outputs, data_stats, refuse_unused
 from ..prediction import check_classifier, check_topk, preparation, ranked, read_batches
 from ..protocol import Leaving, PredictOptions, TaskModel
 from ..restore import restored
@@ -57,6 +57,7 @@ class ActionRecognition(ClipStep):
         check_video_source(self.config.data, video)
         check_augmentation(self.config)
         refuse_unused(self.config, ("data.crop_mode",), "video.short_side and video.crops say what is seen; leave it out")
+        refuse_unused(self.config, OF_BENCHMARKS, "it is for the images of task=classification; leave it out")
 
     def open_data(self) -> tuple[Datasets, dict[str, Any]]:
         """The splits as data sets of clips, and the model's preprocessing."""

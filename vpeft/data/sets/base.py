@@ -1,0 +1,118 @@
+"""What a benchmark's data set is: where its lists and images lie, which splits it has, how many classes and images."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ...errors import DataError, did_you_mean
+from .lists import Listing
+
+HELP = "docs/benchmarks-data.md tells how to get it"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a configuration asks of a set beside a split.
+
+    Attributes:
+        root: the folder of all sets.
+        shots: training images of each class, where lists for several numbers ship with the set.
+        seed: of those lists.
+        image_root: where the images are, below ``root`` or absolute; None where they lie as the layout has them.
+    """
+
+    root: Path
+    shots: int | None = None
+    seed: int = 0
+    image_root: str | None = None
+
+    def places(self, *usual: Path) -> list[Path]:
+        """Where images may be: the folder that was named, or else the usual ones."""
+        return list(usual) if self.image_root is None else [self.root / self.image_root]
+
+
+class LabelledSet:
+    """A benchmark's data set; subclasses read one family of layouts.
+
+    Args:
+        name: as ``data.source`` has it.
+        classes: how many.
+        folders: names of its folder below the root, the usual one first.
+        sizes: images of each split, as published.
+
+    Attributes:
+        names: of the classes; None where they are numbers.
+        takes_shots: whether lists for several numbers of shots ship with it.
+        takes_image_root: whether images may lie elsewhere than the lists.
+        aliases: other names of splits.
+        parts: splits that others contain.
+    """
+
+    names: tuple[str, ...] | None = None
+    takes_shots: ClassVar[bool] = False
+    takes_image_root: ClassVar[bool] = True
+    aliases: ClassVar[Mapping[str, str]] = {}
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __init__(self, name: str, classes: int, folders: Sequence[str], sizes: Mapping[str, int]):
+        self.name, self.classes, self.folders, self.sizes = name, classes, tuple(folders), dict(sizes)
+
+    def layout(self) -> str:
+        """The folders and files that are expected, below ROOT."""
+        raise NotImplementedError
+
+    def sources(self, asked: Asked, split: str) -> list[Path]:
+        """The files and folders of which a split is read, each of which must be there."""
+        raise NotImplementedError
+
+    def read(self, asked: Asked, split: str) -> Listing:
+        """A split's images and labels; that the images are there is not looked at.
+
+        Raises:
+            DataError: a list that is not what it should be.
+        """
+        raise NotImplementedError
+
+    def size(self, split: str, asked: Asked) -> int | None:
+        """How many images a split has as published; None where nothing says so."""
+        return self.sizes.get(split)
+
+    def pixels(self, asked: Asked, listing: Listing) -> str | None:
+        """How the stored pixels came from the originals, where that differs between copies of the set."""
+        return None
+
+    def split(self, name: str, key: str) -> str:
+        """The set's own name of a split.
+
+        Raises:
+            DataError: it has no such split.
+        """
+        found = self.aliases.get(name, name)
+        if found not in self.sizes:
+            raise DataError(f"{key}: '{self.name}' has no split '{name}'{did_you_mean(name, [*self.sizes, *self.aliases])}")
+        return found
+
+    def folder(self, root: Path, marks: Iterable[str] = ()) -> Path:
+        """Its folder below a root: that of the usual name, or one of the other names that is there.
+
+        Args:
+            root: of all sets.
+            marks: files or folders by which it is known, where several names are there.
+        """
+        there = [root / name for name in self.folders if (root / name).is_dir()]
+        marked = [place for place in there if any((place / mark).exists() for mark in marks)]
+        return (marked or there or [root / self.folders[0]])[0]
+
+    def check(self, asked: Asked, split: str) -> None:
+        """Refuse a split whose lists or folders are not there, with the layout that is expected.
+
+        Raises:
+            DataError: names what is missing.
+        """
+        for path in self.sources(asked, split):
+            if not path.exists():
+                raise DataError(
+                    f"data.root: {self.name} ({split}): {path} does not exist; expected, with ROOT = {asked.root}: "
+                    f"{self.layout()}; {HELP}"
+                )
