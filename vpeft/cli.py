@@ -22,6 +22,7 @@ COMMANDS = {
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
+    "suite": (suites.suite, "train a method on all tasks of a benchmark, and compare it with published results"),
     "published": (suites.published, "print published results of a benchmark, and your runs beside them"),
     "configs": (shipping.configs, "list, show or copy the example configurations"),
     "data": (data.data, "list, check and build the data sets of benchmarks"),

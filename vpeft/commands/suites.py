@@ -1,7 +1,7 @@
 """Benchmarks of several tasks: parsers and what they run; see ``vpeft/cli.py``."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def published(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
@@ -35,3 +35,40 @@ def published(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
             print(text(suite, rows, own, details=bool(args.method)), end="")
 
     return run
+
+
+def suite(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("name", metavar="SUITE", help="vtab, fgvc, fewshot, imagenet_dg or cifar100")
+    parser.add_argument("method", metavar="METHOD", help="with the first of its recipes unless recipe=… says another")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="N", help="of the runs (default: the recipe's)")
+    parser.add_argument("--lists", nargs="+", default=[], metavar="N", help="which lists of few images, 0 to 2")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for all runs")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..engine.recipes import suite as named
+        from ..errors import ConfigError
+        from ..suites.whole import jobs, run_suite
+
+        if args.processes < 1:
+            raise ConfigError(f"--processes: {args.processes} is impossible; it must be at least 1")
+        # Settings that stand behind an option with several values are none of these.
+        given = [*args.overrides, *(v for v in (*args.tasks, *args.seeds, *args.lists) if "=" in v)]
+        tasks = [v for v in args.tasks if "=" not in v]
+        of = named(args.name)
+        todo = jobs(
+            of, args.method, given, tasks=tasks, seeds=_numbers("--seeds", args.seeds), lists=_numbers("--lists", args.lists)
+        )
+        run_suite(of, todo, processes=args.processes)
+
+    return run
+
+
+def _numbers(option: str, values: Sequence[str]) -> list[int]:
+    from ..errors import ConfigError
+
+    wrong = [v for v in values if "=" not in v and not v.isdecimal()]
+    if wrong:
+        raise ConfigError(f"{option}: '{wrong[0]}' is no number; give such as {option} 0 1 2")
+    return [int(v) for v in values if "=" not in v]

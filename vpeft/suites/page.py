@@ -4,20 +4,20 @@ import csv
 import io
 import textwrap
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from ..engine.recipes import Suite
 from .means import Means, means, trade_off
 from .measured import Measured
-from .published import Row, columns, disputes, groups
+from .published import PublishedRow, columns, disputes, groups
 
 WIDTH = 80
 ACROSS = 7  # rows that stand side by side where tasks go down
 EPOCHS = {"last": "last", "best_test": "best*"}
 
 
-def text(suite: Suite, rows: Sequence[Row], own: Sequence[Measured], *, details: bool) -> str:
+def text(suite: Suite, rows: Sequence[PublishedRow], own: Sequence[Measured], *, details: bool) -> str:
     """A page of at most 80 columns.
 
     Args:
@@ -60,7 +60,7 @@ def _cells(suite: Suite, name: str, size: str, values: dict[str, float], own: Me
     return f"{name[:22]:22}{cells}" + (f"{_two(own.tasks):>8}" if len(there) > 1 else "")
 
 
-def _published_line(suite: Suite, row: Row) -> str:
+def _published_line(suite: Suite, row: PublishedRow) -> str:
     about = row.about
     rough = "~" if not row.computed or "rounded group means" in about["note"] else ""
     epoch = EPOCHS.get(about["epoch_selection"].split(" ")[0], "?")
@@ -78,16 +78,23 @@ def _protocol(suite: Suite, row: Measured) -> str:
     values, wanted = row.values(suite), [c for names in groups(suite).values() for c in names]
     missing = [c for c in wanted if c not in values]
     parts = [f"{row.name}: {row.method}", f"on {', '.join(sorted(row.models))}", f"images {', '.join(sorted(row.images))}"]
-    parts.append(f"{' or '.join(sorted(row.epochs))} epoch, seeds {', '.join(map(str, sorted(row.seeds)))}")
+    parts.append(f"{' or '.join(sorted(row.epochs))} epoch, seeds {', '.join(row.draws)}")
     every = means(groups(suite), values)
     if row.parameters and every.tasks is not None:
         parts.append(f"PPT {trade_off(every.tasks, mean(row.parameters)):.3f}")
+    parts += _spread(suite, row)
     if missing:
         parts.append(f"without {', '.join(missing)}" if len(missing) <= 5 else f"{len(values)} of {len(wanted)} columns")
     return "; ".join([*parts, *sorted(row.remarks)])
 
 
-def _by_task(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> list[str]:
+def _spread(suite: Suite, row: Measured) -> list[str]:
+    """The mean of the tasks under each seed, and how far these are apart."""
+    each = [m for draw in row.draws if (m := means(groups(suite), row.values(suite, draw)).tasks) is not None]
+    return [f"mean of the tasks {mean(each):.2f} ± {stdev(each):.2f} over {len(each)} draws"] if len(each) > 1 else []
+
+
+def _by_task(suite: Suite, rows: Sequence[PublishedRow], own: Sequence[Measured]) -> list[str]:
     """The scores of single tasks, which go down; rows stand side by side under numbers."""
     named = [(row.about["id"], row.scores) for row in rows if row.scores]
     named += [(f"{row.name}, measured here", row.values(suite)) for row in own]
@@ -103,7 +110,7 @@ def _by_task(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> list
     return lines
 
 
-def _source(row: Row) -> str:
+def _source(row: PublishedRow) -> str:
     about = row.about
     where = about["paper"] or about["read_from"]
     read = f"; read in {about['read_from']}" if about["paper"] and about["paper"] != about["read_from"] else ""
@@ -112,7 +119,7 @@ def _source(row: Row) -> str:
     return f"{about['id']}: {where}{read}; {'; '.join(m for m in more if m)}"
 
 
-def _notes(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> list[str]:
+def _notes(suite: Suite, rows: Sequence[PublishedRow], own: Sequence[Measured]) -> list[str]:
     notes = ([suite.note] if suite.note else []) + disputes(rows)
     if len(suite.groups) > 1:
         notes.append(
@@ -127,7 +134,7 @@ def _notes(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> list[s
     return notes
 
 
-def plain(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> dict[str, Any]:
+def plain(suite: Suite, rows: Sequence[PublishedRow], own: Sequence[Measured]) -> dict[str, Any]:
     """The same as plain values."""
     return {
         "benchmark": suite.name,
@@ -146,12 +153,12 @@ def _plain(suite: Suite, row: Measured) -> dict[str, Any]:
         "name": row.name, "method": row.method, "scores": values, "means": _means(every), "parameters": size,
         "ppt": None if size is None or every.tasks is None else trade_off(every.tasks, size),
         "runs": row.scores,
-        "seeds": sorted(row.seeds), "models": sorted(row.models), "images": sorted(row.images),
+        "draws": row.draws, "models": sorted(row.models), "images": sorted(row.images),
         "epochs": sorted(row.epochs), "remarks": sorted(row.remarks),
     }  # fmt: skip
 
 
-def table(suite: Suite, rows: Sequence[Row], own: Sequence[Measured]) -> str:
+def table(suite: Suite, rows: Sequence[PublishedRow], own: Sequence[Measured]) -> str:
     """The same as CSV; ``kind`` says ``measured here`` of one's own."""
     names = columns(suite.name)
     means_of = ["mean_tasks", *([f"mean_{g}" for g in suite.groups] + ["mean_groups"] if len(suite.groups) > 1 else [])]

@@ -19,7 +19,7 @@ ROUGH = 0.0999  # and with one, where some are cut, not rounded
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One published row.
 
     Attributes:
@@ -65,7 +65,7 @@ def groups(of: Suite) -> dict[str, tuple[str, ...]]:
     return dict(of.groups) if len(of.groups) > 1 else {"all": tuple(columns(of.name))}
 
 
-def published(of: Suite, method: str | None = None) -> list[Row]:
+def published(of: Suite, method: str | None = None) -> list[PublishedRow]:
     """A suite's published rows, of one method or all.
 
     Args:
@@ -86,16 +86,16 @@ def published(of: Suite, method: str | None = None) -> list[Row]:
     return found
 
 
-def _row(of: Suite, raw: dict[str, str]) -> Row:
+def _row(of: Suite, raw: dict[str, str]) -> PublishedRow:
     about = {key: raw.get(key) or "" for key in ABOUT}
     scores = {key: float(raw[key]) for key in columns(of.name) if raw[key]}
     if scores:
-        return Row(about, scores, means(groups(of), scores))
+        return PublishedRow(about, scores, means(groups(of), scores))
     by_group = {group: _number(about.get(group)) for group in of.groups} if len(of.groups) > 1 else {}
-    return Row(about, {}, Means(_number(about["mean19"] or about["mean"]), _number(about["mean_groups"]), by_group))
+    return PublishedRow(about, {}, Means(_number(about["mean19"] or about["mean"]), _number(about["mean_groups"]), by_group))
 
 
-def disputes(rows: Iterable[Row]) -> list[str]:
+def disputes(rows: Iterable[PublishedRow]) -> list[str]:
     """Where a printed mean is not the mean of its row, in a sentence each."""
     found = []
     for row in rows:
@@ -114,7 +114,7 @@ def disputes(rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def _both(row: Row) -> str:
+def _both(row: PublishedRow) -> str:
     if row.means.of_groups is None:
         return f"{row.means.tasks:.2f}"
     printed = float(row.about["printed"])

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...errors import ConfigError, did_you_mean
 from ...methods.base import ALIASES, METHODS
-from .table import DEFAULT, Recipe, Settings, Suite, suite
+from .table import DEFAULT, Settings, Suite, SuiteRecipe, suite
 
 # Keys of a suite's configuration alone, which an ordinary one does not have.
 SUITE_KEYS = ("suite", "recipe", "shots")
@@ -113,7 +113,7 @@ def _shots(chosen: Suite, asked: Settings) -> int | None:
     return shots
 
 
-def _settings(chosen: Suite, recipe: Recipe, task: str, method: str, shots: int | None) -> Settings:
+def _settings(chosen: Suite, recipe: SuiteRecipe, task: str, method: str, shots: int | None) -> Settings:
     first = next((r.name for r in chosen.recipes.get(method, [])), DEFAULT)
     label = method if recipe.name == first else f"{method}-{recipe.name}"
     words = {"task": task, "method": label, "shots": shots}
@@ -123,7 +123,7 @@ def _settings(chosen: Suite, recipe: Recipe, task: str, method: str, shots: int 
     return shared | {"method.name": method} | recipe.of(task, shots)
 
 
-def _said(chosen: Suite, recipe: Recipe, task: str, method: str, shots: int | None) -> str:
+def _said(chosen: Suite, recipe: SuiteRecipe, task: str, method: str, shots: int | None) -> str:
     where = f"{chosen.name}/{task}" + (f" with {shots} shots" if shots is not None else "")
     if recipe.name == DEFAULT:
         why = "" if chosen.recipes.get(method) else f"; nobody published values of {method} here"

@@ -18,7 +18,7 @@ Settings = dict[str, Any]  # by the key's path, such as "optim.lr"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SuiteRecipe:
     """Published settings of one method on a suite.
 
     Attributes:
@@ -75,9 +75,9 @@ class Suite:
     aliases: dict[str, str]
     settings: Settings
     shots: tuple[int, ...]
-    default: Recipe
+    default: SuiteRecipe
     methods: dict[str, Settings]
-    recipes: dict[str, list[Recipe]]
+    recipes: dict[str, list[SuiteRecipe]]
     note: str = ""
 
     @property
@@ -99,12 +99,12 @@ class Suite:
             raise ConfigError(f"task: {self.title} has no task '{name}'{near}")
         return found
 
-    def fallback(self, method: str) -> Recipe:
+    def fallback(self, method: str) -> SuiteRecipe:
         """The stated default for a method."""
         own = self.methods.get(method, {})
-        return Recipe(DEFAULT, self.default.by, self.default.settings | own)
+        return SuiteRecipe(DEFAULT, self.default.by, self.default.settings | own)
 
-    def choose(self, method: str, task: str, wanted: str | None, asked: Mapping[str, Any]) -> Recipe:
+    def choose(self, method: str, task: str, wanted: str | None, asked: Mapping[str, Any]) -> SuiteRecipe:
         """The recipe for a method on a task.
 
         Args:
@@ -158,12 +158,14 @@ def suite(name: str) -> Suite:
     }
     return Suite(
         name, raw["title"], groups, raw.get("aliases", {}), raw["settings"], shots,
-        Recipe(DEFAULT, default["by"], default["settings"]), default.get("methods", {}), recipes,
+        SuiteRecipe(DEFAULT, default["by"], default["settings"]), default.get("methods", {}), recipes,
         raw.get("note", ""),
     )  # fmt: skip
 
 
-def _recipe(name: str, raw: dict, sources: dict, base: Settings, tasks: tuple[str, ...], shots: tuple[int, ...]) -> Recipe:
+def _recipe(
+    name: str, raw: dict, sources: dict, base: Settings, tasks: tuple[str, ...], shots: tuple[int, ...]
+) -> SuiteRecipe:
     source = sources[raw["source"]]
     each: dict[str, Settings] = {task: {} for task in tasks}
     for key, line in raw.get("tasks", {}).items():
@@ -176,7 +178,7 @@ def _recipe(name: str, raw: dict, sources: dict, base: Settings, tasks: tuple[st
         for task, line in lines.items():
             for number, settings in zip(shots, _line(key, line), strict=True):
                 by_shots.setdefault((task, number), {}).update(settings)
-    return Recipe(
+    return SuiteRecipe(
         name, source["by"], base | source.get("settings", {}) | raw.get("settings", {}), each, by_shots,
         tuple(raw.get("only", tasks)), raw.get("when", {}), source.get("warn", ""), raw.get("note", ""),
     )  # fmt: skip
