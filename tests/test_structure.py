@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("engine",),
     ("integrations",),
-    ("bench", "demo", "docs", "export", "search", "serving", "suites", "zoo"),
+    ("bench", "demo", "docs", "export", "search", "serving", "suites", "sweeps", "zoo"),
     ("commands",),
     ("cli",),
 )

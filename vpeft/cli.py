@@ -6,7 +6,22 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .commands import data, leaving, making, measuring, serving, shipping, showing, suites, telling, training, using, zoo
+from .commands import (
+    benchmark,
+    data,
+    leaving,
+    making,
+    measuring,
+    serving,
+    shipping,
+    showing,
+    suites,
+    sweeps,
+    telling,
+    training,
+    using,
+    zoo,
+)
 from .errors import VpeftError
 from .stopping import any_characters, printing, stoppable
 from .version import __version__
@@ -20,6 +35,8 @@ COMMANDS = {
     "serve": (serving.serve, "serve many tasks on one backbone, over HTTP or from a list of images"),
     "table": (training.table, "train configurations under several seeds and compare them"),
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
+    "sweep": (sweeps.sweep, "try settings on validation data, then train and test the best ones"),
+    "benchmark": (benchmark.benchmark, "train methods on tasks that need no download, and compare them"),
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),
     "push": (zoo.push, "upload a checkpoint with a model card to the Hugging Face Hub"),
     "suite": (suites.suite, "train a method on all tasks of a benchmark, and compare it with published results"),

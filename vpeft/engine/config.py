@@ -15,14 +15,15 @@ from ..tasks.registry import TASKS, task_class
 from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
 from .layers import merge, read_config
+from .solvers.config import SOLVERS, SolveConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 __all__ = [
     "PRECISIONS", "AugmentConfig", "CacheConfig", "Config", "DataConfig", "MethodConfig", "ModelConfig", "MotionConfig",
-    "OptimConfig", "ScenesConfig", "ScheduleConfig", "SegConfig", "TrainConfig", "VideoConfig", "WandbConfig", "check",
-    "check_options", "from_container", "load_config", "merge", "read_config", "why_no_cache",
+    "OptimConfig", "ScenesConfig", "ScheduleConfig", "SegConfig", "SolveConfig", "TrainConfig", "VideoConfig", "WandbConfig",
+    "check", "check_options", "from_container", "load_config", "merge", "read_config", "why_no_cache",
 ]  # fmt: skip
 
 
@@ -123,6 +124,8 @@ class OptimConfig:
     weight_decay: float = nonnegative(1e-4, help="of what is decayed")
     momentum: float = option(0.9, ge=0, le=1, help="of SGD and its kin")
     head_lr: float | None = nonnegative(None, help="`lr` where None")
+    layer_decay: float = option(1.0, gt=0, le=1, help="factor of the rate from each layer of the model to the one below")
+    lr_scales: dict[str, float] = option({}, ge=0, le=1000, free="factors of the rate, by paths of the model's modules")
     kwargs: dict[str, Any] = option({}, free="further keywords of timm's factory")
 
 
@@ -150,6 +153,7 @@ class TrainConfig:
     label_smoothing: float = option(0.0, ge=0, lt=1, help="share that all classes get")
     ema: float | None = option(None, ge=0, lt=1, help="decay of a moving average of the weights")
     precision: str = option("fp32", choices=PRECISIONS, help="of forward and backward")
+    solver: str = option("optim", choices=SOLVERS, help="what trains; the others find a head on frozen features at once")
     compile: bool = option(False, help="with `torch.compile`")
     fused_attention: bool = option(True, help="torch's scaled dot-product attention")
     grad_checkpointing: bool = option(False, help="compute activations again instead of keeping them")
@@ -209,6 +213,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    solve: SolveConfig = field(default_factory=SolveConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     seg: SegConfig = field(default_factory=SegConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +21,17 @@ from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
 from .best import keep_training_form, read_best
-from .cache import GB, CachedLoader, CacheError, FeatureCache
+from .cache import CacheError
 from .config import why_no_cache
 from .opening import skipped
 from .plan import STATE
 from .progress import Bar, GradientWatch, Pace, TimedBatches
+from .rates import by_layer, told
 from .report import draw_curves
 from .run import RunFolder
 from .setup import make_loaders, make_optimizer, make_schedule
 from .state import Average, RunState
+from .stored import stored
 from .trouble import not_finite
 
 
@@ -63,6 +64,9 @@ class Trainer:
         self.data, self.metadata, self.recalibrate = data, metadata or {}, recalibrate
         self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
+        groups = by_layer(config, handle, groups)
+        for line in told(handle, groups):
+            run.logger.info("%s", line)
         self.params = [p for g in groups for p in g["params"]]
         optimizer = make_optimizer(config, groups)
         self.whole = built.model.to(accelerator.device)
@@ -75,6 +79,7 @@ class Trainer:
         self.changes: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
         self.pace = Pace()
+        self.after_epoch: Callable[[dict[str, Any]], Any] = lambda row: None  # given the epoch's row; may raise to end it
         self.watch = GradientWatch(((n, p) for n, p in handle.named_parameters() if p.requires_grad), run.logger)
 
     # ---- one run ----
@@ -107,35 +112,21 @@ class Trainer:
         if config.mode == "off":
             return
         reason = self.task.no_cache or why_no_cache(self.config)
-        if self.accelerator.num_processes > 1:
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
             reason = "each process would need all features; run one process"
         try:
             if reason:
                 raise CacheError(f"no features to cache: {reason}")
             for split in ("train", "val"):
                 if split in self.loaders:
-                    self.loaders[split] = self._cached(self.loaders[split], split)
+                    loader = self.loaders[split]
+                    cache = stored(self.config, self.handle, loader, split, accelerator, self.run)
+                    self.loaders[split] = cache.loader(loader)
         except CacheError as error:
             if config.mode != "auto":
                 raise
             self.run.logger.info("cache.mode=auto: every epoch runs the whole model: %s", error)
-
-    def _cached(self, loader, name: str) -> CachedLoader:
-        config, started = self.config.cache, time.perf_counter()
-        self.handle.eval()
-        cache = FeatureCache(
-            self.handle,
-            dtype=config.dtype,
-            mode=config.mode,
-            budget=config.budget_gb * GB,
-            folder=config.folder or Path(self.config.output) / "cache",
-            autocast=self.accelerator.autocast,
-        ).fill(loader, progress=self.run.main)
-        self.run.logger.info(
-            "features of %d %s samples (%.3f GB) in %s after %.1fs", len(cache.labels), name, cache.size / GB, cache.where,
-            time.perf_counter() - started,
-        )  # fmt: skip
-        return cache.loader(loader)
 
     def _epoch(self) -> None:
         started = time.perf_counter()
@@ -168,6 +159,7 @@ class Trainer:
         self.run.kept = self.epoch
         self.pace.add(time.perf_counter() - started)
         self._report(row, waited / trained)
+        self.after_epoch(row)
 
     def _report(self, row: dict[str, Any], waiting: float) -> None:
         """An epoch's row for the trackers, and a line of it for people; ``waiting`` is a share of the time."""
@@ -283,13 +275,17 @@ class Trainer:
         if self.changes:
             self.notes["changed_settings"] = self.changes
         if self.run.main:
-            keep_training_form(self.run, self.handle, metrics=metrics, **self.metadata)
-            for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
-                self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
+            self._keep(metrics)
             draw_curves(self.run, self.task)
             self.run.finish(metrics | self.notes | self.data.notes)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
         return metrics | self.notes | self.data.notes
+
+    def _keep(self, metrics: dict[str, Any]) -> None:
+        """The checkpoints of the finished run."""
+        keep_training_form(self.run, self.handle, metrics=metrics, **self.metadata)
+        for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
+            self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
 
     def _left_out(self) -> dict[str, int]:
         """How many samples of each split could not be read (``data.skip_broken``); the log names them."""

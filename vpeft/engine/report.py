@@ -53,10 +53,12 @@ def show(run: RunFolder, handle: Handle, task: Step, metrics: dict[str, Any]) ->
     def number(key: str) -> str:
         return f"{metrics[key]:.2f}" if metrics.get(key) is not None else "-"
 
+    solver = f" ({run.config.train.solver})" if "solver" in metrics else ""
     table.add_row(
-        handle.method.name, f"{own:,}", f"{metrics['trainable']:,}", str(metrics["epoch"]),
+        handle.method.name + solver, f"{own:,}", f"{metrics['trainable']:,}", str(metrics["epoch"]),
         number("seconds_per_epoch"), number(f"val_{task.monitor}"), number(f"test_{task.monitor}"),
     )  # fmt: skip
     Console().print(table)
     pictures = sorted(p.name for p in run.path.glob("*.png"))
-    run.logger.info("%s are in %s", ", ".join(["best.safetensors", "last.safetensors", "metrics.json", *pictures]), run.path)
+    files = [n for n in ("best.safetensors", "last.safetensors", "metrics.json") if (run.path / n).exists()]
+    run.logger.info("%s are in %s", ", ".join([*files, *pictures]), run.path)

@@ -155,7 +155,7 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     split = next((s for s in ("test", "val") if all(f"{s}_{task.monitor}" in m for m in found)), None)
     scores = [m[f"{split}_{task.monitor}"] for m in found] if split else []
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
-    own, error = merge_error(configs[0], best)
+    own, error = merge_error(configs[0], best) if best.exists() else (0, None)  # nearest neighbours train nothing
     return {
         "config": str(file),
         "experiment": configs[0].name.rpartition("-seed")[0],
@@ -240,6 +240,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.errorbar(r["with_head"], r["mean"], yerr=spread, fmt="o", markersize=4, capsize=2)
         axis.annotate(r["experiment"].rpartition("/")[2], (r["with_head"], r["mean"]), fontsize=7, xytext=(3, 3),
                       textcoords="offset points")  # fmt: skip
-    axis.set(xscale="log", xlabel="trained parameters, head included", ylabel=_metric(rows))
+    scale = "log" if all(r["with_head"] for r in rows) else "symlog"  # nearest neighbours train nothing
+    axis.set(xscale=scale, xlabel="trained parameters, head included", ylabel=_metric(rows))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -26,12 +26,17 @@ from .checks import building, check_data, check_files, check_parts
 from .loop import Trainer
 from .opening import open_data
 from .plan import STATE, Plan, look, place
+from .rates import scales_of
 from .report import show
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
+from .solvers.checks import check_head, check_solver
+from .solvers.trainer import LogisticTrainer, NeighboursTrainer
 from .start import keep_frozen, start_from
 from .state import RunState
 from .trouble import ending_in_words
+
+TRAINERS = {"optim": Trainer, "lbfgs": LogisticTrainer, "knn": NeighboursTrainer}
 
 
 def check(config: DictConfig, task: Task | None = None) -> Method:
@@ -50,18 +55,27 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
         raise ConfigError("train.precision: fp16 needs a GPU; on CPU use bf16 or fp32")
     check_parts(config)
     method = make_method(config)
-    (task or get_task(config)).check(method)
+    task = task or get_task(config)
+    task.check(method)
+    check_solver(config, method, task)
     check_weights(config)
     return method
 
 
-def train(config: DictConfig, task: Task | None = None, *, last: bool = True) -> dict[str, Any]:
+def train(
+    config: DictConfig,
+    task: Task | None = None,
+    *,
+    last: bool = True,
+    after_epoch: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """Run one experiment; returns the metrics that were written to the run's metrics.json.
 
     Args:
         config: the experiment.
         task: of your own; the one that the configuration names where None.
         last: several processes part at the end; False where they will do more together.
+        after_epoch: called with each epoch's row of ``log.jsonl``; what it raises ends the run, which could go on.
 
     Raises:
         VpeftError: what a user can put right; see ``check``.
@@ -77,6 +91,8 @@ def train(config: DictConfig, task: Task | None = None, *, last: bool = True) ->
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)
     built, handle, frozen = _attached(config, task, data, plan.method or method, plan.path if plan.goes_on else None)
+    check_head(config, handle)
+    scales_of(config, handle)
     with opened(config, accelerator, plan) as run, ending_in_words(run):
         keep_frozen(run, frozen)
         start_from(run, handle, list(data.classes))
@@ -87,7 +103,9 @@ def train(config: DictConfig, task: Task | None = None, *, last: bool = True) ->
         # Of a task of one's own the outputs may be something else than classes.
         names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
         metadata = {"class_names": names, "data": stats, "config": OmegaConf.to_container(config, resolve=True)}
-        metrics = Trainer(config, built, handle, data, run, accelerator, metadata, again).fit()
+        trainer = TRAINERS[config.train.solver](config, built, handle, data, run, accelerator, metadata, again)
+        trainer.after_epoch = after_epoch or trainer.after_epoch
+        metrics = trainer.fit()
         if last:
             accelerator.end_training()
         else:

@@ -88,6 +88,7 @@ class Method:
         where: what it acts on, in a few words for the tables of methods.
         unsaid: of a method of one's own, what its files mean that were saved before it got an option, by the option's name.
         starts_without_data: where no data are at hand for ``calibrate``, it trains from another start, with a warning.
+        head_alone: only the classifier trains, on features that are the bare model's.
         presets: named sets of hyper-parameters, as published somewhere; ``attach(model, name, preset="…")``.
     """
 
@@ -97,6 +98,7 @@ class Method:
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     unsaid: ClassVar[dict[str, Any]] = {}
     starts_without_data: ClassVar[bool] = False
+    head_alone: ClassVar[bool] = False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
         """Yield ``(path, intervention)``: the path is where its tensors stand in the state dict.

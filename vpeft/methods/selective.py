@@ -53,6 +53,8 @@ class Full(_Selective):
 class Linear(_Selective):
     """Linear probe: the backbone stays as it is and only the head is trained."""
 
+    head_alone = True
+
     def names(self, sites: Sites) -> Iterator[str]:
         return iter(())
 

@@ -16,7 +16,7 @@ SUITE_KEYS = ("suite", "recipe", "shots")
 
 # What a run may have otherwise than the recipe and still be its run.
 _BESIDE = ("data.root", "data.workers", "data.batch_size", "data.download", "data.skip_broken", "data.num_samples")
-_SECTIONS = ("model.", "method.options", "data.", "augment.", "optim.", "schedule.", "train.")
+_SECTIONS = ("model.", "method.options", "data.", "augment.", "optim.", "schedule.", "train.", "solve.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The offline benchmark: parser and what it runs; see ``vpeft/cli.py``."""
+
+import argparse
+from collections.abc import Callable
+
+
+def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--quick", action="store_true", help="the main methods on the ViT with one seed: about an hour")
+    parser.add_argument("--out", default="runs/benchmark-report", metavar="DIR", help="of results.csv and the report")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="vit, swin, or timm's names, instead of the plan's")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="instead of the plan's")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="instead of the plan's")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the plan's")
+    parser.add_argument("--again", action="store_true", help="replace results of other settings")
+    parser.add_argument("--no-costs", action="store_true", help="leave step times and memory as they are")
+    parser.add_argument(
+        "--report", action="store_true", help="of the results that are there; nothing is trained or measured"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="for every run")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..errors import ConfigError
+        from ..suites.benchmark import benchmark, report
+        from ..suites.offline import plans
+
+        if args.processes < 1:
+            raise ConfigError(f"--processes: {args.processes} is no number of processes; give at least 1")
+        if args.report:
+            report(args.out)
+            return
+        wanted = plans(args.quick, args.models, args.methods, args.tasks, args.seeds, args.set)
+        benchmark(wanted, args.out, processes=args.processes, again=args.again, costs=not args.no_costs)
+
+    return run

@@ -1,0 +1,85 @@
+"""``vpeft benchmark``: do the offline benchmark's runs, keep their results, write its report."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from ..errors import ConfigError, VpeftError
+from .costs import COSTS, measured, read_costs, write_costs
+from .offline import RESULTS, Key, Selection, read_results, result_of, undone, write_results
+from .report import write_report
+from .runner import Job, run_all
+
+
+def benchmark(
+    wanted: Sequence[Selection], out: str | Path, *, processes: int = 1, again: bool = False, costs: bool = True
+) -> None:
+    """Do the runs that have no result yet, keeping each result as it comes; at last write the report.
+
+    Args:
+        wanted: the runs, in their order.
+        out: the folder of ``results.csv``, ``costs.csv`` and the report.
+        processes: runs at the same time.
+        again: replace results of other settings.
+        costs: measure step times and memory where they are not there; nothing else should be at work then.
+
+    Raises:
+        VpeftError: a run that cannot work, before any is done; or at the end, those that failed.
+    """
+    out = Path(out)
+    jobs: dict[Key, Job] = {key: planned for part in wanted for key, planned in part.jobs().items()}
+    results = read_results(out / RESULTS)
+    missing = undone(jobs, results, again)
+    _check({key[:1] + key[2:3]: planned for key, planned in missing.items()}.values())
+    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / RESULTS}", flush=True)
+    by_job, failed = {planned: key for key, planned in missing.items()}, []
+    with closing(run_all(list(by_job), processes=processes, log=out / "log", say=_say)) as outcomes:
+        for outcome in outcomes:
+            if outcome.error:
+                failed.append(f"{outcome.job.name} ({outcome.error})")
+                continue
+            found = result_of(by_job[outcome.job], outcome)
+            results[found.key] = found
+            write_results(out / RESULTS, results.values())
+    if costs:
+        _costs(out / COSTS, [key for key in results if key in jobs])
+    if results:
+        print(write_report(out, results.values(), read_costs(out / COSTS)))
+    if failed:
+        raise VpeftError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+
+
+def report(out: str | Path) -> None:
+    """Write the report of the results in a folder, and print it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    out = Path(out)
+    results = read_results(out / RESULTS)
+    if not results:
+        raise ConfigError(f"--report: {out / RESULTS} holds no results; leave --report out to get some")
+    print(write_report(out, results.values(), read_costs(out / COSTS)))
+
+
+def _check(jobs: Iterable[Job]) -> None:
+    """Read a run's configuration for each entry, before the first is done."""
+    for planned in jobs:
+        try:
+            planned.config()
+        except VpeftError as error:
+            raise type(error)(f"{planned.name}: {error}") from error
+
+
+def _costs(file: Path, keys: Sequence[Key]) -> None:
+    known = read_costs(file)
+    for backbone in dict.fromkeys(key[0] for key in keys):
+        entries = list(dict.fromkeys(key[2] for key in keys if key[0] == backbone and (backbone, key[2]) not in known))
+        if entries and not all(entry in ("knn", "linear", "scratch") for entry in entries):
+            print(f"{backbone}: step time and memory of {len(entries)} entries", flush=True)
+            known |= measured(backbone, entries)
+            write_costs(file, known)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

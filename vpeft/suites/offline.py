@@ -1,0 +1,259 @@
+"""The offline benchmark: which runs it has, and its results, kept as a table that an interrupted benchmark goes on from."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import OmegaConf
+
+from .. import checkpoint
+from ..data.generated.offline import TASKS
+from ..engine.plan import BEST
+from ..engine.settings import HARMLESS, WATCHING
+from ..errors import ConfigError, did_you_mean
+from ..files import Shape, shipped, write_text
+from ..methods import list_methods
+from ..version import __version__
+from .runner import Job, Outcome
+
+RECIPES = Path(__file__).with_suffix(".yaml")
+BACKBONES = {"vit": "vit_micro_patch4_28.vpeft_fashion", "swin": "swin_micro_patch2_window7_28.vpeft_fashion"}
+RESULTS = "results.csv"
+VERSIONS = f"vpeft {__version__}, timm {timm.__version__}, torch {torch.__version__}"
+Key = tuple[str, str, str, int]  # backbone, task, entry, seed
+
+
+@dataclass(frozen=True)
+class OfflineResult:
+    """One finished run, a row of ``results.csv``.
+
+    Attributes:
+        backbone, task, entry, seed: which run.
+        top1: test accuracy of the last epoch, percent.
+        parameters: numbers in the checkpoint, the classifier's left out.
+        trained: trained numbers, the classifier's among them.
+        epochs, lr: of its training.
+        seconds: of the run, on the machine that it ran on; beside other work it takes longer.
+        settings: digest of all settings that can change the result.
+        versions: of vpeft, timm and torch.
+    """
+
+    backbone: str
+    task: str
+    entry: str
+    seed: int
+    top1: float
+    parameters: int
+    trained: int
+    epochs: int
+    lr: float
+    seconds: float
+    settings: str
+    versions: str
+
+    @property
+    def key(self) -> Key:
+        """What tells a run from others."""
+        return self.backbone, self.task, self.entry, self.seed
+
+
+@cache
+def recipes() -> dict[str, Any]:
+    """``main``, ``some`` and ``entries`` of the recipes' file."""
+    return OmegaConf.to_container(OmegaConf.load(RECIPES))
+
+
+def left_out() -> list[str]:
+    """Registered methods that no entry trains."""
+    used = {entry["method"]["name"] for entry in recipes()["entries"].values()}
+    return [name for name in list_methods() if name not in used]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which runs are asked for.
+
+    Attributes:
+        backbones: keys of ``BACKBONES``, or names of timm models.
+        entries: of the recipes.
+        tasks: of ``TASKS``.
+        seeds: of each run.
+        overrides: ``key.sub=value`` for all.
+    """
+
+    backbones: tuple[str, ...]
+    entries: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("method", self.entries, recipes()["entries"]),
+            ("task", self.tasks, TASKS),
+            ("backbone", [b for b in self.backbones if not timm.is_model(b.partition(".")[0])], BACKBONES),
+        ):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(
+                        f"benchmark: no {what} '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}"
+                    )
+        for what, given in (
+            ("methods", self.entries),
+            ("tasks", self.tasks),
+            ("seeds", self.seeds),
+            ("models", self.backbones),
+        ):
+            if len(set(given)) < len(given) or not given:
+                raise ConfigError(f"benchmark: --{what}: {' '.join(map(str, given)) or 'nothing'} is empty or has one twice")
+
+    def jobs(self) -> dict[Key, Job]:
+        """The runs by key: all entries of a task and seed stand together, so that what is finished can be compared."""
+        return {
+            (backbone, task, entry, seed): job(backbone, task, entry, seed, self.overrides)
+            for backbone in self.backbones
+            for seed in self.seeds
+            for task in self.tasks
+            for entry in self.entries
+        }
+
+
+def plans(
+    quick: bool,
+    backbones: Sequence[str] | None = None,
+    entries: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Selection]:
+    """The runs of the whole benchmark, or of ``--quick``: the main entries on the ViT, one seed.
+
+    Args:
+        quick: the short one.
+        backbones, entries, tasks, seeds: these instead of the plan's; with one of them, ``quick``'s for the rest.
+        overrides: ``key.sub=value`` for all runs.
+    """
+    main, given = tuple(recipes()["main"]), (backbones, entries, tasks, seeds)
+    if quick or any(part is not None for part in given):
+        usual = (("vit",), main, tuple(TASKS), (0,))
+        chosen = [tuple(part) if part is not None else own for part, own in zip(given, usual, strict=True)]
+        return [Selection(*chosen, tuple(overrides))]
+    others = tuple(entry for entry in recipes()["entries"] if entry not in main)
+    whole = (
+        (("vit",), main, tuple(TASKS), (0,)),
+        (("vit",), others, tuple(recipes()["some"]), (0,)),
+        (("vit",), main, tuple(TASKS), (1, 2)),
+        (("swin",), main, tuple(TASKS), (0, 1, 2)),
+    )
+    return [Selection(*part, tuple(overrides)) for part in whole]
+
+
+def job(backbone: str, task: str, entry: str, seed: int, overrides: Sequence[str] = ()) -> Job:
+    """One run of the benchmark.
+
+    Args:
+        backbone: a key of ``BACKBONES``, or a timm model.
+        task: of ``TASKS``.
+        entry: of the recipes.
+        seed: of the run.
+        overrides: ``key.sub=value``, which go before the recipe.
+    """
+    given = [f"model.name={BACKBONES.get(backbone, backbone)}", f"data.source=offline/{task}", f"seed={seed}"]
+    for section, values in recipes()["entries"][entry].items():
+        for key, value in values.items():
+            if key == "options":
+                value = {k: len(TASKS[task].classes) if v == "classes" else v for k, v in value.items()}
+            given.append(f"{section}.{key}={json.dumps(value)}")
+    return Job(f"{backbone}/{task}/{entry}-seed{seed}", shipped("configs") / "benchmark.yaml", (*given, *overrides))
+
+
+def settings_of(planned: Job) -> str:
+    """A digest of what a job's settings are written down as, but for those that cannot change its result."""
+    kept = [o for o in planned.overrides if o.partition("=")[0] not in HARMLESS and not o.startswith(WATCHING)]
+    return hashlib.sha256("\n".join([Path(planned.file).read_text(), *sorted(kept)]).encode()).hexdigest()[:12]
+
+
+def result_of(key: Key, outcome: Outcome) -> OfflineResult:
+    """The row of a finished run."""
+    folder, config = outcome.folder, outcome.job.config()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    own = 0
+    if (folder / BEST).is_file():  # nearest neighbours have no checkpoint
+        file = checkpoint.read_header(folder / BEST)
+        own = sum(_numel(shape) for name, shape in file.shapes.items() if name not in file.head_names)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    seconds = outcome.seconds or sum(row.get("seconds", 0) for row in log)
+    return OfflineResult(
+        *key, round(metrics["test_top1"], 3), own, metrics["trainable"], config.train.epochs, config.optim.lr,
+        round(seconds, 1), settings_of(outcome.job), VERSIONS,
+    )  # fmt: skip
+
+
+def _numel(shape: Shape) -> int:
+    return math.prod(shape.size)
+
+
+def read_results(file: Path) -> dict[Key, OfflineResult]:
+    """The rows of a results' table by key; none where there is no file.
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
+    if not file.is_file():
+        return {}
+    kinds = {f.name: f.type for f in fields(OfflineResult)}
+    found = {}
+    with file.open(encoding="utf-8", newline="") as stream:
+        for number, row in enumerate(csv.DictReader(stream), 2):
+            try:
+                if set(row) != set(kinds):
+                    raise ValueError("its columns are others")
+                result = OfflineResult(**{k: kinds[k](v) if kinds[k] is not str else v for k, v in row.items()})
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{file}, line {number}: no result of the benchmark ({error}); remove it or the file"
+                ) from None
+            found[result.key] = result
+    return found
+
+
+def write_results(file: Path, results: Iterable[OfflineResult]) -> None:
+    """Write a table of results, sorted by key, whole or not at all."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(OfflineResult)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in sorted(results, key=lambda r: r.key))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, stream.getvalue())
+
+
+def undone(jobs: Mapping[Key, Job], results: Mapping[Key, OfflineResult], again: bool = False) -> dict[Key, Job]:
+    """The jobs without a result.
+
+    Args:
+        jobs: by key.
+        results: by key.
+        again: a result of other settings is none.
+
+    Raises:
+        ConfigError: there are results of other settings.
+    """
+    missing = {key: planned for key, planned in jobs.items() if key not in results}
+    other = {
+        key: planned for key, planned in jobs.items() if key in results and results[key].settings != settings_of(planned)
+    }
+    if other and not again:
+        raise ConfigError(
+            f"benchmark: the table has {len(other)} results of other settings than those asked for, such as "
+            f"{next(iter(other.values())).name}; choose another --out, or --again to replace them"
+        )
+    return {key: planned for key, planned in jobs.items() if key in missing or key in other}

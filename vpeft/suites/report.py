@@ -1,0 +1,162 @@
+"""The offline benchmark's report: tables in Markdown, and pictures."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..data.generated.offline import GROUPS, TASKS
+from ..files import write_text
+from .costs import Costs
+from .means import Means, means, trade_off
+from .offline import OfflineResult, left_out, recipes
+from .plots import draw_front, draw_ranks, draw_tasks
+from .scores import mean_ranks
+
+REPORT = "README.md"
+PROBE = "linear"
+LAST = ("mean of tasks", "of groups", "±", "rank", "PPT", "step", "memory", "seeds")
+SHORT = {"scenes_count": "count", "scenes_distance": "distance", "garments_turned": "turned", "garments_hidden": "hidden"}
+
+
+@dataclass(frozen=True)
+class EntryRow:
+    """One entry on one backbone.
+
+    Attributes:
+        entry: its name.
+        scores: mean over the seeds of each task, percent.
+        spreads: standard deviation over the seeds, where there are several.
+        seeds: the fewest that a task has.
+        parameters: the classifier's left out; the largest of the tasks.
+        cost: step time and memory over full fine-tuning's, where they were measured.
+    """
+
+    entry: str
+    scores: dict[str, float]
+    spreads: dict[str, float]
+    seeds: int
+    parameters: int
+    cost: tuple[float, float] | None
+
+    def means(self, tasks: Sequence[str]) -> Means:
+        """Over these tasks."""
+        return means(grouped(tasks), self.scores)
+
+
+def grouped(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """Tasks by group."""
+    tasks = list(tasks)
+    found = {group: [t for t in TASKS if t in tasks and TASKS[t].group == group] for group in GROUPS}
+    return {group: of for group, of in found.items() if of}
+
+
+def rows_of(results: Iterable[OfflineResult], backbone: str, costs: Costs) -> list[EntryRow]:
+    """A backbone's results, one row for each entry, in the recipes' order."""
+    by_entry: dict[str, dict[str, list[OfflineResult]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.backbone == backbone:
+            by_entry[result.entry][result.task].append(result)
+    rows = []
+    for entry in [*recipes()["main"], *(e for e in recipes()["entries"] if e not in recipes()["main"])]:
+        if entry not in by_entry:
+            continue
+        of = {task: [r.top1 for r in found] for task, found in by_entry[entry].items()}
+        rows.append(
+            EntryRow(
+                entry,
+                {task: mean(values) for task, values in of.items()},
+                {task: stdev(values) for task, values in of.items() if len(values) > 1},
+                min(len(values) for values in of.values()),
+                0 if entry in ("knn", PROBE) else max(r.parameters for found in by_entry[entry].values() for r in found),
+                costs.get((backbone, entry)) or ((1.0, 1.0) if entry == "full" else None),
+            )
+        )
+    return rows
+
+
+def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> str:
+    """Write ``README.md`` and the pictures into a folder; returns the text.
+
+    Args:
+        out: the folder.
+        results: of all backbones.
+        costs: of their entries, as far as they were measured.
+    """
+    results = list(results)
+    parts = [_head(results)]
+    for backbone in dict.fromkeys(r.backbone for r in results):
+        rows = rows_of(results, backbone, costs)
+        name = backbone.replace("/", "_")
+        whole = [row for row in rows if set(row.scores) == set(TASKS)]
+        if whole:
+            parts.append(f"## {backbone}: all tasks\n\n{table(whole, list(TASKS))}")
+            draw_front(out / f"{name}_pareto.png", backbone, _points(whole, list(TASKS)))
+            draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, TASKS))
+            draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, list(TASKS), PROBE)
+            parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in ("pareto", "ranks", "tasks")))
+        some = list(recipes()["some"])
+        others = [row for row in rows if set(some) <= set(row.scores)]
+        if len(others) > len(whole):
+            first = [r for r in results if r.seed == 0 and r.task in some]
+            rows = [row for row in rows_of(first, backbone, costs) if set(some) <= set(row.scores)]
+            rows.sort(key=lambda row: -row.means(some).tasks)
+            parts.append(f"## {backbone}: every method on {len(some)} tasks, seed 0\n\n{table(rows, some)}")
+            draw_front(out / f"{name}_all_pareto.png", f"{backbone}, {len(some)} tasks", _points(rows, some))
+            parts.append(f"![pareto]({name}_all_pareto.png)")
+            parts.append(below_the_probe(rows, some))
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / REPORT, text)
+    return text
+
+
+def _points(rows: Iterable[EntryRow], tasks: Sequence[str]) -> dict[str, tuple[float, float, float | None]]:
+    return {row.entry: (row.parameters, row.means(tasks).of_groups, row.cost and row.cost[1]) for row in rows}
+
+
+def _head(results: Sequence[OfflineResult]) -> str:
+    versions = " and ".join(sorted({r.versions for r in results}))
+    epochs = ", ".join(str(e) for e in sorted({r.epochs for r in results}))
+    absent = ", ".join(left_out())
+    hours = sum(r.seconds for r in results) / 3600
+    return f"""# The offline benchmark
+
+Test accuracy in percent on tasks of 1,000 training images, the last of {epochs} epochs; measured here, with {versions}, in
+{hours:.1f} hours of runs. Made by `vpeft benchmark`; every run is a row of [results.csv](results.csv). Tasks:
+{"; ".join(f"{group}: {', '.join(of)}" for group, of in grouped(TASKS).items())}.
+
+"Mean of tasks" is the mean of all of them, "of groups" that of the groups' means; ± is the mean of the tasks' standard
+deviations over seeds. PPT is V-PETL Bench's trade-off of the mean of tasks and the parameters without the classifier. Step
+and memory are those of a training step, over full fine-tuning's. Left out: {absent} (for videos, or of other methods)."""
+
+
+def table(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
+    """Rows as a Markdown table."""
+    groups = grouped(tasks)
+    order = [task for of in groups.values() for task in of]
+    ranks = mean_ranks({row.entry: row.scores for row in rows}, order)
+    heads = ["method", "parameters", *(SHORT.get(t, t) for t in order), *groups, *LAST]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for row in rows:
+        found = row.means(tasks)
+        spread = f"{mean(row.spreads[t] for t in order):.1f}" if set(order) <= set(row.spreads) else "–"
+        cells = [
+            row.entry, f"{row.parameters:,}", *(f"{row.scores[t]:.1f}" for t in order),
+            *(f"{found.groups[g] if found.groups else found.tasks:.1f}" for g in groups),
+            f"{found.tasks:.2f}", "–" if found.of_groups is None else f"{found.of_groups:.2f}", spread,
+            f"{ranks[row.entry]:.1f}", f"{trade_off(found.tasks, row.parameters):.3f}",
+            *("–" if row.cost is None else f"{ratio:.2f}" for ratio in (row.cost or (0, 0))), str(row.seeds),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def below_the_probe(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
+    """Which entries the linear probe beats, on average."""
+    found: Mapping[str, float] = {row.entry: row.means(tasks).tasks for row in rows}
+    if PROBE not in found:
+        return ""
+    below = [f"{name} ({score:.1f})" for name, score in found.items() if score < found[PROBE] and name != PROBE]
+    return f"Below the linear probe ({found[PROBE]:.1f}) on average: {', '.join(below) or 'none'}."

@@ -1,0 +1,73 @@
+"""One trial: a run of the engine without the test split, which reports its validation metric after every epoch."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, place
+from ..engine.train import train
+from ..errors import VpeftError, WriteError
+from .study import GOES_ON, SharedStudy
+
+
+def run_trial(shared: SharedStudy, trial: Any, made: Callable[[dict[str, Any], str], DictConfig], monitor: str) -> str:
+    """Train a trial's settings and tell the study how it ended; the words for it.
+
+    Args:
+        shared: the study.
+        trial: of ``SharedStudy.ask``.
+        made: the experiment of some settings, under a name.
+        monitor: the validation metric, larger is better.
+
+    Raises:
+        WriteError: the disk is full; the trial can go on later.
+    """
+    number, started = trial.user_attrs.get(GOES_ON, trial.number), time.perf_counter()
+    name = f"trials/{number:04d}"
+    trial.set_user_attr("folder", name)
+    settings = shared.space.suggest(trial)
+    path = None
+
+    def report(row: dict[str, Any]) -> None:
+        trial.report(row[f"val_{monitor}"], row["epoch"])
+        if trial.should_prune():
+            raise shared.optuna.TrialPruned(f"after epoch {row['epoch'] + 1}")
+
+    state, value, facts = "FAIL", None, {}
+    try:
+        config = made(settings, name)
+        path = place(config)
+        value = _metrics(config, path, report)[f"val_{monitor}"]
+        if math.isfinite(value):
+            state = "COMPLETE"
+        else:
+            value, facts = None, {"reason": f"val_{monitor} is {value}"}
+    except shared.optuna.TrialPruned as pruned:
+        state, facts = "PRUNED", {"reason": str(pruned)}
+    except WriteError:
+        raise
+    except (VpeftError, torch.cuda.OutOfMemoryError) as error:
+        facts = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+    shared.tell(trial, value, state, seconds=round(time.perf_counter() - started, 2), **facts)
+    if path is not None:
+        _lighten(path)
+    return f"{monitor} {value:.2f}" if state == "COMPLETE" else f"{state.lower()}: {facts['reason']}"
+
+
+def _metrics(config: DictConfig, path: Path, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Those of a run that a killed worker had finished, or else of the run now."""
+    if (path / "metrics.json").is_file():
+        return json.loads((path / "metrics.json").read_text())
+    return train(config, after_epoch=report)
+
+
+def _lighten(path: Path) -> None:
+    """Remove the weights of a trial that has ended: the winner is trained again, and many trials fill a disk."""
+    for name in (*CHECKPOINTS, TRAINING, STATE, PREVIOUS, "backbone.safetensors"):
+        (path / name).unlink(missing_ok=True)
