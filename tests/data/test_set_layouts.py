@@ -47,7 +47,7 @@ def test_vtab_has_nineteen_tasks_of_a_thousand_images():
 
 
 @pytest.mark.parametrize(("source", "folder"), [
-    ("vtab/cifar", "cifar"), ("vtab/cifar", "cifar_100"), ("vtab/cifar100", "vtab-cifar"), ("vtab/vtab-cifar", "cifar100"),
+    ("vtab/cifar", "cifar"), ("vtab/cifar", "cifar_100"), ("VTAB/cifar100", "vtab-cifar"), ("vtab/vtab-cifar", "cifar100"),
 ])  # fmt: skip
 def test_vtab_under_all_names_of_its_folder(tmp_path, source, folder):
     data = section(vtab(tmp_path, folder, LISTS), source, train_split="train800", val_split="val200")
@@ -291,6 +291,17 @@ def test_imagenet_of_few_shots(tmp_path):
     refused(section(tmp_path, "imagenet", shots=16, val_split="val"), "would hold the same images")
 
 
+def test_imagenets_images_elsewhere_are_still_two_folders(tmp_path):
+    imagenet(tmp_path)
+    (tmp_path / "ILSVRC").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "imagenet" / part).rename(tmp_path / "ILSVRC" / part)
+    data = section(tmp_path, "imagenet", shots=16, image_root="ILSVRC")
+    check_set(data, named_splits(data))
+    assert opened(data).labels == [0, 0, 1, 1, 2, 2]
+    assert names(opened(data, "test"), tmp_path)[0].startswith("ILSVRC/val/")
+
+
 def test_imagenet_validation_in_one_folder_is_read_by_its_list(tmp_path):
     few_shot(
         tmp_path / "imagenet/annotations", tmp_path / "imagenet/val", {"val_meta.list": [("b.JPEG", 65), ("a.JPEG", 7)]}
@@ -350,6 +361,7 @@ def test_further_test_sets_lie_below_the_same_root(tmp_path):
     for chosen, words in (
         (["imagenet-b"], r"data\.also_test: there is no set 'imagenet-b'; did you mean"),
         (["imagenet"], "'imagenet' is tested already"),
+        (["fewshot/imagenet"], "'fewshot/imagenet' is tested already"),
         (["imagenet-a", "imagenet-adversarial"], "'imagenet-a' is tested already"),
         (["vtab/svhn"], "the labels of 'vtab/svhn' are numbers"),
         (["imagenet-r"], r"imagenet-r \(test\): .* does not exist; expected"),

@@ -152,7 +152,7 @@ def test_description_measures_the_method_on_vit_b():
 
 BY_HAND = (
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "model_zoo.md",
-    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data", "search", "zoo", "examples")),
+    *(f"docs/{n}.md" for n in ("architecture", "training", "segmentation", "video", "speed", "export", "your-data", "benchmarks-data", "search", "zoo", "examples")),
 )  # fmt: skip
 
 

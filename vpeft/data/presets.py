@@ -29,7 +29,7 @@ KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 def preset_of(data: Any) -> str:
     """The preset of a data section: the one that it names, else ``timm`` for VTAB, which crops nothing, or ``model``."""
-    return data.preset or ("timm" if data.source.startswith("vtab/") else "model")
+    return data.preset or ("timm" if data.source.lower().startswith("vtab/") else "model")
 
 
 def check_preset(data: Any, augmented: bool) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..backbone.embedded import PLAIN
 from ..backbone.reading import input_size
+from ..data.presets import TF_BILINEAR
 from ..errors import MethodError, UnsupportedModelError, some
 from ..files import write_tensors, write_text
 from ..tuning.summary import model_name
@@ -58,6 +59,10 @@ def check(source: Exportable) -> None:
         raise UnsupportedModelError(
             f"a timm folder holds a timm model of images alone, but this is the whole of task={source.task} (a decode head, "
             "clips); choose the format torch or onnx, which hold all of it"
+        )
+    if source.data.get("interpolation") == TF_BILINEAR:
+        raise UnsupportedModelError(
+            "its preset resizes images as TensorFlow does, which timm's transforms do not; choose the format torch or onnx"
         )
     _entry(source.backbone)
     if any(p.dtype == torch.float64 for p in source.backbone.parameters()):

@@ -112,7 +112,9 @@ class LabelledSet:
         """
         for path in self.sources(asked, split):
             if not path.exists():
+                itself = asked.root.resolve().name in self.folders
+                hint = "give the folder that holds this one; " if itself else ""
                 raise DataError(
-                    f"data.root: {self.name} ({split}): {path} does not exist; expected, with ROOT = {asked.root}: "
+                    f"data.root: {self.name} ({split}): {path} does not exist; {hint}expected, with ROOT = {asked.root}: "
                     f"{self.layout()}; {HELP}"
                 )

@@ -10,14 +10,14 @@ from ...errors import DataError
 from ...files import writing_folder
 from ...version import __version__
 from . import raw_arrays, raw_files
-from .order import SLICES, Slices, ranked
+from .order import SLICES, RankSlices, ranked
 from .raw import RawSplit
 from .registry import get_set
 from .vtab import EXACT, LISTS, NOTE, PIXELS, TASKS, ZIP, VtabSet
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RawRecipe:
     """How a data set's tasks are built.
 
     Attributes:
@@ -33,43 +33,43 @@ class Recipe:
     note: str = ""
 
 
-_OPENCV = "resized and sharpened by OpenCV's rules in torch and SciPy, which may differ from OpenCV by a grey level"
+_OPENCV = "resized and sharpened by OpenCV's rules in torch and SciPy, which may differ by a few grey levels"
 RECIPES = {
-    "cifar": Recipe("cifar", raw_arrays.cifar, "cifar-100-binary/train.bin and test.bin (the binary version)"),
-    "svhn": Recipe("svhn", raw_arrays.svhn, "train_32x32.mat and test_32x32.mat"),
-    "dtd": Recipe("dtd", raw_files.dtd, "dtd/images/<class>/ and dtd/labels/train1.txt, val1.txt, test1.txt"),
-    "oxford_flowers102": Recipe(
+    "cifar": RawRecipe("cifar", raw_arrays.cifar, "cifar-100-binary/train.bin and test.bin (the binary version)"),
+    "svhn": RawRecipe("svhn", raw_arrays.svhn, "train_32x32.mat and test_32x32.mat"),
+    "dtd": RawRecipe("dtd", raw_files.dtd, "dtd/images/<class>/ and dtd/labels/train1.txt, val1.txt, test1.txt"),
+    "oxford_flowers102": RawRecipe(
         "oxford_flowers102", raw_files.flowers, "jpg/image_00001.jpg …, setid.mat and imagelabels.mat"
     ),
-    "oxford_iiit_pet": Recipe("oxford_iiit_pet", raw_files.pets, "images/ and annotations/trainval.txt, test.txt"),
-    "patch_camelyon": Recipe(
+    "oxford_iiit_pet": RawRecipe("oxford_iiit_pet", raw_files.pets, "images/ and annotations/trainval.txt, test.txt"),
+    "patch_camelyon": RawRecipe(
         "patch_camelyon", raw_arrays.patch_camelyon, "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, unpacked"
     ),
-    "eurosat": Recipe("eurosat", raw_files.eurosat, "2750/<class>/<class>_1.jpg … (EuroSAT's RGB version)"),
-    "resisc45": Recipe("resisc45", raw_files.resisc45, "NWPU-RESISC45/<class>/<class>_001.jpg …"),
-    "sun397": Recipe(
+    "eurosat": RawRecipe("eurosat", raw_files.eurosat, "2750/<class>/<class>_1.jpg … (EuroSAT's RGB version)"),
+    "resisc45": RawRecipe("resisc45", raw_files.resisc45, "NWPU-RESISC45/<class>/<class>_001.jpg …"),
+    "sun397": RawRecipe(
         "sun397", raw_files.sun397,
         "SUN397/a/… and, of the package tensorflow_datasets, image_classification/sun397_tfds_{tr,va,te}.txt and "
         "sun397_labels.txt", _OPENCV,
     ),
-    "diabetic_retinopathy": Recipe(
+    "diabetic_retinopathy": RawRecipe(
         "diabetic_retinopathy", raw_files.retinopathy,
         "train/10_left.jpeg …, test/1_left.jpeg …, trainLabels.csv and retinopathy_solution.csv (Kaggle)", _OPENCV,
     ),
-    "kitti": Recipe(
+    "kitti": RawRecipe(
         "kitti", raw_files.kitti,
         "training/image_2/000000.png …, training/label_2/000000.txt … and the devkit's mapping/train_rand.txt and "
         "train_mapping.txt",
     ),
 }  # fmt: skip
 for _name in ("clevr_count", "clevr_dist"):
-    RECIPES[_name] = Recipe(
+    RECIPES[_name] = RawRecipe(
         "clevr", raw_files.clevr, "CLEVR_v1.0/images/{train,val}/ and CLEVR_v1.0/scenes/CLEVR_{train,val}_scenes.json"
     )
 for _name in ("dsprites_loc", "dsprites_ori"):
-    RECIPES[_name] = Recipe("dsprites", raw_arrays.drawn, "", "dSprites (re-rendered)")
+    RECIPES[_name] = RawRecipe("dsprites", raw_arrays.drawn, "", "dSprites (re-rendered)")
 for _name in ("smallnorb_azi", "smallnorb_ele"):
-    RECIPES[_name] = Recipe(
+    RECIPES[_name] = RawRecipe(
         "smallnorb",
         raw_arrays.smallnorb,
         "smallnorb-*-{training,testing}-{dat,info}.mat (or .mat.gz)",
@@ -114,7 +114,7 @@ def build(name: str, raw: str | None, out: str, pixels: str = ZIP) -> Path:
         raise
 
 
-def build_task(task: str, recipe: Recipe, slices: Slices, raw: Path, out: Path, pixels: str) -> Path:
+def build_task(task: str, recipe: RawRecipe, slices: RankSlices, raw: Path, out: Path, pixels: str) -> Path:
     """As ``build``, by a recipe and slices."""
     place = out / task
     if place.exists():
@@ -130,7 +130,7 @@ def build_task(task: str, recipe: Recipe, slices: Slices, raw: Path, out: Path, 
     return place
 
 
-def _opened(recipe: Recipe, slices: Slices, raw: Path) -> tuple[dict[str, RawSplit], dict[str, list[int]]]:
+def _opened(recipe: RawRecipe, slices: RankSlices, raw: Path) -> tuple[dict[str, RawSplit], dict[str, list[int]]]:
     """The splits that are needed, and the order of their examples.
 
     Raises:
@@ -150,7 +150,7 @@ def _opened(recipe: Recipe, slices: Slices, raw: Path) -> tuple[dict[str, RawSpl
 
 
 def _examples(
-    slices: Slices, name: str, splits: dict[str, RawSplit], ranks: dict[str, list[int]]
+    slices: RankSlices, name: str, splits: dict[str, RawSplit], ranks: dict[str, list[int]]
 ) -> Iterator[tuple[RawSplit, int]]:
     """The examples of a list, in its order."""
     chosen = [slices.train800, slices.val200] if name == "train800val200" else [getattr(slices, name)]

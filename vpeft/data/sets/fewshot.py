@@ -72,4 +72,3 @@ FEW_SHOT = {
         FewShotSet("standford-cars", 196, ("stanford-cars", "stanford_cars", "standford_cars", "cars"), 1_635, 8_041),
     )
 }  # fmt: skip
-FEW_SHOT_NAMES = {other: found.folders[0] for found in FEW_SHOT.values() for other in found.folders[1:]}

@@ -197,8 +197,4 @@ FGVC = {
         ),
     )
 }  # fmt: skip
-FGVC_NAMES = {
-    "cub-200-2011": "cub", "cub200": "cub", "cub_200_2011": "cub", "oxford_flowers102": "flowers", "flowers102": "flowers",
-    "oxford-flowers102": "flowers", "stanford_dogs": "dogs", "stanford-dogs": "dogs", "stanford_cars": "cars",
-    "stanford-cars": "cars",
-}  # fmt: skip
+FGVC_NAMES = {"oxford_flowers102": "flowers"}  # beside the names of folders

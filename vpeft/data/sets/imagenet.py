@@ -61,20 +61,24 @@ class ImageNetSet(LabelledSet):
             "and for data.shots=K ROOT/imagenet/annotations/train_meta.list.num_shot_K.seed_<data.list_seed>"
         )
 
+    def _images(self, asked: Asked, folders: Sequence[str]) -> list[Path]:
+        """Where training or validation images may be; a folder that was named holds both."""
+        base = self.folder(asked.root, ("annotations", "train", "val"))
+        return [place / name for place in asked.places(base) for name in folders]
+
     def sources(self, asked: Asked, split: str) -> list[Path]:
-        folder = self.folder(asked.root, ("annotations", "train", "val"))
         if split == "train" and asked.shots:
-            return [folder / "annotations" / f"train_meta.list.num_shot_{asked.shots}.seed_{asked.seed}"]
-        places = asked.places(*(folder / name for name in (TRAIN_FOLDERS if split == "train" else VAL_FOLDERS)))
+            lists = self.folder(asked.root, ("annotations",)) / "annotations"
+            return [lists / f"train_meta.list.num_shot_{asked.shots}.seed_{asked.seed}"]
+        places = self._images(asked, TRAIN_FOLDERS if split == "train" else VAL_FOLDERS)
         return [next((place for place in places if place.is_dir()), places[0])]
 
     def read(self, asked: Asked, split: str) -> Listing:
         (source,) = self.sources(asked, split)
-        folder = self.folder(asked.root, ("annotations", "train", "val"))
-        if split != "test" and source.is_file():
-            return listed(source, read_labels(source), asked.places(*(folder / name for name in TRAIN_FOLDERS)))
+        if split == "train" and asked.shots:
+            return listed(source, read_labels(source), self._images(asked, TRAIN_FOLDERS))
         if split == "test" and any(p.suffix.lower() in IMAGE_ENDINGS for p in source.iterdir()):  # all in one folder
-            file = folder / "annotations" / "val_meta.list"
+            file = self.folder(asked.root, ("annotations",)) / "annotations" / "val_meta.list"
             if not file.is_file():
                 raise DataError(
                     f"{source} holds images without folders of classes, and {file}, which says theirs, is not there"
@@ -174,9 +178,4 @@ IMAGENET = {
             "imagenet-r", ("imagenet-r", "imagenet-rendition", "imagenet_r"), ("imagenet-r", ""), 30_000, "imagenet_r"
         ),
     )
-}  # fmt: skip
-IMAGENET_NAMES = {
-    "imagenetv2": "imagenet-v2", "imagenet_v2": "imagenet-v2", "imagenet-adversarial": "imagenet-a",
-    "imagenet_a": "imagenet-a", "imagenet-rendition": "imagenet-r", "imagenet_r": "imagenet-r",
-    "imagenet_sketch": "imagenet-sketch",
 }  # fmt: skip

@@ -32,7 +32,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Slices:
+class RankSlices:
     """Which examples of a data set are VTAB-1k's.
 
     Attributes:
@@ -46,15 +46,15 @@ class Slices:
     totals: dict[str, int]
 
 
-def _plain(train: int, validation: int, test: int) -> Slices:
+def _plain(train: int, validation: int, test: int) -> RankSlices:
     """Of data sets that have three splits."""
     totals = {"train": train, "validation": validation, "test": test}
-    return Slices(Slice("train", 0, 800), Slice("validation", 0, 200), Slice("test"), totals)
+    return RankSlices(Slice("train", 0, 800), Slice("validation", 0, 200), Slice("test"), totals)
 
 
-def _cut(start: int, totals: dict[str, int], test: Slice | None = None) -> Slices:
+def _cut(start: int, totals: dict[str, int], test: Slice | None = None) -> RankSlices:
     """Of data sets whose validation images are ranks of the training split."""
-    return Slices(Slice("train", 0, 800), Slice("train", start, start + 200), test or Slice("test"), totals)
+    return RankSlices(Slice("train", 0, 800), Slice("train", start, start + 200), test or Slice("test"), totals)
 
 
 # By the data set; several tasks may be made of one.
@@ -66,7 +66,7 @@ SLICES = {
     "resisc45": _cut(18_900, {"train": 31_500}, Slice("train", 25_200)),
     "clevr": _cut(63_000, {"train": 70_000, "validation": 15_000}, Slice("validation")),
     "dsprites": _cut(589_824, {"train": 737_280}, Slice("train", 663_552)),
-    "smallnorb": Slices(
+    "smallnorb": RankSlices(
         Slice("train", 0, 800), Slice("test", 0, 200), Slice("test", 12_150), {"train": 24_300, "test": 24_300}
     ),
     "dtd": _plain(1_880, 1_880, 1_880),

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...errors import DataError, did_you_mean, nearest
 from .base import HELP, Asked, LabelledSet
-from .fewshot import FEW_SHOT, FEW_SHOT_NAMES, SEEDS, SHOTS
+from .fewshot import FEW_SHOT, SEEDS, SHOTS
 from .fgvc import FGVC, FGVC_NAMES, OFFICIAL
-from .imagenet import IMAGENET, IMAGENET_NAMES
+from .imagenet import IMAGENET
 from .lists import ListedImages, check_there
 from .vtab import TASKS, VtabSet
 
@@ -21,24 +21,24 @@ SETS: dict[str, LabelledSet] = {
     **FEW_SHOT,
     **IMAGENET,
 }
+# Other names: those of the sets' folders in other code.
 _OTHER = {
-    **{f"vtab/{other}": f"vtab/{task.name}" for task in TASKS.values() for other in task.other},
-    **{f"fgvc/{other}": f"fgvc/{name}" for other, name in FGVC_NAMES.items()},
-    **{f"fewshot/{other}": f"fewshot/{name}" for other, name in FEW_SHOT_NAMES.items()},
-    **IMAGENET_NAMES,
-}
+    f"{name.rpartition('/')[0]}/{folder.lower()}".lstrip("/"): name
+    for name, found in SETS.items()
+    for folder in found.folders
+} | {f"fgvc/{other}": f"fgvc/{name}" for other, name in FGVC_NAMES.items()}
 FAMILIES = ("vtab", "fgvc", "fewshot")
 
 
 def named(source: str) -> str:
     """A set's own name, for it or one of its other names."""
-    plain = source.replace("vtab/vtab-", "vtab/")
-    return _OTHER.get(plain, plain)
+    plain = source.lower()
+    return plain if plain in SETS else _OTHER.get(plain, plain)
 
 
 def is_set(source: str) -> bool:
     """Whether a source is meant to be a benchmark's set: one of them, or another name of their families."""
-    return named(source) in SETS or source.partition("/")[0] in FAMILIES
+    return named(source) in SETS or source.lower().partition("/")[0] in FAMILIES
 
 
 def get_set(source: str, key: str = "data.source") -> LabelledSet:
@@ -168,11 +168,12 @@ def also_sets(data: Any) -> dict[str, LabelledSet]:
         DataError: an unknown set, one that stands twice or is the run's own, or whose classes have no names.
     """
     chosen: dict[str, LabelledSet] = {}
+    own = named(data.source).removeprefix("fewshot/") if data.test_split else None  # of whose lists the tests are the same
     for name in data.also_test:
         found = get_set(name, "data.also_test")
         if found.names is None:
             raise DataError(f"data.also_test: the labels of '{found.name}' are numbers, which say nothing of other data")
-        if found.name in chosen or (found.name == named(data.source) and data.test_split):
+        if found.name in chosen or found.name.removeprefix("fewshot/") == own:
             raise DataError(f"data.also_test: '{found.name}' is tested already")
         chosen[found.name] = found
     return chosen

@@ -1,6 +1,6 @@
 """How TensorFlow Datasets changes pixels before it stores them: eyes of ``btgraham-300``, and images of fewer pixels.
 
-It does so with OpenCV; here it is the same rule in torch and SciPy, which may differ from it by a grey level.
+It does so with OpenCV; here it is the same rule in torch and SciPy, which may differ by a few grey levels.
 """
 
 import io
@@ -47,7 +47,8 @@ def prepared(image: Image.Image) -> Image.Image:
     pixels = np.array(image)
     row = pixels[pixels.shape[0] // 2].sum(1)
     radius = (row > row.mean() / 10).sum() / 2
-    pixels = _resized(pixels, RADIUS / radius) if radius >= 1 else pixels
+    radius = radius if radius >= 1 else pixels.shape[0] / 2  # of dark images, as is done there
+    pixels = _resized(pixels, RADIUS / radius)
     whole = pixels.astype(np.float32)
     blurred = np.stack([gaussian_filter(whole[..., c], RADIUS / 30, mode="mirror", truncate=3.0) for c in range(3)], -1)
     sharp = (4 * whole - 4 * np.rint(blurred) + GREY).round().clip(0, 255)

@@ -71,7 +71,8 @@ class ImageClassification(LabelStep):
         stats = data_stats(config)
         data = build_datasets(config.data, config.augment, stats, seed=config.seed, order=self.class_order)
         check_class_count(config.data, data.classes)
-        data.notes |= {"preset": stats["preset"], "preprocessing": {k: stats[k] for k in KEYS}}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in stats.items()}
+        data.notes |= {"preset": stats["preset"], "preprocessing": {k: plain[k] for k in KEYS}}
         if config.data.source in GROUPED:
             tasks = [name.partition("/")[0] for name in data.classes]
             self.groups = [tasks.index(task) for task in tasks]
