@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.support.places import ROOT
+from vpeft.cli import main
 from vpeft.engine import recipes
 from vpeft.engine.config import Config, from_container, load_config
 from vpeft.errors import ConfigError, VpeftError
@@ -235,6 +236,18 @@ def test_what_is_stored_is_an_ordinary_configuration(tmp_path, capsys):
     capsys.readouterr()
     assert load_config(file) == config
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_shown_is_the_same_configuration(tmp_path, capsys):
+    main(["configs", "show", "vtab", "task=azi", "method.name=sct", "train.epochs=70"])
+    out, err = capsys.readouterr()
+    assert err.startswith("vtab/smallnorb_azi, sct: recipe 'paper'")
+    assert "min_lr" not in out  # a default
+    file = tmp_path / "shown.yaml"
+    file.write_text(out)
+    assert load_config(file) == vtab("sct smallnorb_azi train.epochs=70")
+    main(["configs", "show", "vtab"])
+    assert "suite: vtab" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 __all__ = [
     "PRECISIONS", "AugmentConfig", "CacheConfig", "Config", "DataConfig", "MethodConfig", "ModelConfig", "MotionConfig",
     "OptimConfig", "ScenesConfig", "ScheduleConfig", "SegConfig", "SolveConfig", "TrainConfig", "VideoConfig", "WandbConfig",
-    "check", "check_options", "from_container", "load_config", "merge", "read_config", "why_no_cache",
+    "check", "check_options", "from_container", "load_config", "merge", "read_config", "resolved", "why_no_cache",
 ]  # fmt: skip
 
 
@@ -236,6 +236,30 @@ def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     config = read_config(Config, file, overrides, tell=tell)
     check(config)
     return config
+
+
+def resolved(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
+    """The YAML of ``load_config``'s answer without what is a default; as a file it gives the same configuration.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    config, default = load_config(file, overrides), OmegaConf.structured(Config)
+    return OmegaConf.to_yaml(_beside(*(OmegaConf.to_container(c) for c in (config, default))))
+
+
+def _beside(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Those of some values that are no defaults."""
+    found = {}
+    for key, value in values.items():
+        usual = default.get(key)
+        if isinstance(value, dict) and isinstance(usual, dict) and usual:
+            value = _beside(value, usual)
+            if value:
+                found[key] = value
+        elif value != usual:
+            found[key] = value
+    return found
 
 
 def from_container(values: dict) -> DictConfig:
