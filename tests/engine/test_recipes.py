@@ -289,7 +289,7 @@ def cases():
 
 def make(name, method, recipe, task):
     given = [f"task={task}", f"method.name={method}", f"recipe={recipe.name}"]
-    given += [f"{key}={pattern.replace('swin_*', SWIN)}" for key, pattern in recipe.when.items()]
+    given += [f"{key}={SWIN if key == 'model.name' else pattern}" for key, pattern in recipe.when.items()]
     config = load_config(CONFIGS / f"{name}.yaml", given, tell=False)
     make_method(config)
     assert "other than there" not in config.origin, (name, method, recipe.name, task)

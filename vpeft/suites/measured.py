@@ -147,7 +147,7 @@ def _add(row: Measured, suite: Suite, task: str, config: DictConfig, metrics: di
     if own is not None:
         row.parameters.append(own)
     row.models.add(config.model.name)
-    row.images.add(str(metrics.get("preset", config.data.preset)))
+    row.images.add(str(metrics.get("preset") or config.data.preset or "the model's own"))
     row.epochs.add("last" if config.train.select == "last" else "best on validation")
     if config.data.train_split not in _training(suite):
         row.remarks.add(f"trained on {config.data.train_split}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engine.recipes import Suite
 from .means import Means, means, trade_off
-from .measured import Measured
+from .measured import Measured, by_shots
 from .published import PublishedRow, columns, disputes, groups
 
 WIDTH = 80
@@ -47,7 +47,7 @@ def _head(suite: Suite) -> str:
         names = [g if len(g) < 8 else f"{g[:6]}." for g in suite.groups]
         return f"{'':24}{'M':>6}" + "".join(f"{n:>8}" for n in names) + f"{'tasks':>8}{'groups':>8}{'epoch':>7}"
     short = [c.removeprefix("imagenet-")[:8] for c in columns(suite.name)]
-    mean_of = f"{'mean':>8}" if len(short) > 1 else ""
+    mean_of = f"{'mean':>8}" if _averaged(suite) else ""
     return f"{'':22}" + "".join(f"{n:>9}" for n in short) + mean_of
 
 
@@ -57,7 +57,12 @@ def _cells(suite: Suite, name: str, size: str, values: dict[str, float], own: Me
         return f"{name[:24]:24}{size:>6}{cells}{mark + _two(own.tasks):>8}{mark + _two(own.of_groups):>8}{epoch:>7}"
     there = columns(suite.name)
     cells = "".join(f"{_two(values.get(c)):>9}" for c in there)
-    return f"{name[:22]:22}{cells}" + (f"{_two(own.tasks):>8}" if len(there) > 1 else "")
+    return f"{name[:22]:22}{cells}" + (f"{_two(own.tasks):>8}" if _averaged(suite) else "")
+
+
+def _averaged(suite: Suite) -> bool:
+    """The columns are sets of which there is a mean."""
+    return len(columns(suite.name)) > 1 and not by_shots(suite)
 
 
 def _published_line(suite: Suite, row: PublishedRow) -> str:
@@ -69,7 +74,7 @@ def _published_line(suite: Suite, row: PublishedRow) -> str:
 
 def _measured_line(suite: Suite, row: Measured) -> str:
     values = row.values(suite)
-    size = f"{mean(row.parameters) / 1e6:.2f}" if row.parameters else "?"
+    size = f"{mean(row.parameters) / 1e6:.3f}" if row.parameters else "?"
     epoch = "last" if row.epochs == {"last"} else "val"
     return _cells(suite, row.name, size, values, means(groups(suite), values), epoch)
 

@@ -108,7 +108,7 @@ def _shots(chosen: Suite, asked: Settings) -> int | None:
         if shots is not None:
             raise ConfigError(f"shots: {chosen.title} has one training set; leave it out")
         return None
-    if shots not in chosen.shots or isinstance(shots, bool):
+    if shots not in chosen.shots or not isinstance(shots, int) or isinstance(shots, bool):
         raise ConfigError(f"shots: {chosen.title} has lists for {', '.join(map(str, chosen.shots))}; got {shots}")
     return shots
 
