@@ -15,7 +15,7 @@ Changes = dict[str, tuple[Any, Any]]  # what is stored and what is asked for, by
 # to leave out, and one that ended at a broken sample can only go on without it.
 HARMLESS = frozenset(
     {
-        "name", "output", "resume", "overwrite", "data.workers", "data.batch_size", "data.download", "data.skip_broken",
+        "name", "output", "resume", "overwrite", "report", "tensorboard", "data.workers", "data.batch_size", "data.download", "data.skip_broken",
         "cache.mode", "cache.budget_gb", "cache.folder", "seg.overlays", "video.strips", "video.cache", "video.skip_broken",
     }
 )  # fmt: skip

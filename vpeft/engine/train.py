@@ -26,7 +26,7 @@ from .checks import building, check_data, check_files, check_parts
 from .loop import Trainer
 from .opening import open_data
 from .plan import STATE, Plan, look, place
-from .report import show
+from .report import report, show
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
 from .start import keep_frozen, start_from
@@ -95,6 +95,7 @@ def train(config: DictConfig, task: Task | None = None, *, last: bool = True) ->
                 tracker.finish()
         if run.main:
             task.finish(built, data, run.path)
+            report(run, handle, task, metrics)
             show(run, handle, task, metrics)
     return metrics
 

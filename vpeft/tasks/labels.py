@@ -1,6 +1,7 @@
 """Loss and metrics of tasks whose samples have one label each: cross-entropy, and accuracies from torchmetrics."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ class LabelStep:
 
     monitor = "top1"
     title = "top-1 accuracy, %"
+    records = "labels"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
@@ -57,6 +59,10 @@ class LabelStep:
         """``scores`` of inputs that are not on the model's device yet."""
         return self.scores(model, inputs.to(device))
 
+    def shares(self, scores: Tensor) -> Tensor:
+        """Probabilities (B, classes) from ``scores``."""
+        return scores.softmax(-1)
+
     def scores_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a test batch (a number), from its ``scores``."""
         return F.cross_entropy(scores, labels)
@@ -74,11 +80,14 @@ class LabelStep:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True, record: Any = None
+    ) -> dict[str, float]:
         """Top-1, top-5 and class-mean accuracy in percent and mean loss over all processes' batches.
 
         Each process passes its own share of the samples; torchmetrics adds the counts up, so that every sample counts
-        once whatever the number of processes. Not ``together``, each process has the metrics of its own batches.
+        once whatever the number of processes. Not ``together``, each process has the metrics of its own batches. A
+        ``record`` is told of every batch.
         """
         metrics, mean_loss = self.metrics(together).to(device), MeanMetric(sync_on_compute=together).to(device)
         for inputs, labels in batches:
@@ -87,6 +96,8 @@ class LabelStep:
             scores, labels = self.scores_on(model, inputs, device), labels.to(device)
             metrics.update(scores, labels)
             mean_loss.update(self.scores_loss(scores, labels), weight=len(labels))
+            if record is not None:
+                record.add(inputs, scores, self.shares(scores), labels)
         found = metrics.compute()
         hits, *_, support = found["per_class"].double().unbind(-1)
         # A class that the split lacks has no accuracy.
