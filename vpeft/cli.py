@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .commands import leaving, making, measuring, serving, shipping, showing, telling, training, using, zoo
+from .commands import comparing, leaving, making, measuring, serving, shipping, showing, telling, training, using, zoo
 from .errors import VpeftError
 from .stopping import any_characters, printing, stoppable
 from .version import __version__
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": (showing.demo, "look at checkpoints' answers side by side on a page in the browser"),
     "export": (leaving.export, "write a checkpoint's model for use without vpeft: timm, torch.export, ONNX"),
     "serve": (serving.serve, "serve many tasks on one backbone, over HTTP or from a list of images"),
+    "compare": (comparing.compare, "put finished runs side by side: settings, metrics, classes, samples"),
     "table": (training.table, "train configurations under several seeds and compare them"),
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "zoo": (zoo.zoo, "list, download, verify and add trained adapters"),

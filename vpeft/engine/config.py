@@ -193,7 +193,9 @@ class Config:
     overwrite: bool = option(False, help="replace a run of the same name, once the new one has its first state")
     init: str | None = option(None, free="a checkpoint", help="from which values start")
     report: str = option(
-        "full", choices=("full", "none"), help="predictions, confusion matrix, reliability and a page of the run, or none of them"
+        "full",
+        choices=("full", "none"),
+        help="predictions, confusion matrix, reliability and a page of the run, or none of them",
     )
     tensorboard: bool = option(False, help="scalars for TensorBoard, in the run's folder `tensorboard`")
     model: ModelConfig = field(default_factory=ModelConfig)

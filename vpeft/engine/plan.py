@@ -205,7 +205,12 @@ def _runs_below(path: Path, depth: int = 3) -> Iterator[Path]:
     """Runs in the folders of a folder."""
     if depth and path.is_dir():
         for inner in sorted(path.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith(".") and inner.name not in ("wandb", EVENTS):
+            if (
+                inner.is_dir()
+                and not inner.is_symlink()
+                and not inner.name.startswith(".")
+                and inner.name not in ("wandb", EVENTS)
+            ):
                 if holds_run(inner):
                     yield inner
                 yield from _runs_below(inner, depth - 1)

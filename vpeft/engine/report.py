@@ -56,7 +56,9 @@ def report(run: RunFolder, handle: Handle, task: Step, metrics: dict[str, Any]) 
         "seconds per epoch": metrics["seconds_per_epoch"],
     }
     facts |= {_name(k, task): v for k, v in metrics.items() if k not in ("epoch", "trainable", "seconds_per_epoch")}
-    facts |= _last(run, "samples_per_second", "peak_memory_gb")
+    row = (run.rows() or [{}])[-1]
+    names = {"samples_per_second": "samples per second, last epoch", "peak_memory_gb": "peak memory, GB"}
+    facts |= {name: row[key] for key, name in names.items() if key in row}
     again = ["vpeft", "train", "--cfg", str(run.file("config.yaml")), f"name={config.name}-again"]
     write_report(run.folder, str(run.path), config, facts, environment(), again)
 
@@ -72,11 +74,6 @@ def _name(key: str, task: Step) -> str:
     if name == task.monitor:
         return f"{split} {task.title}"
     return f"{split} expected calibration error, %" if name == "ece" else key.replace("_", " ")
-
-
-def _last(run: RunFolder, *keys: str) -> dict[str, Any]:
-    row = (run.rows() or [{}])[-1]
-    return {f"{key.replace('_', ' ')} of the last epoch": row[key] for key in keys if key in row}
 
 
 def show(run: RunFolder, handle: Handle, task: Step, metrics: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ h1 { font-size: 1.35rem; margin: .3rem 0 1rem } h2 { font-size: 1.05rem; margin:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 td, th { padding: .18rem .7rem .18rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 td:first-child, th:first-child { text-align: left } th { color: var(--soft); font-weight: 600 }
+.numbers td + td, .numbers th { white-space: nowrap } .numbers td:first-child { min-width: 7rem }
 td.bar { min-width: 7rem } td.bar i { display: block; height: .7em; background: var(--bar); border-radius: 2px }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; display: block }
+@media (max-width: 45rem) { .broad { overflow-x: auto } .broad img { max-width: none; width: 42rem } }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 4px; padding: .6rem .8rem; overflow-x: auto;
   font-size: 13px; white-space: pre-wrap } summary { cursor: pointer; font-weight: 600; margin-top: 1.2rem }
 .note { color: var(--soft) }
@@ -55,10 +58,18 @@ def bars(title: str, heading: Sequence[Any], rows: Iterable[Sequence[Any]], colu
     lines = []
     for row in rows:
         share = float(row[column]) if row[column] not in ("", None) else 0.0
-        cells = "".join(f"<td>{escaped(cell)}</td>" for cell in row)
+        cells = "".join(f"<td>{escaped(shortly(cell))}</td>" for cell in row)
         lines.append(f'<tr>{cells}<td class="bar"><i style="width:{share:.1f}%"></i></td></tr>\n')
     head = "".join(f"<th>{escaped(cell)}</th>" for cell in heading)
-    return _headed(title, f'<div class="wide"><table><tr>{head}<th></th></tr>\n{"".join(lines)}</table></div>')
+    return _headed(title, f'<div class="wide numbers"><table><tr>{head}<th></th></tr>\n{"".join(lines)}</table></div>')
+
+
+def shortly(cell: Any) -> Any:
+    """A number with two digits behind the point; whatever else as it is."""
+    try:
+        return f"{float(cell):.2f}" if "." in str(cell) else cell
+    except ValueError:
+        return cell
 
 
 def code(title: str, text: str) -> Block:
@@ -81,7 +92,18 @@ def picture(title: str, file: Path) -> Block:
     data = _small(file.read_bytes())
     kind = "png" if data[:4] == b"\x89PNG" else "webp"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return _headed(title, f'<img alt="{escaped(title)}" src="{source}">')
+    with Image.open(io.BytesIO(data)) as image:
+        kind = (
+            "broad" if image.width > 1.3 * image.height or image.width > 900 else "tall"
+        )  # else too small in a narrow window
+    return _headed(title, f'<div class="{kind}"><img alt="{escaped(title)}" src="{source}"></div>')
+
+
+def picture_of(title: str, draw: Callable[[Path], Any]) -> Block:
+    """A picture that ``draw`` writes into a file, which is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder) / "picture.png")
+        return picture(title, Path(folder) / "picture.png")
 
 
 def _small(data: bytes) -> bytes:

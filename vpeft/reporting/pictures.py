@@ -17,7 +17,7 @@ NAMED = 30  # classes up to which a matrix has their names
 COUNTED = 12  # classes up to which its cells have their counts
 PAIRS = 12  # of classes that are listed beside a larger matrix
 LONGEST = 22  # characters of a name in a picture
-CONTROLS = {i: " " for i in (*range(32), 127)}
+CONTROLS = dict.fromkeys((*range(32), 127), " ")
 
 
 def figure(width: float, height: float) -> "Figure":
@@ -55,7 +55,9 @@ def draw_confusion(path: Path, pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
     drawn = figure(side + 1.0, side) if named else figure(side + 4.2, side)
     axis, *beside = np.atleast_1d(drawn.subplots(1, 1 if named else 2, **({} if named else {"width_ratios": (3, 2)})))
     # The root of the share: a single mistake among many classes can still be seen.
-    shown = axis.imshow(np.sqrt(matrix), cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if count <= 500 else "antialiased")
+    shown = axis.imshow(
+        np.sqrt(matrix), cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if count <= 500 else "antialiased"
+    )
     bar = drawn.colorbar(shown, ax=axis, shrink=0.8, ticks=np.sqrt([0, 0.01, 0.05, 0.2, 0.5, 1]))
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"], fontsize=7)
     bar.set_label(f"share of the true class's {unit}", fontsize=8)

@@ -1,7 +1,7 @@
 """What a pass over a test split keeps of each sample: enough for tables and pictures, in memory that stays small.
 
-Of 50,000 images of 1,000 classes these are 5 MB: of each its number, its true class, the predicted one and the five best with their
-probabilities, and small copies of the few that were most confidently wrong.
+Of 50,000 images of 1,000 classes these are 5 MB: of each its number, its true class, the predicted one and the five best
+with their probabilities, and small copies of the few that were most confidently wrong.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +41,9 @@ class Record:
 
     def __init__(self, loader: Iterable, classes: Sequence[str], stats: dict[str, Any], *, rank: int = 0, world: int = 1):
         self.loader, self.classes, self.rank, self.world = loader, list(classes), rank, world
-        self.mean, self.std = (torch.as_tensor(stats.get(k) or [v], dtype=torch.float32) for k, v in (("mean", 0), ("std", 1)))
+        self.mean, self.std = (
+            torch.as_tensor(stats.get(k) or [v], dtype=torch.float32) for k, v in (("mean", 0), ("std", 1))
+        )
         self.parts: list[dict[str, np.ndarray]] = []
         self.columns: dict[str, np.ndarray] = {}
         self.reliability = Reliability()
@@ -199,7 +201,10 @@ class MaskRecord(Record):
             matrix = pairs.reshape(self.matrix.shape)
             self.matrix += matrix
             hits, pixels = matrix.diagonal().sum(), matrix.sum()
-            miou, accuracy = 100 * float(np.nanmean(_iou(matrix))) if pixels else np.nan, 100 * hits / pixels if pixels else np.nan
+            miou, accuracy = (
+                100 * float(np.nanmean(_iou(matrix))) if pixels else np.nan,
+                100 * hits / pixels if pixels else np.nan,
+            )
             self._keep(
                 index=np.asarray([self.now[row]]), pixels=np.asarray([pixels]), accuracy=np.asarray([accuracy]),
                 miou=np.asarray([miou]),

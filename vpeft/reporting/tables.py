@@ -35,7 +35,13 @@ def write_predictions(path: Path, record: Record) -> None:
         write_csv(path, [("index", "file", "pixels", "accuracy", "miou"), *numbers])
         return
     classes = np.asarray(record.classes, dtype=object)
-    cells = [columns["index"], names, classes[columns["true"]], classes[columns["predicted"]], _rounded(columns["confidence"])]
+    cells = [
+        columns["index"],
+        names,
+        classes[columns["true"]],
+        classes[columns["predicted"]],
+        _rounded(columns["confidence"]),
+    ]
     heading = ["index", "file", "true", "predicted", "probability"]
     if "shares" in columns:
         heading += [f"p({name})" for name in record.classes]
@@ -48,7 +54,10 @@ def write_predictions(path: Path, record: Record) -> None:
 
 
 def write_confusion(path: Path, record: LabelRecord | MaskRecord) -> None:
-    """confusion.csv: a row for each true class, a column for each predicted one; pairs and counts of more than 1,000 classes."""
+    """confusion.csv: a row for each true class, a column for each predicted one.
+
+    Of more than 1,000 classes it has a row for each pair that occurs: true class, predicted class, count.
+    """
     true, found, count = record.confusion()
     names = record.classes
     if len(names) > DENSE:
@@ -57,7 +66,9 @@ def write_confusion(path: Path, record: LabelRecord | MaskRecord) -> None:
         return
     matrix = np.zeros((len(names), len(names)), np.int64)
     matrix[true, found] = count
-    write_csv(path, [("true \\ predicted", *names), *((name, *row) for name, row in zip(names, matrix.tolist(), strict=True))])
+    write_csv(
+        path, [("true \\ predicted", *names), *((name, *row) for name, row in zip(names, matrix.tolist(), strict=True))]
+    )
 
 
 def per_class(record: LabelRecord | MaskRecord) -> tuple[list[str], list[tuple]]:

@@ -34,7 +34,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 def _worst_labels(path: Path, record: Record) -> None:
     tiles = [
-        (picture, plain(f"true: {record.classes[true]}"), plain(f"{record.classes[found]}", 16) + f" {confidence:.1%}")
+        (picture, plain(f"true: {record.classes[true]}"), f"predicted: {plain(record.classes[found], 14)}, {confidence:.1%}")
         for confidence, _, ((true, found), picture) in record.worst
     ]
     draw_tiles(path, tiles, 6, "most confidently wrong: true class, predicted class and its probability")
@@ -42,6 +42,7 @@ def _worst_labels(path: Path, record: Record) -> None:
 
 def _worst_masks(path: Path, record: Record) -> None:
     tiles = [
-        (picture, plain(Path(record.name(index)).name, 40), f"mIoU {-badness:.1f} %") for badness, index, picture in record.worst
+        (picture, plain(Path(record.name(index)).name, 40), f"mIoU {-badness:.1f} %")
+        for badness, index, picture in record.worst
     ]
     draw_tiles(path, tiles, 2, "lowest mIoU: image, true classes, found classes")
