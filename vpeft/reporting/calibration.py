@@ -10,7 +10,8 @@ class Reliability:
     """Counts of confidences in ``BINS`` bins of equal width; the last one holds the confidence 1 too.
 
     The confidence of a prediction is the probability of the predicted class. torchmetrics has the same error, but keeps
-    every confidence, of which masks have one for each pixel, and does not give the bins that the diagram shows.
+    every confidence, of which masks have one for each pixel, does not give the bins that the diagram shows, and has a bin
+    more, for confidences of exactly 1.
 
     Attributes:
         counts: (3, BINS), float64: how many, the sum of their confidences, how many were right.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NAMED = 30  # classes up to which a matrix has their names
 COUNTED = 12  # classes up to which its cells have their counts
+CELLS = 150  # classes up to which a matrix is drawn cell by cell
+POINTS = 50_000  # that are drawn of more classes
 PAIRS = 12  # of classes that are listed beside a larger matrix
 LONGEST = 22  # characters of a name in a picture
 CONTROLS = dict.fromkeys((*range(32), 127), " ")
@@ -50,17 +52,15 @@ def draw_confusion(path: Path, pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
         unit: what is counted.
     """
     count = len(classes)
-    matrix, named = _shares(pairs, count), count <= NAMED
-    side = min(7.2, 2.2 + 0.32 * count) if named else 6.4
+    named = count <= NAMED
+    side = min(7.2, 3.4 + 0.28 * count) if named else 6.4
     drawn = figure(side + 1.0, side) if named else figure(side + 4.2, side)
     axis, *beside = np.atleast_1d(drawn.subplots(1, 1 if named else 2, **({} if named else {"width_ratios": (3, 2)})))
-    # The root of the share: a single mistake among many classes can still be seen.
-    shown = axis.imshow(
-        np.sqrt(matrix), cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if count <= 500 else "antialiased"
-    )
+    matrix, shown = _draw_cells(axis, pairs, count)
     bar = drawn.colorbar(shown, ax=axis, shrink=0.8, ticks=np.sqrt([0, 0.01, 0.05, 0.2, 0.5, 1]))
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"], fontsize=7)
-    bar.set_label(f"share of the true class's {unit}", fontsize=8)
+    bar.ax.set_ylim(0, 1)  # of points, the lightest is not white
+    bar.set_label(f"share of the true class ({unit})", fontsize=8)
     axis.set(xlabel="predicted", ylabel="true")
     if named:
         size = 8 if count <= 12 else 6
@@ -79,20 +79,32 @@ def draw_confusion(path: Path, pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
     save(drawn, path)
 
 
-def _shares(pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: int) -> np.ndarray:
-    """The matrix of shares of the row; of very many classes, in which no cell could be seen, coarser."""
-    true, found, count = pairs
-    step = -(-classes // 2000)  # at most 2,000 cells a side
-    side = -(-classes // step)
-    matrix = np.zeros((side, side))
-    np.add.at(matrix, (true // step, found // step), count)
-    return matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+def _draw_cells(axis: Any, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray | None, Any]:
+    """The cells as shares of their row, as an image; of many classes as points, since a cell could not be seen.
+
+    Colours follow the root of the share: a single mistake among many samples can still be told from none.
+    """
+    true, found, number = pairs
+    share = number / np.maximum(np.bincount(true, number, minlength=count), 1)[true]
+    if count <= CELLS:
+        matrix = np.zeros((count, count))
+        matrix[true, found] = share
+        return matrix, axis.imshow(np.sqrt(matrix), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    first = np.argsort(share, kind="stable")[-POINTS:]  # the darkest above the others
+    shown = axis.scatter(
+        found[first], true[first], c=np.sqrt(share[first]), s=5, cmap="Blues", vmin=-0.3, vmax=1, linewidths=0
+    )
+    axis.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
+    return None, shown
 
 
 def _mistakes(pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: Sequence[str]) -> str:
     true, found, count = (values[pairs[0] != pairs[1]] for values in pairs)
     first = np.argsort(-count, kind="stable")[:PAIRS]
-    lines = [f"{_short(count[i]):>6}  {plain(classes[true[i]])}\n            → {plain(classes[found[i]])}" for i in first]
+    lines = [
+        f"{_short(count[i])} ×  {true[i]}: {plain(classes[true[i]])}\n        → {found[i]}: {plain(classes[found[i]])}"
+        for i in first
+    ]
     return "\n".join(lines) or "none"
 
 
