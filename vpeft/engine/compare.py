@@ -337,6 +337,8 @@ def _blocks(runs, settings, metrics, classes, pairs, images, notes) -> Iterator[
 
 
 def _draw_curves(runs: list[Finished], path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     step = task_class(runs[0].config.task)
     drawn = figure(11, 4)
     axes = drawn.subplots(1, 2)
@@ -350,5 +352,6 @@ def _draw_curves(runs: list[Finished], path: Path) -> None:
     axes[1].set(xlabel="epoch", ylabel=f"val {step.title}")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].legend(fontsize=7)
     save(drawn, path)
