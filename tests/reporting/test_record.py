@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from vpeft.data.broken import Tally
@@ -83,6 +83,20 @@ def test_each_row_is_of_the_sample_whose_number_it_has():
     assert record.columns["true"].tolist() == labels[kept].tolist()
     assert record.columns["predicted"].tolist() == scores[kept].argmax(1).tolist()
     assert np.allclose(record.columns["shares"], scores[kept].softmax(1), atol=1e-6)
+
+
+def test_a_stream_numbers_its_samples_as_they_come(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from ((torch.full((3, 2, 2), float(i % 3)), i % 3) for i in range(7))
+
+    record = LabelRecord(make_loader(Stream(), 3, train=False), ["a", "b", "c"], PLAIN)
+    LabelStep(3).evaluate(lambda x: -(x[:, 0, 0, :1] - torch.arange(3.0)).abs(), record, CPU, record=record)
+    record.gather()
+    write_predictions(tmp_path / "p.csv", record)
+    assert [row[:4] for row in read_csv(tmp_path / "p.csv")[1:]] == [
+        [str(i), f"sample {i}", *["abc"[i % 3]] * 2] for i in range(7)
+    ]
 
 
 def test_equal_scores_are_judged_as_in_the_metrics():

@@ -76,6 +76,7 @@ class Trainer:
         self.epoch, self.best, self.lost = 0, {"epoch": None, "value": -math.inf}, -math.inf
         self.changes: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
+        self.record: Record | None = None  # of the test split
         self.pace = Pace()
         self.watch = GradientWatch(((n, p) for n, p in handle.named_parameters() if p.requires_grad), run.logger)
 
@@ -245,12 +246,9 @@ class Trainer:
             self.average.update()
         return summed
 
-    def evaluate(self, split: str, record: Record | None = None) -> dict[str, float]:
-        """Metrics of one split (empty where it does not exist), of the averaged weights where there are any.
-
-        A ``record`` of it is what its batches come from.
-        """
-        loader = self.loaders.get(split)
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Metrics of one split (empty where it does not exist), of the averaged weights where there are any."""
+        loader, record = self.loaders.get(split), self.record if split == "test" else None
         if loader is None:
             return {}
         self._mode(False)
@@ -276,10 +274,10 @@ class Trainer:
             "seconds_per_epoch": sorted(r["train_seconds"] for r in rows)[len(rows) // 2] if rows else None,
         }
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
-        record = make_record(
+        self.record = make_record(
             self.config, self.task, self.loaders.get("test"), self.classes, self.metadata.get("data"), self.accelerator
         )
-        metrics |= {f"test_{k}": v for k, v in (self.evaluate("test", record) | gathered(record)).items()}
+        metrics |= {f"test_{k}": v for k, v in (self.evaluate("test") | gathered(self.record)).items()}
         metrics |= count_skipped(self.loaders, self.run.logger)
         if self.epoch < self.epochs:
             self.notes["stopped_early"] = self.epoch
@@ -292,7 +290,7 @@ class Trainer:
             for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
                 self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
             draw_curves(self.run, self.task)
-            write_results(self.run.folder, record)
+            write_results(self.run.folder, self.record)
             self.run.finish(metrics | self.notes)
         self.accelerator.log(
             {k: v for k, v in metrics.items() if v is not None and k != "epoch"}, step=self.epoch * self.steps_per_epoch
