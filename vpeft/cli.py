@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .commands import (
     benchmark,
+    comparing,
     data,
     leaving,
     making,
@@ -33,6 +34,7 @@ COMMANDS = {
     "demo": (showing.demo, "look at checkpoints' answers side by side on a page in the browser"),
     "export": (leaving.export, "write a checkpoint's model for use without vpeft: timm, torch.export, ONNX"),
     "serve": (serving.serve, "serve many tasks on one backbone, over HTTP or from a list of images"),
+    "compare": (comparing.compare, "put finished runs side by side: settings, metrics, classes, samples"),
     "table": (training.table, "train configurations under several seeds and compare them"),
     "search": (training.search, "search for the sizes of a method's modules in each block, under a budget"),
     "sweep": (sweeps.sweep, "try settings on validation data, then train and test the best ones"),

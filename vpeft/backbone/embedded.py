@@ -6,8 +6,8 @@ and every test run on a really pretrained network without a download::
     timm.create_model("vit_micro_patch4_28.vpeft_fashion", pretrained=True, num_classes=0)
 
 Those of ``vpeft_fashion`` were trained on Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747), those of ``vpeft_pretext``
-went on from there on ten tasks of drawn pictures (``vpeft/data/generated/pretext.py``), both by ``tools/pretrain.py``; recipes
-and measured accuracies are in ``model_zoo.md``.
+went on from there on ten tasks of drawn pictures (``vpeft/data/generated/pretext.py``), both by ``tools/pretrain.py``;
+recipes and measured accuracies are in ``model_zoo.md``.
 """
 
 from pathlib import Path

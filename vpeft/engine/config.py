@@ -202,6 +202,12 @@ class Config:
         free="a sentence",
         help="the suite, task and recipe that it was made from; changes nothing",
     )
+    report: str = option(
+        "full",
+        choices=("full", "none"),
+        help="predictions, confusion matrix, reliability and a page of the run, or none of them",
+    )
+    tensorboard: bool = option(False, help="scalars for TensorBoard, in the run's folder `tensorboard`")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -278,7 +278,8 @@ def test_images_of_several_sizes_make_a_batch_of_lists_that_is_judged_by_size():
     dataset = SegmentationSet(Two(), PairTransform(**PLAIN))
     images, masks = dataset.collate([dataset[0], dataset[1], dataset[0]])
     assert [x.shape for x in images] == [(3, 8, 8), (3, 8, 9), (3, 8, 8)]
-    assert [(len(x), y.shape) for x, y in of_one_size(images, masks)] == [(2, (2, 8, 8)), (1, (1, 8, 9))]
+    found = list(of_one_size(images, masks))
+    assert [(len(x), y.shape, rows) for x, y, rows in found] == [(2, (2, 8, 8), [0, 2]), (1, (1, 8, 9), [1])]
     images, masks = dataset.collate([dataset[0], dataset[0]])
     assert images.shape == (2, 3, 8, 8)
     assert masks.shape == (2, 8, 8)

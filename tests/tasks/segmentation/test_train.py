@@ -21,11 +21,13 @@ from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
 from vpeft.errors import ConfigError
+from vpeft.reporting.tables import read_csv
 from vpeft.tasks.segmentation.pictures import picture_names
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, Scenes, write_scenes
 
 TINY = """
 task: segmentation
+report: none
 model:
   name: vit_tiny_patch16_224
   pretrained: true
@@ -55,9 +57,19 @@ def make(tmp_path):
 
 @pytest.mark.parametrize("overrides", [["name=whole"], ["name=slide", "seg.mode=slide", "seg.stride=20"]])
 def test_a_run_is_tested_and_predicts(make, tmp_path, overrides):
-    config = make("data.val_split=val", *overrides)
+    config = make("data.val_split=val", "report=full", *overrides)
     metrics = train(config)
     folder = Path(config.output) / config.name
+    heading, *images = read_csv(folder / "predictions.csv")
+    assert (heading, [row[:3] for row in images]) == (
+        ["index", "file", "pixels", "accuracy", "miou"], [[str(i), f"scene {i}", "1600"] for i in range(4)]
+    )  # fmt: skip
+    assert np.mean([float(row[3]) for row in images]) == pytest.approx(metrics["test_aacc"], abs=1e-3)
+    ious = [float(row[2]) for row in read_csv(folder / "per_class.csv")[1:] if row[2]]
+    assert np.mean(ious) == pytest.approx(metrics["test_miou"], abs=1e-3)
+    assert sum(int(n) for row in read_csv(folder / "confusion.csv")[1:] for n in row[1:]) == 4 * 1600
+    assert metrics["test_ece"] > 0
+    assert (folder / "report.html").read_text().count("data:image/") == 5, "the overlays too"
     assert {p.name for p in folder.iterdir()} >= {"best.safetensors", "overlays.png", "metrics.json", "curves.png"}
     assert 0 <= metrics["test_miou"] <= 100
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
