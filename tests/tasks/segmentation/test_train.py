@@ -85,11 +85,11 @@ def test_san_trains_in_the_engine(make):
     assert evaluate(config, folder / "best.safetensors")["miou"] == pytest.approx(metrics["test_miou"])
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
-
-    train(make("name=whole"))
-    interrupted(make("name=cut"))
-    config = make("name=cut")
+@pytest.mark.parametrize("overrides", [[], ["seg.scenes.fresh=true", "data.workers=1"]])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, overrides):
+    train(make("name=whole", *overrides[:1]))
+    interrupted(make("name=cut", *overrides))
+    config = make("name=cut", *overrides)
     train(config)
     whole, cut = (load_file(Path(config.output) / n / "last.safetensors") for n in ("whole", "cut"))
     assert whole.keys() == cut.keys()
