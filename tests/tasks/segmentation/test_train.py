@@ -16,6 +16,7 @@ from tests.support.fashion import fashion_root
 from tests.support.runs import interrupted
 from vpeft.cli import main
 from vpeft.data.images import read_mask
+from vpeft.engine import shipped
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
@@ -97,11 +98,11 @@ def test_san_trains_in_the_engine(make):
     assert evaluate(config, folder / "best.safetensors")["miou"] == pytest.approx(metrics["test_miou"])
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
-
-    train(make("name=whole"))
-    interrupted(make("name=cut"))
-    config = make("name=cut")
+@pytest.mark.parametrize("overrides", [[], ["seg.scenes.fresh=true", "data.workers=1"]])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, overrides):
+    train(make("name=whole", *overrides[:1]))
+    interrupted(make("name=cut", *overrides))
+    config = make("name=cut", *overrides)
     train(config)
     whole, cut = (load_file(Path(config.output) / n / "last.safetensors") for n in ("whole", "cut"))
     assert whole.keys() == cut.keys()
@@ -287,3 +288,20 @@ def test_a_checkpoint_knows_its_text_embeddings(with_text, tmp_path, monkeypatch
     file.unlink()
     with pytest.raises(vpeft.CheckpointError, match="no such file of text embeddings"):
         predict(best, [tmp_path / "pictures/images"], out="out")
+
+
+def test_the_demonstration_differs_in_the_method_alone(tmp_path):
+    """And trains on windows of the backbone's own size, out of scenes that it has not seen before."""
+    configs = [load_config(n) for n in shipped.names() if n.startswith("seg/demo/")]
+    assert {c.method.name for c in configs} >= {"linear", "lora", "adaptformer", "convpass", "bitfit", "full"}
+    for config in configs:
+        assert config.seg == configs[0].seg
+        assert config.data == configs[0].data
+        assert config.train == configs[0].train
+        assert config.seg.scenes.fresh
+    few = ["seg.scenes={train: 4, val: 1, test: 2}", "train={epochs: 2, batch_size: 4}", f"output={tmp_path}"]
+    config = load_config("seg/demo/convpass", few)
+    assert train(config)["test_miou"] >= 0
+    saved = vpeft.checkpoint.read(tmp_path / config.name / "last.safetensors")
+    assert saved.metadata["config"]["seg"]["crop"] == 28
+    assert Image.open(tmp_path / config.name / "overlays.png").width > 100
