@@ -72,7 +72,7 @@ def _name(dataset: Any, index: int) -> str:
 
 def judged_within(batches: Any) -> tuple[int, ...] | None:
     """The classes among which a loader's samples are judged a second time (``within`` of its data set); None for all."""
-    dataset = getattr(batches, "dataset", None)
+    dataset = getattr(getattr(batches, "loader", batches), "dataset", None)  # a record holds its loader
     while isinstance(dataset, SeededDataset | Subset):
         dataset = dataset.dataset
     return getattr(dataset, "within", None)
