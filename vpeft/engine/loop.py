@@ -138,13 +138,13 @@ class Trainer:
         if self.recalibrate and self.epoch:
             self.recalibrate()
         train_loss, waited, samples = self._train_epoch()
-        trained = time.perf_counter() - started
+        trained = max(round(time.perf_counter() - started, 3), 0.001)
         row = {
             "epoch": self.epoch,
             "step": (self.epoch + 1) * self.steps_per_epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
-            "train_seconds": round(trained, 3),
+            "train_seconds": trained,
             "data_seconds": round(waited, 3),
             "samples_per_second": round(samples / trained, 2),
             **peak_memory(self.accelerator.device),
