@@ -290,6 +290,7 @@ def test_dsprites_labels_and_images(tmp_path):
     slices = replace(slices, totals={"train": 7})
     build_task("dsprites_ori", replace(recipe, read=some), slices, tmp_path, tmp_path, "exact")
     found = get_set("vtab/dsprites_ori").read(Asked(tmp_path), "train800")
+    assert get_set("vtab/dsprites_ori").notes(Asked(tmp_path), found)["data_note"] == "dSprites (re-rendered)"
     chosen = [keys[i] for i in ranked("train", keys)][:3]
     assert chosen == [16399, 634903, 206287]
     assert found.labels == [dsprites.orientation_label(i) for i in chosen]

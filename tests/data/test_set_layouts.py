@@ -55,7 +55,7 @@ def test_vtab_under_all_names_of_its_folder(tmp_path, source, folder):
     train, val = opened(data), opened(data, "val")
     assert names(train, tmp_path / folder) == [f"images/train800/{i:06d}.jpg" for i in range(3)]
     assert (train.labels, val.labels, opened(data, "test").labels) == ([1, 0, 2], [2], [0, 1])
-    assert (train.count, train.names, train.pixels) == (100, None, "zip-jpeg")
+    assert (train.count, train.names, train.notes) == (100, None, {"pixels": "zip-jpeg"})
     assert np.asarray(train[0][0]).max() == 10, "the image of the label 1"
 
 
@@ -77,8 +77,10 @@ def test_a_folder_of_another_name_is_taken_only_with_lists(tmp_path):
 def test_vtab_says_how_its_pixels_were_stored(tmp_path, note, ending, pixels):
     vtab(tmp_path, "dtd", LISTS, ending)
     if note:
-        (tmp_path / "dtd" / NOTE).write_text(json.dumps({"pixels": note}))
-    assert opened(section(tmp_path, "vtab/dtd")).pixels == pixels
+        (tmp_path / "dtd" / NOTE).write_text(json.dumps({"pixels": note, "note": "drawn"}))
+    assert opened(section(tmp_path, "vtab/dtd")).notes == {"pixels": pixels} | ({"data_note": "drawn"} if note else {})
+    (tmp_path / "dtd" / NOTE).write_text("[1")
+    assert opened(section(tmp_path, "vtab/dtd")).notes["pixels"] in ("exact", "zip-jpeg")
 
 
 def test_vtab_refuses_what_is_missing_with_the_layout(tmp_path):

@@ -78,9 +78,9 @@ class LabelledSet:
         """How many images a split has as published; None where nothing says so."""
         return self.sizes.get(split)
 
-    def pixels(self, asked: Asked, listing: Listing) -> str | None:
-        """How the stored pixels came from the originals, where that differs between copies of the set."""
-        return None
+    def notes(self, asked: Asked, listing: Listing) -> dict[str, str]:
+        """What every result says of this copy of the set: ``pixels``, where copies have different ones."""
+        return {}
 
     def split(self, name: str, key: str) -> str:
         """The set's own name of a split.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class ListedImages(Dataset):
         listing: paths and labels.
         names: of the classes, in the order of the labels; None where they are numbers.
         count: how many classes there are.
-        pixels: how the stored pixels came from the originals; None where nothing says so.
+        notes: what every result says of this copy of the data.
         transform: upright RGB image to what the model gets.
     """
 
@@ -52,10 +52,10 @@ class ListedImages(Dataset):
         listing: Listing,
         names: Sequence[str] | None,
         count: int,
-        pixels: str | None = None,
+        notes: Mapping[str, str] | None = None,
         transform: Callable | None = None,
     ):
-        self.listing, self.names, self.count, self.pixels, self.transform = listing, names, count, pixels, transform
+        self.listing, self.names, self.count, self.notes, self.transform = listing, names, count, notes or {}, transform
         self.files, self.labels, self.within = listing.files, listing.labels, listing.within
 
     def __len__(self) -> int:

@@ -209,7 +209,7 @@ def _opened(found: LabelledSet, what: Asked, split: str, transform: Callable | N
             "%s: %s has %d images, the published split %d; its results are not comparable", listing.file, split,
             len(listing.files), size,
         )  # fmt: skip
-    return ListedImages(listing, found.names, count, found.pixels(what, listing), transform)
+    return ListedImages(listing, found.names, count, found.notes(what, listing), transform)
 
 
 def check_labels(found: LabelledSet, labels: list[int], where: str) -> None:

@@ -94,13 +94,15 @@ class VtabSet(LabelledSet):
         (file,) = self.sources(asked, split)
         return listed(file, read_labels(file), [file.parent])
 
-    def pixels(self, asked: Asked, listing: Listing) -> str | None:
-        """``zip-jpeg`` or ``exact``, as the folder's note says; without one, by the images' ending."""
+    def notes(self, asked: Asked, listing: Listing) -> dict[str, str]:
+        """``pixels``: zip-jpeg or exact, as the folder's note says, or else the images' ending; and the note's own words."""
         try:
-            found = json.loads((self.place(asked.root) / NOTE).read_text())["pixels"]
-            if found in PIXELS:
-                return found
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # the zip has no such file
+            built = json.loads((self.place(asked.root) / NOTE).read_text(encoding="utf-8"))
+            built = built if isinstance(built, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            built = {}  # the zip has no such file
         endings = {path.suffix.lower() for path in listing.files}
-        return ZIP if endings <= {".jpg", ".jpeg"} else EXACT if endings == {".png"} else None
+        ending = ZIP if endings <= {".jpg", ".jpeg"} else EXACT if endings == {".png"} else None
+        pixels = built.get("pixels") if built.get("pixels") in PIXELS else ending
+        found = {"pixels": pixels, "data_note": built.get("note")}
+        return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -103,8 +103,7 @@ def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0, order
     for split, dataset in found.items():
         own = _own_names(data, dataset) or data.classes
         _relabel(dataset, own, classes, f"data.{split}_split: '{data[f'{split}_split']}'")
-    pixels = getattr(first, "pixels", None)
-    notes = {"pixels": pixels} if pixels else {}
+    notes = dict(first.notes) if isinstance(first, ListedImages) else {}
     if _prefix(data.source) not in STREAMS:
         found = {split: _thin(dataset, data.num_samples) for split, dataset in found.items()}
     if data.val_size and "train" in found:
