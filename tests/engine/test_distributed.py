@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +13,7 @@ from vpeft.engine.train import train
 from vpeft.reporting.tables import read_csv
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny, tiny_file):
     """Tolerance: 1e-5 on every trained value after two epochs of SGD with an uneven last batch, in float32."""
     options = ["optim.name=sgd", "optim.lr=0.05", "data.val_size=110", "train.batch_size=99", "train.accumulate=2",
