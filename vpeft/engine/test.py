@@ -66,7 +66,8 @@ def test(
                 print(f"{name}: {count} left out", file=sys.stderr)
         values |= found if name == split else {f"{name}_{k}": v for k, v in found.items()}
     if accelerator.is_main_process:
-        print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()} | data.notes, indent=1))
+        notes = {k: v for k, v in data.notes.items() if isinstance(v, str)}
+        print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()} | notes, indent=1))
     return values
 
 
