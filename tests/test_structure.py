@@ -18,6 +18,7 @@ FLOORS = (
     ("tuning",),
     ("data",),
     ("tasks",),
+    ("reporting",),
     ("engine",),
     ("integrations",),
     ("bench", "demo", "docs", "export", "search", "serving", "suites", "sweeps", "zoo"),

@@ -49,6 +49,7 @@ def file(tiny_file):
     return tiny_file
 
 
+@pytest.mark.slow
 def test_kill_and_resume(file, tmp_path):
     runs = tmp_path / "runs"
     assert start(file, "whole").wait() == 0

@@ -236,6 +236,7 @@ def test_wandb_offline_writes_a_run(tiny):
     assert list((Path(config.output) / "run").glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.slow
 def test_shell_tools(tiny_file):
     done = subprocess.run(
         ["bash", ROOT / "tools/train.sh", tiny_file, "train.epochs=1"],

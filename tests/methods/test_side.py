@@ -69,7 +69,10 @@ def test_checkpointing_gives_the_same_gradients(method, kind, options):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@cases
+@pytest.mark.parametrize(
+    ("method", "kind", "options"),
+    [pytest.param(*case, marks=pytest.mark.slow if n % 4 else ()) for n, case in enumerate(CASES)],
+)
 def test_nothing_is_held_after_a_run(method, kind, options):
     model = make(kind)
     handle = attached(model, method, **options)

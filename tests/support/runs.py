@@ -7,6 +7,7 @@ from vpeft.engine.loop import Trainer
 from vpeft.engine.train import train
 
 TINY_MODEL = """
+report: none
 model:
   name: vit_tiny_patch16_224
   pretrained: false

@@ -1,6 +1,7 @@
 """The index's schema, and the zoo that ships."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests.support.servers import Served, Server
 from vpeft.backbone.embedded import default_cfgs
 from vpeft.cli import main
 from vpeft.docs import pages
+from vpeft.engine.config import from_container, load_config
+from vpeft.engine.settings import differences, harmful
 from vpeft.errors import DownloadError
 from vpeft.fetching import open_index
 from vpeft.fetching.index import as_text
@@ -138,7 +141,10 @@ def test_the_command_for_pages_writes_the_one_of_the_zoo_beside_it(zoo, tmp_path
     zoo.rename(tmp_path / "model_zoo")
     assert pages.write_pages(tmp_path / "docs") == [tmp_path / "model_zoo.md"]
     text = (tmp_path / "model_zoo.md").read_text()
-    assert "| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | 9 | Apache-2.0 |" in text
+    (entry,) = content(tmp_path / "model_zoo")["entries"]
+    assert (
+        f"| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | {entry['size'] / 1000:.0f} | Apache-2.0 |" in text
+    )
     assert "vpeft train --cfg configs/digits/linear.yaml seed=3" in text
     assert "docs/zoo.md" not in text, "which is not there"
 
@@ -165,3 +171,17 @@ def test_a_home_folder_that_nobody_has(monkeypatch):
     monkeypatch.setenv("VPEFT_CACHE", "~nobody-of-this-name/x")
     with pytest.raises(DownloadError, match=r"VPEFT_CACHE: .* is not known"):
         open_index("http://127.0.0.1:9/zoo")
+
+
+def test_the_commands_of_the_zoo_that_ships_give_its_configurations():
+    """A shipped configuration may change; what trained an adapter stays."""
+    left, trained = {}, 0
+    for entry in content(ROOT / "model_zoo")["entries"]:
+        _, command, _, cfg, *overrides = shlex.split(entry["command"])
+        if command == "train":
+            trained += 1
+            now = load_config(ROOT / cfg, overrides)
+            found = harmful(differences(from_container(entry["config"]), now), finished=True)
+            left |= {entry["name"]: found} if found else {}
+    assert trained >= 20
+    assert not left

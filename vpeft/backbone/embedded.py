@@ -5,8 +5,9 @@ and every test run on a really pretrained network without a download::
 
     timm.create_model("vit_micro_patch4_28.vpeft_fashion", pretrained=True, num_classes=0)
 
-Both were trained on Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747) by ``tools/pretrain.py``; the recipe,
-the log and the measured accuracy are in ``model_zoo.md``.
+Those of ``vpeft_fashion`` were trained on Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747), those of ``vpeft_pretext``
+went on from there on ten tasks of drawn pictures (``vpeft/data/generated/pretext.py``), both by ``tools/pretrain.py``;
+recipes and measured accuracies are in ``model_zoo.md``.
 """
 
 from pathlib import Path
@@ -58,6 +59,9 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 default_cfgs = generate_default_cfgs(
     {
         "vit_micro_patch4_28.vpeft_fashion": _cfg("vit_micro_patch4_28", first_conv="patch_embed.proj"),
+        "vit_micro_patch4_28.vpeft_pretext": _cfg(
+            "vit_micro_patch4_28.vpeft_pretext", first_conv="patch_embed.proj", num_classes=168
+        ),
         "swin_micro_patch2_window7_28.vpeft_fashion": _cfg(
             "swin_micro_patch2_window7_28", first_conv="patch_embed.proj", classifier="head.fc"
         ),

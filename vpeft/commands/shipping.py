@@ -8,19 +8,21 @@ def configs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], N
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|copy")
     listing = actions.add_parser("list", help="names, as they may be given to --cfg")
     listing.add_argument("start", nargs="?", default="", metavar="START", help="only names that start so, such as digits/")
-    showing = actions.add_parser("show", help="one with its bases, without the defaults")
+    showing = actions.add_parser("show", help="one with its bases, or as it would be run, without the defaults")
     showing.add_argument("name", metavar="NAME")
+    showing.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for train, such as task=cifar")
     copying = actions.add_parser("copy", help="copy them and their bases, to be changed")
     copying.add_argument("names", nargs="+", metavar="NAME")
     copying.add_argument("--out", default="configs", metavar="DIR", help="folder (default: %(default)s)")
 
     def run(args: argparse.Namespace) -> None:
         from ..engine import shipped
+        from ..engine.config import resolved
 
         if args.action == "list":
             print(*(name for name in shipped.names() if name.startswith(args.start)), sep="\n")
         elif args.action == "show":
-            print(shipped.text(args.name), end="")
+            print(resolved(shipped.find(args.name), args.overrides) if args.overrides else shipped.text(args.name), end="")
         else:
             print(*shipped.copy(args.names, args.out), sep="\n")
 

@@ -11,13 +11,14 @@ def test(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None
     parser.add_argument("--ckpt", required=True, metavar="FILE", help=f"checkpoint of vpeft train; {SOURCES}")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--merge", action="store_true", help="fold the method into the weights first")
+    parser.add_argument("--out", metavar="DIR", help="a new folder for predictions, confusion matrix, reliability, a page")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
         from ..engine.config import load_config
         from ..engine.test import test
 
-        test(load_config(args.cfg, args.overrides), args.ckpt, split=args.split, merge=args.merge)
+        test(load_config(args.cfg, args.overrides), args.ckpt, split=args.split, merge=args.merge, out=args.out)
 
     return run
 

@@ -6,7 +6,7 @@ processes see one process's global batches, and a resumed run the uninterrupted 
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _name(dataset: Any, index: int) -> str:
 
 def judged_within(batches: Any) -> tuple[int, ...] | None:
     """The classes among which a loader's samples are judged a second time (``within`` of its data set); None for all."""
-    dataset = getattr(batches, "dataset", None)
+    dataset = getattr(getattr(batches, "loader", batches), "dataset", None)  # a record holds its loader
     while isinstance(dataset, SeededDataset | Subset):
         dataset = dataset.dataset
     return getattr(dataset, "within", None)
@@ -147,7 +147,12 @@ class ReadableBatches(Loader):
         alone: this process may pass over a batch that has no sample left; of several ones in training none may.
         collate: makes a batch of samples.
         kwargs: of torch's loader.
+
+    Attributes:
+        given: the numbers of the samples in the batch that was handed out last.
     """
+
+    given: Sequence[int] = ()
 
     def __init__(self, dataset: SeededDataset, *, alone: bool, collate: Callable[[list], Any] | None, **kwargs: Any):
         super().__init__(dataset, collate_fn=CollateReadable(collate or default_collate), **kwargs)
@@ -155,8 +160,10 @@ class ReadableBatches(Loader):
 
     def __iter__(self) -> Iterator[Any]:
         tally, given = tally_of(self.dataset.dataset), 0
-        for batch, failed in super().__iter__():
+        for (batch, failed), asked in zip(super().__iter__(), self.batch_sampler, strict=True):
             take(failed, tally)
+            gone = {f.index for f in failed}
+            self.given = [index for _, index in asked if index not in gone]
             if batch is None:
                 if not self.alone:
                     raise DataError(f"a process has no sample left of its part of a batch, the first: {failed[0].error}")

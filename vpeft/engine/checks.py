@@ -26,6 +26,8 @@ def check_parts(config: DictConfig) -> None:
     _check_training(config)
     if config.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb.mode: {config.wandb.mode} needs wandb; pip install wandb, or set wandb.mode=disabled")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard: true needs TensorBoard; pip install tensorboard (or vpeft[tensorboard])")
 
 
 def check_files(config: DictConfig) -> None:

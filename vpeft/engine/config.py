@@ -1,9 +1,6 @@
 """One YAML per experiment, typed: unknown keys, wrong types and impossible values are refused with the key's path."""
 
-import sys
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +9,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.embedded import FASHION_ROOT
 from ..data.presets import PRESETS
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError
 from ..options import LARGEST, SEED, SIZE, check_values, nonnegative, option, probability
 from ..tasks.registry import TASKS, task_class
 from ..tasks.segmentation.config import ScenesConfig, SegConfig
 from ..tasks.video.config import MotionConfig, VideoConfig
-from .shipped import like, local_or_shipped
+from .layers import merge, read_config
 from .solvers.config import SOLVERS, SolveConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-# What is exchanged by its name, and where its own options are, which mean nothing to another one.
-OPTIONS_OF = {"method.name": "method.options", "optim.name": "optim.kwargs", "seg.head": "seg.options"}
 
 __all__ = [
     "PRECISIONS", "AugmentConfig", "CacheConfig", "Config", "DataConfig", "MethodConfig", "ModelConfig", "MotionConfig",
     "OptimConfig", "ScenesConfig", "ScheduleConfig", "SegConfig", "SolveConfig", "TrainConfig", "VideoConfig", "WandbConfig",
-    "check", "check_options", "from_container", "load_config", "merge", "read_config", "why_no_cache",
+    "check", "check_options", "from_container", "load_config", "merge", "read_config", "resolved", "why_no_cache",
 ]  # fmt: skip
 
 
@@ -202,6 +197,17 @@ class Config:
     )  # fmt: skip
     overwrite: bool = option(False, help="replace a run of the same name, once the new one has its first state")
     init: str | None = option(None, free="a checkpoint", help="from which values start")
+    origin: str | None = option(
+        None,
+        free="a sentence",
+        help="the suite, task and recipe that it was made from; changes nothing",
+    )
+    report: str = option(
+        "full",
+        choices=("full", "none"),
+        help="predictions, confusion matrix, reliability and a page of the run, or none of them",
+    )
+    tensorboard: bool = option(False, help="scalars for TensorBoard, in the run's folder `tensorboard`")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -216,72 +222,46 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> DictConfig:
+def load_config(file: str | Path, overrides: list[str] | tuple[str, ...] = (), *, tell: bool = True) -> DictConfig:
     """Read a YAML file with its bases and ``key.sub=value`` overrides into a checked, typed configuration.
+
+    A file that names a suite (``suite: vtab``) becomes the ordinary configuration of one of its tasks.
+
+    Args:
+        file: its path, or the name of one that ships.
+        overrides: of the command line.
+        tell: say on stderr which recipe of a suite was taken.
 
     Raises:
         ConfigError: with the key's path, what was found, and the nearest valid name or value.
     """
-    config = read_config(Config, file, overrides)
+    config = read_config(Config, file, overrides, tell=tell)
     check(config)
     return config
 
 
-def read_config(schema: type, file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """A YAML file with its bases and overrides, laid over the defaults of a dataclass; only keys and types are checked.
+def resolved(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
+    """The YAML of ``load_config``'s answer without what is a default; as a file it gives the same configuration.
 
     Raises:
         ConfigError: as ``load_config``.
     """
-    layers, given = _read(local_or_shipped(Path(file)), ()), []
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override '{item}': expected key.sub=value")
-        try:
-            given.append(OmegaConf.from_dotlist([item]))
-        except Exception as error:  # yaml's own errors have several unrelated classes
-            raise ConfigError(f"override '{item}': {error}") from error
-    config = OmegaConf.structured(schema)
-    for layer in layers:
-        config = _laid(config, layer, layer)
-    for layer in given:  # on the command line, the name may stand behind its options
-        config = _laid(config, layer, OmegaConf.merge(*given) if layer is given[0] else None)
-    return config
+    config, default = load_config(file, overrides), OmegaConf.structured(Config)
+    return OmegaConf.to_yaml(_beside(*(OmegaConf.to_container(c) for c in (config, default))))
 
 
-def _laid(config: DictConfig, layer: DictConfig, names: DictConfig | None) -> DictConfig:
-    """A layer laid over what lies below: the options of what it exchanges go, and an empty mapping empties one.
-
-    Args:
-        config: what lies below.
-        layer: to be laid over it.
-        names: where to look for names that exchange something.
-    """
-    for key, options in OPTIONS_OF.items():
-        new = None if names is None else OmegaConf.select(names, key, throw_on_resolution_failure=False)
-        old, dropped = OmegaConf.select(config, key), OmegaConf.select(config, options)
-        if isinstance(new, str) and new != old and dropped:
-            print(
-                f"{key}={new}: the {options.rpartition('.')[2]} of {old} are dropped ({', '.join(dropped)})", file=sys.stderr
-            )
-            OmegaConf.update(config, options, {}, merge=False)
-    for key in _empty(layer):
-        node = OmegaConf.select(config, key, throw_on_missing=False)
-        if OmegaConf.is_dict(node) and OmegaConf.get_type(node) is dict:
-            OmegaConf.update(config, key, {}, merge=False)
-    return merge(config, layer)
-
-
-def _empty(layer: Any, path: str = "") -> Iterator[str]:
-    """The keys of empty mappings."""
-    for key in layer:
-        if OmegaConf.is_interpolation(layer, key) or OmegaConf.is_missing(layer, key):
-            continue
-        where = f"{path}.{key}" if path else str(key)
-        if OmegaConf.is_dict(layer[key]):
-            if not layer[key]:
-                yield where
-            yield from _empty(layer[key], where)
+def _beside(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Those of some values that are no defaults."""
+    found = {}
+    for key, value in values.items():
+        usual = default.get(key)
+        if isinstance(value, dict) and isinstance(usual, dict) and usual:
+            value = _beside(value, usual)
+            if value:
+                found[key] = value
+        elif value != usual:
+            found[key] = value
+    return found
 
 
 def from_container(values: dict) -> DictConfig:
@@ -297,53 +277,6 @@ def from_container(values: dict) -> DictConfig:
             config.data.fashion_mnist = FASHION_ROOT  # there was no excerpt
     check(config)
     return config
-
-
-def merge(config: DictConfig, layer: DictConfig) -> DictConfig:
-    """Lay untyped values over a typed configuration."""
-    _check_keys(OmegaConf.get_type(config), layer, "")
-    try:
-        return OmegaConf.merge(config, layer)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-
-
-def _read(file: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
-    """The file's bases, then the file."""
-    if not file.is_file():
-        near = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else like(file)
-        raise ConfigError(f"configuration {file} does not exist{did_you_mean(str(file), near)}")
-    file = file.resolve()
-    if file in seen:
-        raise ConfigError(f"{file}: its bases lead back to itself")
-    try:
-        layer = OmegaConf.load(file)
-    except Exception as error:
-        raise ConfigError(f"{file} is not readable YAML: {error}") from error
-    if not isinstance(layer, DictConfig):
-        raise ConfigError(f"{file}: expected a mapping of keys")
-    bases = layer.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    return [x for b in bases for x in _read(file.parent / b, (*seen, file))] + [layer]
-
-
-def _check_keys(schema: type, values: Any, path: str) -> None:
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"{path or 'configuration'}: expected a mapping of keys, got {values!r}")
-    known = {f.name: f for f in fields(schema)}
-    for key in values:
-        where = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key{did_you_mean(key, known)}")
-        if OmegaConf.is_interpolation(values, key) or OmegaConf.is_missing(values, key):
-            continue  # known only when all layers lie on each other
-        kind, value = known[key].type, values[key]
-        if is_dataclass(kind) and value is not None:
-            _check_keys(kind, value, where)
-        elif typing.get_origin(kind) is list and is_dataclass(typing.get_args(kind)[0]) and OmegaConf.is_list(value):
-            for number, item in enumerate(value):
-                _check_keys(typing.get_args(kind)[0], item, f"{where}[{number}]")
 
 
 def check_options(config: DictConfig) -> None:

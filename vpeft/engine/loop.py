@@ -17,17 +17,19 @@ from ..data.splits import Datasets
 from ..errors import CheckpointError
 from ..files import naming
 from ..metadata import FORMAT
+from ..reporting.record import Record
 from ..tasks.protocol import TaskModel
 from ..tasks.step import training_loss
 from ..tuning.handle import Handle
 from .best import keep_training_form, read_best
 from .cache import CacheError
 from .config import why_no_cache
-from .opening import skipped
+from .opening import count_skipped
 from .plan import STATE
-from .progress import Bar, GradientWatch, Pace, TimedBatches
+from .progress import Bar, GradientWatch, Pace, TimedBatches, epoch_line, peak_memory
 from .rates import by_layer, told
 from .report import draw_curves
+from .results import gathered, make_record, write_results
 from .run import RunFolder
 from .setup import make_loaders, make_optimizer, make_schedule
 from .state import Average, RunState
@@ -78,6 +80,7 @@ class Trainer:
         self.epoch, self.best, self.lost = 0, {"epoch": None, "value": -math.inf}, -math.inf
         self.changes: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
+        self.record: Record | None = None  # of the test split
         self.pace = Pace()
         self.after_epoch: Callable[[dict[str, Any]], Any] = lambda row: None  # given the epoch's row; may raise to end it
         self.watch = GradientWatch(((n, p) for n, p in handle.named_parameters() if p.requires_grad), run.logger)
@@ -134,15 +137,17 @@ class Trainer:
         set_seed(self.config.seed + 100_003 * self.epoch + 17 * self.accelerator.process_index)
         if self.recalibrate and self.epoch:
             self.recalibrate()
-        train_loss, waited = self._train_epoch()
-        trained = time.perf_counter() - started
+        train_loss, waited, samples = self._train_epoch()
+        trained = max(round(time.perf_counter() - started, 3), 0.001)
         row = {
             "epoch": self.epoch,
             "step": (self.epoch + 1) * self.steps_per_epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
-            "train_seconds": round(trained, 3),
+            "train_seconds": trained,
             "data_seconds": round(waited, 3),
+            "samples_per_second": round(samples / trained, 2),
+            **peak_memory(self.accelerator.device),
         }
         values = self.evaluate("val")
         row |= {f"val_{k}": v for k, v in values.items()}
@@ -164,18 +169,14 @@ class Trainer:
     def _report(self, row: dict[str, Any], waiting: float) -> None:
         """An epoch's row for the trackers, and a line of it for people; ``waiting`` is a share of the time."""
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["step"])
-        keys = ("lr", "train_loss", "val_loss", f"val_{self.task.monitor}")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
-        self.run.logger.info(
-            "epoch %d/%d  %s  %.1fs (%.0f%% waiting for data)%s", self.epoch, self.epochs, shown, row["train_seconds"],
-            100 * waiting, "" if self._done() else f"  {self._left(self.epochs - self.epoch)}",
-        )  # fmt: skip
+        left = "" if self._done() else f"  {self._left(self.epochs - self.epoch)}"
+        self.run.logger.info("epoch %d/%d  %s%s", self.epoch, self.epochs, epoch_line(row, self.task.monitor, waiting), left)
 
     def _left(self, epochs: int) -> str:
         return self.pace.left(epochs, at_most=self.config.train.patience is not None)
 
-    def _train_epoch(self) -> tuple[float, float]:
-        """One pass over the training split: the mean loss per sample, over all processes, and seconds waited for data."""
+    def _train_epoch(self) -> tuple[float, float, int]:
+        """One pass over the training split: the mean loss per sample, seconds waited for data, samples of all processes."""
         accelerator, loader = self.accelerator, self.loaders["train"]
         self._mode(True)
         streamed = not hasattr(loader.batch_sampler, "global_size")
@@ -197,7 +198,7 @@ class Trainer:
                 count += size
                 advance()
         total = accelerator.reduce(total.float().to(accelerator.device), "sum")
-        return float(total) / max(count, 1), batches.waited
+        return float(total) / max(count, 1), batches.waited, count
 
     def _mode(self, training: bool) -> None:
         drops = self.config.model.drop_path or self.config.model.drop
@@ -239,7 +240,7 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Metrics of one split (empty where it does not exist), of the averaged weights where there are any."""
-        loader = self.loaders.get(split)
+        loader, record = self.loaders.get(split), self.record if split == "test" else None
         if loader is None:
             return {}
         self._mode(False)
@@ -249,7 +250,8 @@ class Trainer:
             # The inner module: DDP's forward would broadcast buffers, and uneven shards would then hang.
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True)
             with torch.no_grad(), self.accelerator.autocast():
-                return self.task.evaluate(model, loader, self.accelerator.device)
+                told = {} if record is None else {"record": record}
+                return self.task.evaluate(model, record or loader, self.accelerator.device, **told)
         finally:
             if self.average:
                 self.average.swap()
@@ -264,10 +266,13 @@ class Trainer:
             "seconds_per_epoch": sorted(r["train_seconds"] for r in rows)[len(rows) // 2] if rows else None,
         }
         metrics |= {f"val_{k}": v for k, v in self.evaluate("val").items()}
-        metrics |= {f"test_{k}": v for k, v in self.evaluate("test").items()}
+        self.record = make_record(
+            self.config, self.task, self.loaders.get("test"), self.data.classes, self.metadata.get("data"), self.accelerator
+        )
+        metrics |= {f"test_{k}": v for k, v in (self.evaluate("test") | gathered(self.record)).items()}
         for name in self.data.also:
             metrics |= {f"test_{name}_{k}": v for k, v in self.evaluate(name).items()}
-        metrics |= self._left_out()
+        metrics |= count_skipped(self.loaders, self.run.logger)
         if self.epoch < self.epochs:
             self.notes["stopped_early"] = self.epoch
             self.run.logger.info("stopped early after epoch %d: no better one than epoch %d in train.patience=%d epochs",
@@ -277,8 +282,11 @@ class Trainer:
         if self.run.main:
             self._keep(metrics)
             draw_curves(self.run, self.task)
+            write_results(self.run.folder, self.record)
             self.run.finish(metrics | self.notes | self.data.notes)
-        self.accelerator.log({k: v for k, v in metrics.items() if v is not None})
+        self.accelerator.log(
+            {k: v for k, v in metrics.items() if v is not None and k != "epoch"}, step=self.epoch * self.steps_per_epoch
+        )
         return metrics | self.notes | self.data.notes
 
     def _keep(self, metrics: dict[str, Any]) -> None:
@@ -286,13 +294,6 @@ class Trainer:
         keep_training_form(self.run, self.handle, metrics=metrics, **self.metadata)
         for name in ("best", "last") if self.best["epoch"] + 1 == self.epoch else ("best",):
             self.handle.save(self.run.file(f"{name}.safetensors"), metrics=metrics, **self.metadata)
-
-    def _left_out(self) -> dict[str, int]:
-        """How many samples of each split could not be read (``data.skip_broken``); the log names them."""
-        found = skipped(self.loaders.items())
-        for split, (count, reasons) in found.items():
-            self.run.logger.info("%s: %d left out%s", split, count, "".join(f"\n  {reason}" for reason in reasons))
-        return {f"{split}_skipped": count for split, (count, _) in found.items()}
 
     # ---- state ----
 

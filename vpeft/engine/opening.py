@@ -1,7 +1,8 @@
 """Opening the data of a run or of a test, what is said of samples that were left out, and whose labels count."""
 
 import copy
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def check_order(data: Datasets, names: Sequence[str] | None, where: str) -> None
     raise DataError(
         f"data: {where} was trained on other classes: the data {' and '.join(parts) or 'order them differently'}"
     )
+
+
+def count_skipped(loaders: Mapping[str, DataLoader], logger: logging.Logger) -> dict[str, int]:
+    """How many samples of each split could not be read (``data.skip_broken``); the log names them."""
+    found = skipped(loaders.items())
+    for split, (count, reasons) in found.items():
+        logger.info("%s: %d left out%s", split, count, "".join(f"\n  {reason}" for reason in reasons))
+    return {f"{split}_skipped": count for split, (count, _) in found.items()}
 
 
 def skipped(splits: Iterable[tuple[str, DataLoader]]) -> dict[str, tuple[int, list[str]]]:

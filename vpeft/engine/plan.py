@@ -14,6 +14,7 @@ from .. import checkpoint
 from ..errors import CheckpointError, ConfigError, VpeftError, some
 from ..methods.base import Method
 from ..methods.earlier import method_of
+from ..reporting.writing import FILES as RESULTS
 from .lock import LOCK, RunLock
 from .settings import OPEN_ENDED, Changes, adjustable, differences, harmful, said, stored_config
 from .state import RunState
@@ -23,10 +24,11 @@ NEXT, READY = ".next", "files.json"  # where a run is written that will replace 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINTS = (BEST, LAST)
 TRAINING = "best.training.safetensors"
+EVENTS = "tensorboard"  # a folder in the run's
 FILES = (
     "config.yaml", "environment.json", "log.jsonl", "console.log", "metrics.json", "curves.png", "overlays.png", "clips.png",
     "weights.safetensors", "backbone.safetensors", *CHECKPOINTS, TRAINING, STATE,
-    PREVIOUS,
+    PREVIOUS, *RESULTS,
 )  # fmt: skip
 
 OURS = {"name", "output", "model", "method", "data", "optim", "schedule", "train"}  # what every run's configuration has
@@ -185,7 +187,7 @@ def _check_room(config: DictConfig, path: Path, held: bool) -> None:
         raise ConfigError(f"name: {path} holds other runs, such as {below}; choose another name=…")
     if held or not path.is_dir():
         return
-    own = {NEXT, LOCK, "wandb"}
+    own = {NEXT, LOCK, "wandb", EVENTS}
     there = sorted(p.name for p in path.iterdir() if p.name not in own)
     taken = [n for n in there if n in FILES]
     begun = set(taken) <= {"console.log"} and config.overwrite is False
@@ -203,7 +205,12 @@ def _runs_below(path: Path, depth: int = 3) -> Iterator[Path]:
     """Runs in the folders of a folder."""
     if depth and path.is_dir():
         for inner in sorted(path.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith(".") and inner.name != "wandb":
+            if (
+                inner.is_dir()
+                and not inner.is_symlink()
+                and not inner.name.startswith(".")
+                and inner.name not in ("wandb", EVENTS)
+            ):
                 if holds_run(inner):
                     yield inner
                 yield from _runs_below(inner, depth - 1)

@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: the bar of an epoch, the wait for data, tensors that get no gradient."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +59,32 @@ class TimedBatches:
             if batch is None:
                 return
             yield batch
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``{"peak_memory_gb": …}``: what this process held at most since its start, of the GPU where it runs on one.
+
+    Of a GPU it is what tensors took, else the resident memory; nothing where the system does not say.
+    """
+    if device.type == "cuda":
+        return {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)}
+
+
+def epoch_line(row: dict[str, Any], monitor: str, waiting: float) -> str:
+    """An epoch's row of log.jsonl for people; ``waiting`` is the share of the time that was waited for data."""
+    keys = ("lr", "train_loss", "val_loss", f"val_{monitor}")
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in keys)
+    memory = f", {row['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in row else ""
+    return (
+        f"{shown}  {row['train_seconds']:.1f}s ({row['samples_per_second']:.4g} samples/s, {waiting:.0%} waiting for "
+        f"data{memory})"
+    )
 
 
 class Pace:

@@ -13,10 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import WriteError
+from ..errors import ConfigError, WriteError
 from ..files import write_text
 from .lock import LOCK, Holder, RunLock
-from .plan import FILES, NEXT, PREVIOUS, READY, STATE, Plan, look, place
+from .plan import EVENTS, FILES, NEXT, PREVIOUS, READY, RESULTS, STATE, Plan, look, place
+from .settings import stored_config
 from .state import RunState
 
 PACKAGES = ("vpeft", "torch", "timm", "torchvision", "accelerate", "numpy", "safetensors")
@@ -55,7 +56,7 @@ class RunFolder:
 
     def __init__(self, config: DictConfig, *, plan: Plan | None = None):
         self.config, self.main, self.begun, self.unwritten = config, plan is None, False, False
-        self.path, self.ready = place(config), False
+        self.path, self.ready, self.old_events = place(config), False, []
         self.folder = self.path
         self.made, self.lock, self.plan = not self.path.exists(), RunLock(self.path), plan
         self.logger = logging.getLogger(f"vpeft.run.{self.path}")
@@ -80,11 +81,12 @@ class RunFolder:
         if self.plan.kind == "replace":
             self.folder = self.path / NEXT
             self.folder.mkdir(exist_ok=True)
+            self.old_events = _events(self.path)
         if self.plan.goes_on:
             self.unwritten = True  # what is there describes the state that is there
         else:
             self._write_config()
-        write_text(self.file("environment.json"), json.dumps(_environment(), indent=1))
+        write_text(self.file("environment.json"), json.dumps(environment(), indent=1))
         log_to(self.logger, *log_handlers(self.file("console.log")))
         if stale is not None:
             self.logger.info("took over the lock of process %d on %s, which has ended", stale.pid, stale.host)
@@ -164,7 +166,8 @@ class RunFolder:
     def begin_keeping(self) -> None:
         """Call before an epoch's files are written: a run that is being extended is no longer a finished one."""
         if self.plan.kind == "extend" and self.unwritten:
-            self.file("metrics.json").unlink(missing_ok=True)
+            for name in ("metrics.json", *RESULTS):  # they would tell of other weights
+                self.file(name).unlink(missing_ok=True)
             self._write_config()
 
     def keep(self, state: RunState) -> None:
@@ -181,7 +184,10 @@ class RunFolder:
             self._write_config()
         self.kept = state.epoch
         if self.folder != self.path:
-            write_text(self.file(READY), json.dumps([n for n in FILES if self.file(n).exists()]))
+            write_text(
+                self.file(READY),
+                json.dumps({"files": [n for n in FILES if self.file(n).exists()], "gone": self.old_events}),
+            )
             self.ready = True
             self._settle()
 
@@ -219,7 +225,8 @@ def _finish_replacing(path: Path) -> None:
     ready = path / NEXT / READY
     if not ready.exists():
         return
-    names = json.loads(ready.read_text())
+    said = json.loads(ready.read_text())
+    names, gone = (said["files"], said["gone"]) if isinstance(said, dict) else (said, [])  # before there were events
     (path / "metrics.json").unlink(missing_ok=True)  # the other run's: what is here is no finished run
     for name in names:
         if (path / NEXT / name).exists():
@@ -227,6 +234,8 @@ def _finish_replacing(path: Path) -> None:
     for name in FILES:
         if name not in names:
             (path / name).unlink(missing_ok=True)
+    for name in gone:
+        (path / EVENTS / Path(name).name).unlink(missing_ok=True)
     ready.unlink()
     _drop_next(path)
 
@@ -241,7 +250,17 @@ def _drop_next(path: Path) -> None:
         there.rmdir()
 
 
-def _environment() -> dict[str, Any]:
+def _events(path: Path) -> list[str]:
+    """Names of the TensorBoard files of the run in a folder."""
+    try:
+        watched = stored_config(path).tensorboard
+    except ConfigError:  # damaged: what lies there may be somebody else's
+        watched = False
+    return sorted(p.name for p in (path / EVENTS).glob("events.out.tfevents.*")) if watched else []
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on beside the configuration, and the command."""
     return {
         "versions": versions(),
         "platform": platform.platform(),

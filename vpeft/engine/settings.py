@@ -15,7 +15,8 @@ Changes = dict[str, tuple[Any, Any]]  # what is stored and what is asked for, by
 # to leave out, and one that ended at a broken sample can only go on without it.
 HARMLESS = frozenset(
     {
-        "name", "output", "resume", "overwrite", "data.workers", "data.batch_size", "data.download", "data.skip_broken",
+        "name", "output", "origin", "resume", "overwrite", "report", "tensorboard",
+        "data.workers", "data.batch_size", "data.download", "data.skip_broken",
         "cache.mode", "cache.budget_gb", "cache.folder", "seg.overlays", "video.strips", "video.cache", "video.skip_broken",
     }
 )  # fmt: skip
@@ -45,7 +46,7 @@ def stored_config(folder: Path) -> DictConfig:
 
 def differences(stored: DictConfig, asked: DictConfig) -> Changes:
     """The keys whose values differ; of paths, those that lead elsewhere."""
-    old, new = (dict(_flat(OmegaConf.to_container(c, resolve=True))) for c in (stored, asked))
+    old, new = (dict(flat(OmegaConf.to_container(c, resolve=True))) for c in (stored, asked))
     found = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     return {k: pair for k, pair in found.items() if not (k in PATHS and _same_place(*pair))}
 
@@ -86,10 +87,11 @@ def _value(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) and len(value) < 100 else shown(value)
 
 
-def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested mapping with the whole key of each, ``optim.lr``."""
     if isinstance(values, dict) and (values or not path):
         for key, value in values.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
+            yield from flat(value, f"{path}.{key}" if path else str(key))
     elif values != {}:
         yield path, values
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..data.loader import make_loader
 from ..data.splits import Datasets
 from ..errors import ConfigError, VpeftError
+from .plan import EVENTS
 
 
 def make_accelerator(config: DictConfig) -> Accelerator:
@@ -43,7 +45,15 @@ def make_accelerator(config: DictConfig) -> Accelerator:
 
 
 def start_tracking(config: DictConfig, accelerator: Accelerator) -> None:
-    """wandb, where asked for; its files go into the run's folder."""
+    """wandb and TensorBoard, where asked for; their files go into the run's folder."""
+    _start_wandb(config, accelerator)
+    if config.tensorboard and accelerator.is_main_process:
+        tracker = TensorBoardTracker(EVENTS, logging_dir=str(Path(config.output) / config.name))
+        getattr(tracker, "start", lambda: None)()  # older versions of accelerate start it when it is made
+        accelerator.trackers.append(tracker)
+
+
+def _start_wandb(config: DictConfig, accelerator: Accelerator) -> None:
     if config.wandb.mode == "disabled":
         return
     wandb = {

@@ -11,17 +11,26 @@ from .. import checkpoint
 from ..data.loader import make_loader
 from ..data.presets import PRESETS, preset_of
 from ..errors import CheckpointError, ConfigError, did_you_mean, shown
+from ..files import write_text
 from ..tasks.frozen import backbone_of
 from ..tasks.models import check_model_name, check_weights
 from ..tasks.protocol import Task
 from ..tuning.loading import load
 from .checks import building, check_files
 from .opening import open_split, skipped
+from .results import check_folder, gathered, make_record, write_report, write_results
+from .run import environment
 from .setup import make_accelerator
 
 
 def test(
-    config: DictConfig, ckpt: str | Path, *, split: str = "test", merge: bool = False, task: Task | None = None
+    config: DictConfig,
+    ckpt: str | Path,
+    *,
+    split: str = "test",
+    merge: bool = False,
+    task: Task | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, float]:
     """Metrics of a checkpoint on one split; printed as JSON and returned. Of the data, no other split need be there.
 
@@ -31,6 +40,7 @@ def test(
         split: ``train``, ``val`` or ``test``.
         merge: fold the method into the weights first.
         task: of your own; the one that the configuration names where None.
+        out: a new folder for predictions, confusion matrix, reliability and a page of them; nothing is written where None.
 
     Raises:
         VpeftError: a split that the configuration does not have, or a class that the checkpoint does not know.
@@ -38,6 +48,7 @@ def test(
     check_model_name(config)
     check_files(config)
     check_weights(config)
+    folder = None if out is None else check_folder(out)
     if task is not None:
         task.check()
     file = checkpoint.read_header(ckpt)
@@ -53,21 +64,35 @@ def test(
     built.model.to(accelerator.device).eval()
     handle.eval()
     values: dict[str, float] = {}
+    record = None
     for name, dataset in {split: getattr(data, split), **data.also}.items():
         loader = make_loader(
             dataset, config.data.batch_size, train=False, workers=config.data.workers,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
+        told = {}
+        if folder is not None and name == split:
+            config.report = "full"
+            record = make_record(config, task, loader, data.classes, file.metadata["data"], accelerator)
+            told = {} if record is None else {"record": record}
         with accelerator.autocast():
-            found = task.evaluate(built.model, loader, accelerator.device)
+            found = task.evaluate(built.model, record if told else loader, accelerator.device, **told)
+        if name == split:
+            found |= gathered(record)
         for count, _ in skipped([(name, loader)]).values():
             found["skipped"] = count
             if accelerator.is_main_process:
                 print(f"{name}: {count} left out", file=sys.stderr)
         values |= found if name == split else {f"{name}_{k}": v for k, v in found.items()}
     if accelerator.is_main_process:
-        notes = {k: v for k, v in data.notes.items() if isinstance(v, str)}
-        print(json.dumps({f"{split}_{k}": round(v, 6) for k, v in values.items()} | notes, indent=1))
+        said = {f"{split}_{k}": round(v, 6) for k, v in values.items()} | data.notes
+        if folder is not None:
+            write_results(folder, record)
+            write_text(folder / "metrics.json", json.dumps(said, indent=1))
+            facts = {"checkpoint": str(ckpt), "method": handle.method.name, "split": split} | said
+            again = ["vpeft", "test", *sys.argv[2:]] if Path(sys.argv[0]).name == "vpeft" else sys.argv
+            write_report(folder, f"{ckpt} on {split}", config, facts, environment(), again)
+        print(json.dumps({k: v for k, v in said.items() if not isinstance(v, dict)}, indent=1))  # whole in metrics.json
     return values
 
 

@@ -27,7 +27,7 @@ from .loop import Trainer
 from .opening import open_data
 from .plan import STATE, Plan, look, place
 from .rates import scales_of
-from .report import show
+from .report import report, show
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
 from .solvers.checks import check_head, check_solver
@@ -113,6 +113,7 @@ def train(
                 tracker.finish()
         if run.main:
             task.finish(built, data, run.path)
+            report(run, handle, task, metrics)
             show(run, handle, task, metrics)
     return metrics
 

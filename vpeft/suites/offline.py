@@ -13,12 +13,12 @@ from typing import Any
 
 import timm
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
 from ..data.generated.offline import TASKS
 from ..engine.plan import BEST
-from ..engine.settings import HARMLESS, WATCHING
+from ..engine.settings import HARMLESS, WATCHING, flat
 from ..errors import ConfigError, did_you_mean
 from ..files import Shape, shipped, write_text
 from ..methods import list_methods
@@ -26,7 +26,11 @@ from ..version import __version__
 from .runner import Job, Outcome
 
 RECIPES = Path(__file__).with_suffix(".yaml")
-BACKBONES = {"vit": "vit_micro_patch4_28.vpeft_fashion", "swin": "swin_micro_patch2_window7_28.vpeft_fashion"}
+BACKBONES = {
+    "vit": "vit_micro_patch4_28.vpeft_pretext",
+    "vit_fashion": "vit_micro_patch4_28.vpeft_fashion",
+    "swin": "swin_micro_patch2_window7_28.vpeft_fashion",
+}
 RESULTS = "results.csv"
 VERSIONS = f"vpeft {__version__}, timm {timm.__version__}, torch {torch.__version__}"
 Key = tuple[str, str, str, int]  # backbone, task, entry, seed
@@ -177,9 +181,16 @@ def job(backbone: str, task: str, entry: str, seed: int, overrides: Sequence[str
 
 
 def settings_of(planned: Job) -> str:
-    """A digest of what a job's settings are written down as, but for those that cannot change its result."""
-    kept = [o for o in planned.overrides if o.partition("=")[0] not in HARMLESS and not o.startswith(WATCHING)]
-    return hashlib.sha256("\n".join([Path(planned.file).read_text(), *sorted(kept)]).encode()).hexdigest()[:12]
+    """A digest of what a job sets, in its file and on top of it, but for what cannot change a result."""
+    given = OmegaConf.merge(_layer(planned.file), OmegaConf.from_dotlist(list(planned.overrides)))
+    given = dict(flat(OmegaConf.to_container(given)))
+    kept = {k: v for k, v in given.items() if k not in HARMLESS and not k.startswith(WATCHING)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _layer(file: Path) -> DictConfig:
+    return OmegaConf.load(file)
 
 
 def result_of(key: Key, outcome: Outcome) -> OfflineResult:

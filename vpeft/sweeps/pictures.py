@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .space import Choice, Range, Space
+from .space import Listed, Range, Space
 
 
 def draw_importance(path: Path, importance: dict[str, float]) -> None:
@@ -45,18 +45,18 @@ def draw_parallel(path: Path, space: Space, trials: list[Any], title: str) -> No
     figure.savefig(path, dpi=120)
 
 
-def _scale(axis: Any, x: int, part: Choice | Range) -> None:
+def _scale(axis: Any, x: int, part: Listed | Range) -> None:
     """The values beside a key's line."""
-    ends = part.values if isinstance(part, Choice) else (part.low, part.high)
-    names = part.names if isinstance(part, Choice) else ends
+    ends = part.values if isinstance(part, Listed) else (part.low, part.high)
+    names = part.names if isinstance(part, Listed) else ends
     for value, name in zip(ends, names, strict=True):
         text = f"{value:.3g}" if isinstance(value, float) else str(value)[:20]
         axis.text(x, _height(part, name), f" {text}", fontsize=8)
 
 
-def _height(part: Choice | Range, name: Any) -> float:
+def _height(part: Listed | Range, name: Any) -> float:
     """Where a value lies between the lowest and the highest, from 0 to 1."""
-    if isinstance(part, Choice):
+    if isinstance(part, Listed):
         names = [(type(n), n) for n in part.names]
         return 0.5 if len(names) == 1 else names.index((type(name), name)) / (len(names) - 1)
     low, high, here = np.log([part.low, part.high, name]) if part.log else (part.low, part.high, name)

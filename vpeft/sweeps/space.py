@@ -41,7 +41,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Listed:
     """A key with the values that it may have."""
 
     key: str
@@ -166,7 +166,7 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def _part(key: str, value: Any) -> Choice | Range:
+def _part(key: str, value: Any) -> Listed | Range:
     _check_key(key, "space")
     where = f"space.{key}"
     if FIXED.fullmatch(key):
@@ -175,7 +175,7 @@ def _part(key: str, value: Any) -> Choice | Range:
         texts = [json.dumps(v) for v in value]
         if not value or len(set(texts)) < len(texts):
             raise ConfigError(f"{where}: {shown(value)} must have at least one value, and none twice")
-        return Choice(key, tuple(value))
+        return Listed(key, tuple(value))
     if not isinstance(value, dict) or "low" not in value:
         raise ConfigError(
             f"{where}: expected a list of values, or a range such as {{low: 1e-4, high: 0.1, log: true}}, got "

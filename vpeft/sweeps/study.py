@@ -145,8 +145,9 @@ class SharedStudy:
         self.study.sampler = self._sampler()
         trial = self.study.ask()
         trial.set_user_attr(WORKER, asdict(Holder.here()))
-        before = [t for t in self.trials() if t.number < trial.number and t.state.name != "WAITING"]
-        stray = self.space.config.sampler == "grid" and "fixed_params" not in trial.system_attrs
+        given = [t for t in self.trials() if t.number <= trial.number and t.state.name != "WAITING"]
+        before, (own,) = given[:-1], given[-1:]
+        stray = self.space.config.sampler == "grid" and "fixed_params" not in own.system_attrs
         if len(before) >= self.space.trials or stray:  # another worker was faster
             self._drop(trial, "one too many")
             return None
@@ -192,7 +193,7 @@ def _alive(trial: Any) -> bool:
     if worker is None:
         return time.time() - trial.datetime_start.timestamp() < WAIT
     holder = Holder(**worker)
-    return holder.alive
+    return holder.alive and not holder.same(Holder.here())  # this process looks for a trial, so it works on none
 
 
 def default_storage(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Loss and metrics of tasks whose samples have one label each: cross-entropy, and accuracies from torchmetrics."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class LabelStep:
 
     monitor = "top1"
     title = "top-1 accuracy, %"
+    records = "labels"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
@@ -70,6 +72,10 @@ class LabelStep:
         """``scores`` of inputs that are not on the model's device yet."""
         return self.scores(model, inputs.to(device))
 
+    def shares(self, scores: Tensor) -> Tensor:
+        """Probabilities (B, classes) from ``scores``."""
+        return scores.softmax(-1)
+
     def scores_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a test batch (a number), from its ``scores``."""
         return F.cross_entropy(scores, labels)
@@ -87,11 +93,14 @@ class LabelStep:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True, record: Any = None
+    ) -> dict[str, float]:
         """Top-1, top-5 and class-mean accuracy in percent and mean loss over all processes' batches.
 
         Each process passes its own share of the samples; torchmetrics adds the counts up, so that every sample counts
-        once whatever the number of processes. Not ``together``, each process has the metrics of its own batches.
+        once whatever the number of processes. Not ``together``, each process has the metrics of its own batches. A
+        ``record`` is told of every batch.
         Where the samples are of few of the classes (``judged_within``), ``acc1000`` is the accuracy among all 1,000 outputs
         and ``acc200`` that among the outputs of those 200, whatever the numbers are.
         """
@@ -109,6 +118,8 @@ class LabelStep:
             if few is not None:
                 chosen = torch.tensor(within, device=device)
                 few.update(chosen[scores[:, chosen].argmax(-1)], labels)
+            if record is not None:
+                record.add(inputs, scores, self.shares(scores), labels)
         found = metrics.compute()
         hits, *_, support = found["per_class"].double().unbind(-1)
         # A class that the split lacks has no accuracy.

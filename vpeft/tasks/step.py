@@ -18,10 +18,14 @@ class Step(Protocol):
     Attributes:
         monitor: the key of ``evaluate`` by which the best epoch is chosen; larger is better.
         title: what it is, for axes and tables, with its unit.
+        records: what ``evaluate`` tells the record of a test: ``labels`` or ``masks``, as ``LabelRecord.add`` or
+            ``MaskRecord.add`` in ``vpeft/reporting/record.py`` take it. A task without it gets no record, and its runs have
+            no ``predictions.csv`` and what is made of it.
     """
 
     monitor: ClassVar[str]
     title: ClassVar[str]
+    records: ClassVar[str]
 
     def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """A training batch as the model and the loss get it: the batch itself, or one whose samples are mixed."""
@@ -47,10 +51,13 @@ class Step(Protocol):
         """What a batch of test inputs is judged by: (B, classes, …)."""
         ...
 
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True, record: Any = None
+    ) -> dict[str, float]:
         """Metrics over all processes' batches (each passes its own share), accuracies in percent.
 
         Only a search that several processes share asks for metrics that are not ``together``: of this process's batches.
+        Only a task that says what it ``records`` is given a ``record``; it is told of each batch right after that was taken.
         """
         ...
 

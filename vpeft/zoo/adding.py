@@ -264,7 +264,7 @@ def _base(run: Run, cfg: str | Path | None) -> tuple[DictConfig, str]:
         raise ConfigError(
             f"--cfg: {given} is none of the configurations that ship{did_you_mean(str(given), known)}"
         ) from None
-    return load_config(file), f"configs/{file.relative_to(shipped('configs')).as_posix()}"
+    return load_config(file, tell=False), f"configs/{file.relative_to(shipped('configs')).as_posix()}"
 
 
 def _said(environment: Path) -> str | None:
@@ -295,9 +295,9 @@ def command_of(config: dict[str, Any], cfg: str) -> str:
     wanted = from_container(config)
     given, values = [f"seed={config['seed']}"], dict(_leaves(OmegaConf.to_container(wanted), ""))
     try:
-        base = load_config(file, given)
+        base = load_config(file, given, tell=False)
         given += [f"{key}={_yaml(values[key])}" for key in _differences(wanted, base, OWN) if key in values]
-        left = next(_differences(wanted, load_config(file, given), OWN), None)
+        left = next(_differences(wanted, load_config(file, given, tell=False), OWN), None)
     except VpeftError as error:
         raise ConfigError(f"--cfg: {cfg} does not lead to the run's configuration: {error}") from error
     if left is not None:

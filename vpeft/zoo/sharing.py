@@ -13,7 +13,8 @@ from ..errors import CheckpointError
 from ..tasks.frozen import KEPT
 
 # Where a run wrote, and where it kept what it can make again: others choose their own.
-OWN = ("output", "overwrite", "resume", "cache.folder", "video.cache", "data.workers", "wandb.mode", "wandb.project",
+OWN = ("output", "origin", "overwrite", "resume", "report", "tensorboard",
+       "cache.folder", "video.cache", "data.workers", "wandb.mode", "wandb.project",
        "wandb.entity", "wandb.tags")  # fmt: skip
 DATA = ("data.root",)  # without which a method can be used, and where images are is nobody else's business
 

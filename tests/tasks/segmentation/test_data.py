@@ -13,7 +13,9 @@ from PIL import Image
 import vpeft
 from tests.support.fashion import fashion_root
 from vpeft.data.images import IGNORED, coloured, overlay, read_mask, write_mask
+from vpeft.data.loader import make_loader
 from vpeft.engine.config import DataConfig
+from vpeft.tasks.segmentation.config import ScenesConfig, SegConfig
 from vpeft.tasks.segmentation.data import (
     LAYOUTS,
     Augment,
@@ -77,6 +79,62 @@ def test_scenes_refuse_what_cannot_be(tmp_path):
             SceneOptions(**options)
     with pytest.raises(vpeft.DataError, match="split 'dev'"):
         Scenes("dev", 3, root=root)
+
+
+def batches(scenes, epoch, seed=0, workers=0):
+    """What a loader gives in one epoch, in one order: images and masks, unchanged."""
+    loader = make_loader(SegmentationSet(scenes, PairTransform(**PLAIN)), 3, train=False, seed=seed, workers=workers)
+    loader.batch_sampler.epoch = epoch
+    images, masks = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(masks)
+
+
+def test_fresh_scenes_depend_on_seed_epoch_and_index(tmp_path):
+    root = fashion_root(tmp_path)
+    scenes = Scenes("train", 6, root=root, fresh=True)
+    images, masks = batches(scenes, 0)
+    assert len({mask.numpy().tobytes() for mask in masks}) == 6
+    for again in (batches(scenes, 0), batches(Scenes("train", 6, root=root, fresh=True), 0, workers=2)):
+        assert torch.equal(again[0], images)
+        assert torch.equal(again[1], masks)
+    for other in (batches(scenes, 1), batches(scenes, 0, seed=1)):
+        assert all((a != b).any() for a, b in zip(other[1], masks, strict=True))
+    kept = Scenes("train", 6, root=root)
+    assert torch.equal(batches(kept, 0)[0], batches(kept, 1)[0])
+
+
+def scenes_of(tmp_path, **keys):
+    """The splits that a configuration's section ``seg.scenes`` gives."""
+    section = DataConfig(
+        source="scenes", root=str(fashion_root(tmp_path)), train_split="train", val_split="val", test_split="test"
+    )
+    seg = SegConfig(crop=56, scenes=ScenesConfig(**{"train": 9, "val": 2, "test": 9, **keys}))
+    return build_segmentation(OmegaConf.structured({"data": section, "seg": seg}), PLAIN | {"input_size": (3, 56, 56)})
+
+
+def test_only_training_scenes_are_fresh(tmp_path):
+    found = scenes_of(tmp_path, fresh=True)
+    for split in (found.val, found.test):
+        first, again = (batches(split.source, epoch) for epoch in (0, 1))
+        assert torch.equal(first[0], again[0])
+    assert not torch.equal(batches(found.train.source, 0)[0], batches(found.train.source, 1)[0])
+
+
+def test_keys_say_how_scenes_are_composed(tmp_path):
+    def garments(**keys):
+        """Of each test scene: how many pixels each class has."""
+        scenes = scenes_of(tmp_path, **keys).test.source
+        return [np.bincount(scenes[i][1].ravel(), minlength=11)[1:] for i in range(len(scenes))]
+
+    assert all((n > 0).sum() == 1 for n in garments(objects=[1, 1]))
+    assert all(n.sum() == 14 * 16 for n in garments(objects=[1, 1], scales=[1, 1]))  # the stand-in's garments
+    assert all(n.sum() > 3 * 14 * 16 for n in garments(objects=[1, 1], scales=[2, 2]))
+    assert all((n % (14 * 16) == 0).all() for n in garments(scales=[1, 1], occlusion=False))
+    assert not all((n % (14 * 16) == 0).all() for n in garments(scales=[1, 1], occlusion=True))
+    with pytest.raises(vpeft.DataError, match=r"seg\.scenes: scales \(0\.5, 3\.0\).* size / 28"):
+        scenes_of(tmp_path, scales=[0.5, 3])
+    with pytest.raises(vpeft.DataError, match=r"seg\.scenes: objects \(3, 2\).* fewest <= most"):
+        scenes_of(tmp_path, objects=[3, 2])
 
 
 def test_written_scenes_are_read_back_as_they_were(tmp_path):
@@ -278,7 +336,8 @@ def test_images_of_several_sizes_make_a_batch_of_lists_that_is_judged_by_size():
     dataset = SegmentationSet(Two(), PairTransform(**PLAIN))
     images, masks = dataset.collate([dataset[0], dataset[1], dataset[0]])
     assert [x.shape for x in images] == [(3, 8, 8), (3, 8, 9), (3, 8, 8)]
-    assert [(len(x), y.shape) for x, y in of_one_size(images, masks)] == [(2, (2, 8, 8)), (1, (1, 8, 9))]
+    found = list(of_one_size(images, masks))
+    assert [(len(x), y.shape, rows) for x, y, rows in found] == [(2, (2, 8, 8), [0, 2]), (1, (1, 8, 9), [1])]
     images, masks = dataset.collate([dataset[0], dataset[0]])
     assert images.shape == (2, 3, 8, 8)
     assert masks.shape == (2, 8, 8)

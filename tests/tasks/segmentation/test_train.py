@@ -16,16 +16,19 @@ from tests.support.fashion import fashion_root
 from tests.support.runs import interrupted
 from vpeft.cli import main
 from vpeft.data.images import read_mask
+from vpeft.engine import shipped
 from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
 from vpeft.errors import ConfigError
+from vpeft.reporting.tables import read_csv
 from vpeft.tasks.segmentation.pictures import picture_names
 from vpeft.tasks.segmentation.scenes import SCENE_CLASSES, Scenes, write_scenes
 
 TINY = """
 task: segmentation
+report: none
 model:
   name: vit_tiny_patch16_224
   pretrained: true
@@ -55,9 +58,19 @@ def make(tmp_path):
 
 @pytest.mark.parametrize("overrides", [["name=whole"], ["name=slide", "seg.mode=slide", "seg.stride=20"]])
 def test_a_run_is_tested_and_predicts(make, tmp_path, overrides):
-    config = make("data.val_split=val", *overrides)
+    config = make("data.val_split=val", "report=full", *overrides)
     metrics = train(config)
     folder = Path(config.output) / config.name
+    heading, *images = read_csv(folder / "predictions.csv")
+    assert (heading, [row[:3] for row in images]) == (
+        ["index", "file", "pixels", "accuracy", "miou"], [[str(i), f"scene {i}", "1600"] for i in range(4)]
+    )  # fmt: skip
+    assert np.mean([float(row[3]) for row in images]) == pytest.approx(metrics["test_aacc"], abs=1e-3)
+    ious = [float(row[2]) for row in read_csv(folder / "per_class.csv")[1:] if row[2]]
+    assert np.mean(ious) == pytest.approx(metrics["test_miou"], abs=1e-3)
+    assert sum(int(n) for row in read_csv(folder / "confusion.csv")[1:] for n in row[1:]) == 4 * 1600
+    assert metrics["test_ece"] > 0
+    assert (folder / "report.html").read_text().count("data:image/") == 5, "the overlays too"
     assert {p.name for p in folder.iterdir()} >= {"best.safetensors", "overlays.png", "metrics.json", "curves.png"}
     assert 0 <= metrics["test_miou"] <= 100
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -85,11 +98,11 @@ def test_san_trains_in_the_engine(make):
     assert evaluate(config, folder / "best.safetensors")["miou"] == pytest.approx(metrics["test_miou"])
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, monkeypatch):
-
-    train(make("name=whole"))
-    interrupted(make("name=cut"))
-    config = make("name=cut")
+@pytest.mark.parametrize("overrides", [[], ["seg.scenes.fresh=true", "data.workers=1"]])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, overrides):
+    train(make("name=whole", *overrides[:1]))
+    interrupted(make("name=cut", *overrides))
+    config = make("name=cut", *overrides)
     train(config)
     whole, cut = (load_file(Path(config.output) / n / "last.safetensors") for n in ("whole", "cut"))
     assert whole.keys() == cut.keys()
@@ -275,3 +288,20 @@ def test_a_checkpoint_knows_its_text_embeddings(with_text, tmp_path, monkeypatch
     file.unlink()
     with pytest.raises(vpeft.CheckpointError, match="no such file of text embeddings"):
         predict(best, [tmp_path / "pictures/images"], out="out")
+
+
+def test_the_demonstration_differs_in_the_method_alone(tmp_path):
+    """And trains on windows of the backbone's own size, out of scenes that it has not seen before."""
+    configs = [load_config(n) for n in shipped.names() if n.startswith("seg/demo/")]
+    assert {c.method.name for c in configs} >= {"linear", "lora", "adaptformer", "convpass", "bitfit", "full"}
+    for config in configs:
+        assert config.seg == configs[0].seg
+        assert config.data == configs[0].data
+        assert config.train == configs[0].train
+        assert config.seg.scenes.fresh
+    few = ["seg.scenes={train: 4, val: 1, test: 2}", "train={epochs: 2, batch_size: 4}", f"output={tmp_path}"]
+    config = load_config("seg/demo/convpass", few)
+    assert train(config)["test_miou"] >= 0
+    saved = vpeft.checkpoint.read(tmp_path / config.name / "last.safetensors")
+    assert saved.metadata["config"]["seg"]["crop"] == 28
+    assert Image.open(tmp_path / config.name / "overlays.png").width > 100

@@ -13,10 +13,12 @@ from vpeft.engine.config import load_config
 from vpeft.engine.predict import predict
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import check, train
+from vpeft.reporting.tables import read_csv
 from vpeft.tasks.video.motion import MOTIONS
 
 CONFIG = """
 task: video
+report: none
 model: {name: vit_micro_patch4_28.vpeft_fashion, pretrained: true}
 method: {name: bitfit}
 data: {source: motion, batch_size: 5}
@@ -34,9 +36,13 @@ def make(tmp_path):
 
 
 def test_train_test_and_predict(make, tmp_path, capsys):
-    config = make("train.label_smoothing=0.1", "augment.enabled=true", "augment.mixup=0.2", "data.val_size=5")
+    config = make("train.label_smoothing=0.1", "augment.enabled=true", "augment.mixup=0.2", "data.val_size=5", "report=full")
     metrics = train(config)
     folder = Path(config.output) / "run"
+    found = [row[1:5] for row in read_csv(folder / "predictions.csv")[1:]]
+    assert 10 * sum(true == predicted for _, true, predicted, _ in found) == pytest.approx(metrics["test_top1"], abs=1e-3)
+    assert all(Path(name).is_file() and float(share) <= 1 for name, _, _, share in found)
+    assert (folder / "report.html").read_text().count("data:image/") == 5, "the clips too"
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all(0 < row["data_seconds"] < row["train_seconds"] for row in rows)

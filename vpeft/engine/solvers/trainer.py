@@ -39,12 +39,12 @@ class SolvingTrainer(Trainer):
     def _check_best(self) -> None:
         """All checkpoints are written again."""
 
-    def _train_epoch(self) -> tuple[float, float]:
+    def _train_epoch(self) -> tuple[float, float, int]:
         for group in self.optimizer.param_groups:  # whose rate is logged: nothing is stepped
             group["lr"] = 0.0
         features, labels = self._features("train")
         held = self._features("val") if "val" in self.loaders else None
-        return self._solve(features, labels, held), 0.0
+        return self._solve(features, labels, held), 0.0, len(labels)
 
     def _solve(self, features: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None) -> float:
         """Find the head; the mean loss of the training samples.

@@ -8,13 +8,22 @@ from ...options import SEED, SIZE, nonnegative, option
 
 @dataclass
 class ScenesConfig:
-    """How many composed scenes (``data.source: scenes``) there are in each split; ``size`` is the crop where None."""
+    """How many composed scenes (``data.source: scenes``) there are in each split, and how they are composed.
+
+    ``size`` is the crop where None. ``fresh``: every epoch trains on new scenes, which seed, epoch and index decide.
+    ``objects``: fewest and most garments of a scene. ``scales``: smallest and largest factor on a garment's 28x28 pixels.
+    ``occlusion``: garments may cover each other; else one that finds no free place is left out.
+    """
 
     train: int = option(400, ge=1, unit="scenes")
     val: int = option(100, ge=0, unit="scenes")
     test: int = option(200, ge=0, unit="scenes")
     size: int | None = option(None, ge=16, le=SIZE, unit="pixels")
     seed: int = option(0, ge=0, le=SEED)
+    fresh: bool = option(False, help="every epoch trains on new scenes")
+    objects: list[int] = option([2, 5], ge=0, le=1000, length=2, unit="garments")
+    scales: list[float] = option([0.7, 1.3], ge=0.25, le=1000, length=2, help="of a garment of 28x28 pixels")
+    occlusion: bool = option(True, help="garments may cover each other")
 
 
 @dataclass

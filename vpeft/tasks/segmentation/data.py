@@ -326,10 +326,16 @@ def build_segmentation(config: Any, stats: dict, order: Sequence[str] | None = N
 def _scenes(data: Any, seg: Any, stats: dict) -> dict[str, Scenes]:
     if data.classes and tuple(data.classes) != SCENE_CLASSES:
         raise DataError(f"data.classes: scenes have the classes {', '.join(SCENE_CLASSES)}; leave it out")
-    options = SceneOptions(size=seg.scenes.size or stats["input_size"][-1], seed=seg.scenes.seed)
-    counts = {k: min(seg.scenes[k], data.num_samples or seg.scenes[k]) for k in named_splits(data)}
-    root = data.fashion_mnist or data.root
-    return {k: Scenes(s, counts[k], options, root) for k, s in named_splits(data).items() if counts[k]}
+    asked, root = seg.scenes, data.fashion_mnist or data.root
+    try:
+        options = SceneOptions(
+            asked.size or stats["input_size"][-1], tuple(asked.objects), tuple(asked.scales), asked.occlusion, asked.seed
+        )
+    except DataError as error:
+        raise DataError(f"seg.{error}") from error
+    counts = {k: min(asked[k], data.num_samples or asked[k]) for k in named_splits(data)}
+    splits = {k: s for k, s in named_splits(data).items() if counts[k]}
+    return {k: Scenes(s, counts[k], options, root, asked.fresh and k == "train") for k, s in splits.items()}
 
 
 def _sources(data: Any) -> dict[str, Source]:

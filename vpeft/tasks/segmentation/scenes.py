@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
@@ -62,15 +63,24 @@ class Scenes:
         length: number of scenes.
         options: see ``SceneOptions``.
         root: folder of Fashion-MNIST's four files; None for the excerpt that ships with the package.
+        fresh: a scene is composed anew each time that it is asked for, from a draw of torch's generator. A loader seeds
+            that by seed, epoch and index, so that every epoch has scenes of its own and a resumed run the same ones.
 
     Raises:
         DataError: an unknown split, or no Fashion-MNIST there.
     """
 
-    def __init__(self, split: str, length: int, options: SceneOptions | None = None, root: str | None = None):
+    def __init__(
+        self,
+        split: str,
+        length: int,
+        options: SceneOptions | None = None,
+        root: str | None = None,
+        fresh: bool = False,
+    ):
         if split not in SPLITS:
             raise DataError(f"scenes: split '{split}' is not one of {', '.join(SPLITS)}")
-        self.split, self.length, self.options = split, length, options or SceneOptions()
+        self.split, self.length, self.options, self.fresh = split, length, options or SceneOptions(), fresh
         source, self.stream = SPLITS[split]
         self.images, self.labels = _garments(root, source)
         self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -84,13 +94,15 @@ class Scenes:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= index < self.length:
             raise IndexError(index)
+        if self.fresh:
+            return self._compose(index, int(torch.randint(2**62, ())))
         if index not in self.kept:
             self.kept[index] = self._compose(index)
         return self.kept[index]
 
-    def _compose(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _compose(self, index: int, *draw: int) -> tuple[np.ndarray, np.ndarray]:
         o = self.options
-        rng = np.random.default_rng([o.seed, self.stream, index])
+        rng = np.random.default_rng([o.seed, self.stream, index, *draw])
         image, mask = background(rng, o.size), np.zeros((o.size, o.size), np.uint8)
         for _ in range(rng.integers(o.objects[0], o.objects[1] + 1)):
             chosen = int(rng.integers(len(self.labels)))

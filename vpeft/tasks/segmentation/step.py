@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...data.images import IGNORED
 from ...errors import ConfigError
+from .data import palette
 from .model import enlarged
 
 
@@ -27,6 +28,8 @@ class SegmentationStep:
 
     monitor = "miou"
     title = "mIoU, %"
+    records = "masks"
+    gives_logits = True  # SAN's scores are sums over its proposals
 
     def __init__(
         self,
@@ -60,13 +63,17 @@ class SegmentationStep:
         return outputs[0].movedim(1, -1).flatten(0, -2)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable, device: torch.device, together: bool = True, record: Any = None
+    ) -> dict[str, float]:
         """Mean IoU over the classes that occur, mean class accuracy and pixel accuracy in percent, at the masks' size."""
         matrix = MulticlassConfusionMatrix(self.num_classes, ignore_index=IGNORED, sync_on_compute=together).to(device)
         for batch in batches:
-            for images, masks in of_one_size(*batch):
-                scores = self.scores(model, images.to(device), masks.shape[-2:])
-                matrix.update(scores.argmax(1), masks.to(device))
+            for images, masks, rows in of_one_size(*batch):
+                scores, masks = self.scores(model, images.to(device), masks.shape[-2:]), masks.to(device)
+                matrix.update(scores.argmax(1), masks)
+                if record is not None:
+                    record.add(images, scores, masks, rows, palette(self.num_classes), logits=self.gives_logits)
         return rates(matrix.compute().double())
 
     def scores(self, model: nn.Module, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -102,17 +109,22 @@ class SegmentationStep:
         return [min(i * self.stride, length - self.crop) for i in range(steps)]
 
 
-def of_one_size(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """A batch (B, 3, H, W), (B, H, W) itself, if it is not empty; lists of images and masks as one batch for each size."""
+def of_one_size(
+    images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Sequence[int]]]:
+    """A batch (B, 3, H, W), (B, H, W) itself, if it is not empty; lists of images and masks as one batch for each size.
+
+    The third part says where in the batch they were.
+    """
     if isinstance(masks, Tensor):
         if len(masks):
-            yield images, masks
+            yield images, masks, range(len(masks))
         return
     groups: dict[tuple, list[int]] = {}
     for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
         groups.setdefault((image.shape, mask.shape), []).append(index)
     for rows in groups.values():
-        yield torch.stack([images[i] for i in rows]), torch.stack([masks[i] for i in rows])
+        yield torch.stack([images[i] for i in rows]), torch.stack([masks[i] for i in rows]), rows
 
 
 def rates(matrix: Tensor) -> dict[str, float]:

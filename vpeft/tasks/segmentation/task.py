@@ -126,7 +126,7 @@ class SemanticSegmentation(SegmentationStep):
             model = self._san(backbone) if self._is_san else self._decoded(backbone)
         except VpeftError as error:
             raise ConfigError(f"seg: {error}") from error
-        self.criterion = model.loss
+        self.criterion, self.gives_logits = model.loss, not self._is_san
         return TaskModel(model, backbone, self, model.heads)
 
     def _decoded(self, backbone: nn.Module) -> SegmentationModel:

@@ -28,6 +28,10 @@ class ClipStep(LabelStep):
         """``scores``; the views are moved to the device one by one."""
         return view_mean(model, clips, device)
 
+    def shares(self, scores: Tensor) -> Tensor:
+        """The scores themselves: probabilities (B, classes)."""
+        return scores
+
     def scores_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a test batch (a number), from its probabilities."""
         return F.nll_loss(scores.clamp_min(1e-12).log(), labels)

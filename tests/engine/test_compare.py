@@ -1,0 +1,103 @@
+"""Finished runs side by side."""
+
+import json
+import shutil
+from math import comb
+
+import pytest
+
+import vpeft
+from tests.engine.conftest import TINY
+from vpeft.cli import main
+from vpeft.engine.compare import compare, mcnemar
+from vpeft.engine.config import load_config
+from vpeft.engine.train import train
+from vpeft.reporting.tables import read_csv, write_csv
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of other learning rates."""
+    output = tmp_path_factory.mktemp("runs")
+    (output / "tiny.yaml").write_text(TINY + f"output: {output}\n")
+    few = ("report=full", "train.epochs=1", "data.num_samples=160", "train.batch_size=10")
+    for lr in (0.005, 0.5):
+        train(load_config(output / "tiny.yaml", [*few, f"optim.lr={lr}", f"name=lr{lr}"]))
+    return output
+
+
+@pytest.fixture
+def two(trained, tmp_path):
+    """Copies of their folders."""
+    return [shutil.copytree(trained / name, tmp_path / name) for name in ("lr0.005", "lr0.5")]
+
+
+def test_mcnemar_is_the_binomial_test():
+    def by_hand(first: int, second: int) -> float:
+        total = first + second
+        return min(1.0, 2 * sum(comb(total, i) for i in range(min(first, second) + 1)) / 2**total)
+
+    for first, second in ((0, 0), (3, 0), (10, 4), (7, 7), (40, 61)):
+        assert mcnemar(first, second) == pytest.approx(by_hand(first, second) if first + second else 1.0)
+
+
+def test_runs_side_by_side(two, tmp_path, capsys):
+    main(["compare", *map(str, two), "--html", str(tmp_path / "c.html"), "--csv", str(tmp_path / "c.csv")])
+    text = capsys.readouterr().out
+    found = compare(two)
+    assert found["settings"] == {"optim.lr": [0.005, 0.5]}
+    assert found["notes"] == []
+    (pair,) = found["pairs"]
+    rows = [{r[0]: r for r in read_csv(folder / "predictions.csv")[1:]} for folder in two]
+    right = [{int(i) for i, r in run.items() if r[2] == r[3]} for run in rows]
+    assert (set(pair.first), set(pair.second)) == (right[0] - right[1], right[1] - right[0])
+    assert pair.p == mcnemar(len(pair.first), len(pair.second))
+    assert f"only [1] is right, [2] is not: {len(pair.first)}" in text
+    assert max(len(line) for line in text.splitlines() if line[:1] in "│┃") <= 80
+    heading, *lines = read_csv(tmp_path / "c.csv")
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in two]
+    assert [float(line[heading.index("test_top1")]) for line in lines] == [m["test_top1"] for m in metrics]
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("data:image/png") == 1
+    assert all(str(folder) in page for folder in two)
+
+
+def test_other_test_sets_and_classes_are_said(two, tmp_path, capsys):
+    heading, *rows = read_csv(two[1] / "predictions.csv")
+    write_csv(two[1] / "predictions.csv", [heading, *rows[:-1]])
+    found = compare(two)
+    assert found["pairs"] == []
+    assert any("tested on other samples (160 and 159)" in note for note in found["notes"])
+    assert "note: [1] and [2] were tested on other samples" in capsys.readouterr().out
+    rows[4][2] = "7" if rows[4][2] != "7" else "8"
+    write_csv(two[1] / "predictions.csv", [heading, *rows])
+    assert any("other samples" in note for note in compare(two)["notes"]), "another true class"
+    (two[1] / "predictions.csv").unlink()
+    assert any("[2] has no predictions.csv" in note for note in compare(two)["notes"])
+    table = read_csv(two[0] / "per_class.csv")
+    table[1][0] = "zero"
+    write_csv(two[0] / "per_class.csv", table)
+    shutil.copytree(two[0], tmp_path / "third")
+    table[1][0] = "nought"
+    write_csv(tmp_path / "third/per_class.csv", table)
+    assert any("have other classes" in note for note in compare([two[0], tmp_path / "third"])["notes"])
+
+
+def test_what_cannot_be_compared_is_refused(two, tmp_path):
+    one, other = two
+    with pytest.raises(vpeft.ConfigError, match="at least two"):
+        compare([one])
+    with pytest.raises(vpeft.ConfigError, match="given twice"):
+        compare([one, other, one.parent / "x" / ".." / one.name])
+    with pytest.raises(vpeft.ConfigError, match="holds no run"):
+        compare([one, tmp_path])
+    with pytest.raises(vpeft.ConfigError, match="a file of the run itself"):
+        compare(two, csv=one / "predictions.csv")
+    with pytest.raises(vpeft.ConfigError, match=r"--html: .* does not end in \.html"):
+        compare(two, html=tmp_path / "x.txt")
+    (other / "predictions.csv").write_text("index,file,true\nx\n")
+    with pytest.raises(vpeft.ConfigError, match=r"predictions\.csv or per_class\.csv is damaged"):
+        compare(two)
+    (other / "metrics.json").unlink()
+    with pytest.raises(vpeft.ConfigError, match="unfinished run"):
+        compare(two)

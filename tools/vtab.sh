@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# All 19 tasks of VTAB-1k with one method, going on where it stopped: tools/vtab.sh METHOD [key=value …] [--seeds N …] [--tasks NAME …]
+set -euo pipefail
+[ $# -ge 1 ] || { echo "usage: $0 METHOD [key=value …] [--seeds N …] [--tasks NAME …]" >&2; exit 2; }
+exec python "$(dirname "$0")/suite.py" vtab "$@"
