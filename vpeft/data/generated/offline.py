@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from ...errors import DataError, did_you_mean
 from ..embedded import FASHION_CLASSES, ArrayDataset, digits, fashion_mnist, garments_root
-from ..order import stored_order
+from ..sets.order import SLICES, ranked
 from . import dsprites
 from .drawing import blotches, surface
 
@@ -226,9 +226,10 @@ def _sprites(classes: int, label: Callable[[int], int], names: Sequence[str] | N
 @lru_cache(maxsize=2)
 def sprite_indices(split: str) -> tuple[int, ...]:
     """VTAB-1k's images of dSprites: all 1,000 of ``train``, train800 before val200; the first 1,000 of ``test``."""
-    order = stored_order("train", range(dsprites.LENGTH))
-    first = (order[:TRAIN], order[589_824 : 589_824 + VAL]) if split == "train" else (order[663_552 : 663_552 + TEST],)
-    return tuple(index for part in first for index in part)
+    slices, order = SLICES["dsprites"], ranked("train", range(dsprites.LENGTH))
+    if split == "train":
+        return tuple(i for part in (slices.train800, slices.val200) for i in order[part.start : part.stop])
+    return tuple(order[slices.test.start :][:TEST])
 
 
 def _digits(root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
