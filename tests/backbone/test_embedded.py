@@ -11,6 +11,7 @@ from torch import nn
 
 from vpeft.backbone import embedded
 from vpeft.data.embedded import EXCERPT, digits, fashion_mnist
+from vpeft.data.generated.pretext import CLASSES, TASKS, Pretext
 
 NAMES = ["vit_micro_patch4_28", "swin_micro_patch2_window7_28"]
 
@@ -50,7 +51,18 @@ def test_accuracy_on_fashion_mnist(name, least):
     assert right.mean() > least
 
 
-@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_accuracy_on_the_pretext_tasks():
+    """On 400 pictures of the test split, each judged among the classes of its task."""
+    model = timm.create_model("vit_micro_patch4_28.vpeft_pretext", pretrained=True).eval()
+    pictures = Pretext(None, "test")
+    labels = torch.tensor([pictures.draw(i)[1] for i in range(400)])
+    task = torch.tensor([list(TASKS).index(name.partition("/")[0]) for name in CLASSES])
+    scores = outputs(model, pictures, 400).masked_fill(task != task[labels, None], -torch.inf)
+    assert (scores.argmax(1) == labels).float().mean() > 0.87
+
+
+@pytest.mark.parametrize("name", [*NAMES, "vit_micro_patch4_28.vpeft_pretext"])
 def test_files_are_small_and_match_the_zoo(name):
     import hashlib
 

@@ -107,6 +107,8 @@ def test_shipped_configurations_are_valid(tmp_path):
     files = [f for f in (ROOT / "configs").rglob("*.yaml") if "_base_" not in f.parts]
     assert len(files) > 10
     for file in files:
+        if "spaces" in file.parts:  # of sweeps: tests/sweeps/test_space.py
+            continue
         if "bench" in file.parts:
             load = load_routing_config if file.stem.startswith("routing") else load_tables
             load(file, ["device=cpu"])  # which those for a GPU refuse where there is none

@@ -141,7 +141,10 @@ def test_the_command_for_pages_writes_the_one_of_the_zoo_beside_it(zoo, tmp_path
     zoo.rename(tmp_path / "model_zoo")
     assert pages.write_pages(tmp_path / "docs") == [tmp_path / "model_zoo.md"]
     text = (tmp_path / "model_zoo.md").read_text()
-    assert "| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | 9 | Apache-2.0 |" in text
+    (entry,) = content(tmp_path / "model_zoo")["entries"]
+    assert (
+        f"| `a.linear` | `linear` | test top1 30.57 ± 0.20 (2) | 1,290 | {entry['size'] / 1000:.0f} | Apache-2.0 |" in text
+    )
     assert "vpeft train --cfg configs/digits/linear.yaml seed=3" in text
     assert "docs/zoo.md" not in text, "which is not there"
 

@@ -85,7 +85,8 @@ def test(
                 print(f"{name}: {count} left out", file=sys.stderr)
         values |= found if name == split else {f"{name}_{k}": v for k, v in found.items()}
     if accelerator.is_main_process:
-        said = {f"{split}_{k}": round(v, 6) for k, v in values.items()} | data.notes
+        notes = {k: v for k, v in data.notes.items() if isinstance(v, str)}
+        said = {f"{split}_{k}": round(v, 6) for k, v in values.items()} | notes
         if folder is not None:
             write_results(folder, record)
             write_text(folder / "metrics.json", json.dumps(said, indent=1))
