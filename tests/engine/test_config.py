@@ -126,10 +126,7 @@ def _check_shipped(file, config, tmp_path):
     if config.data.source in ("fashion_mnist", "scenes"):
         config.data.root = str(tmp_path)
     suite = file.parent.name == "configs" and file.stem in recipes.names()
-    theirs = config.data.source.startswith("torch/")  # whose folder is looked at when it is opened
-    if not theirs and (
-        suite or {"published", "examples", "vtab"} & set(file.parts)
-    ):  # sound up to the data, which nobody has here
+    if suite or {"published", "examples", "vtab"} & set(file.parts):  # sound up to the data, which nobody has here
         with pytest.raises(vpeft.DataError, match=r"data\.root: folder '.*' does not exist"):
             check(config)
     else:
