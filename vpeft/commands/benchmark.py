@@ -17,12 +17,14 @@ def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument(
         "--report", action="store_true", help="of the results that are there; nothing is trained or measured"
     )
+    parser.add_argument("--rates", action="store_true", help="learning rates instead: one default beside a tuned one")
     parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="for every run")
 
     def run(args: argparse.Namespace) -> None:
         from ..errors import ConfigError
         from ..suites.benchmark import benchmark, report
         from ..suites.offline import plans
+        from ..suites.rates import tune
 
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes} is no number of processes; give at least 1")
@@ -30,6 +32,15 @@ def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
             report(args.out)
             return
         wanted = plans(args.quick, args.models, args.methods, args.tasks, args.seeds, args.set)
+        if args.rates:
+            for part in plans(True, args.models, args.methods, args.tasks, args.seeds, args.set):
+                for backbone in part.backbones:
+                    print(
+                        tune(
+                            backbone, part.entries, part.tasks, args.out, processes=args.processes, overrides=part.overrides
+                        )
+                    )
+            return
         benchmark(wanted, args.out, processes=args.processes, again=args.again, costs=not args.no_costs)
 
     return run

@@ -1,0 +1,201 @@
+"""``vpeft benchmark --rates``: how far one default learning rate for each method is from one that is tuned for each task.
+
+Every rate of a grid is trained on ``train800`` and validated on ``val200``. A method's default is the rate with the best
+mean validation accuracy over one half of the tasks. On the other half, the test accuracy with that default stands beside the
+test accuracy with the rate that is best on each task's own validation images: no choice is made on test images.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean
+
+from ..data.generated.offline import TASKS
+from ..errors import ConfigError, VpeftError
+from ..files import write_text
+from .offline import job, recipes, settings_of
+from .runner import Job, Outcome, run_all
+
+TABLE, PAGE = "rates.csv", "rates.md"
+SPLITS = ("data.train_split=train800", "data.val_split=val200")
+
+
+@dataclass(frozen=True)
+class RateResult:
+    """One trained rate: accuracies in percent of the last epoch; ``settings`` as of ``OfflineResult``."""
+
+    backbone: str
+    task: str
+    entry: str
+    lr: float
+    val: float
+    test: float
+    settings: str
+
+    @property
+    def key(self) -> tuple[str, str, str, float]:
+        """What tells a run from others."""
+        return self.backbone, self.task, self.entry, self.lr
+
+
+def grid(entry: str) -> list[float]:
+    """The rates that are tried for an entry; none where its recipe takes no steps."""
+    if "solver" in recipes()["entries"][entry].get("train", {}):
+        return []
+    return recipes()["rates_of"].get(entry, recipes()["rates"])
+
+
+def rate_jobs(
+    backbone: str, entries: Iterable[str], tasks: Iterable[str], overrides: Sequence[str] = ()
+) -> dict[tuple[str, str, str, float], Job]:
+    """The runs by backbone, task, entry and rate."""
+    found = {}
+    for task in tasks:
+        for entry in entries:
+            for lr in grid(entry):
+                planned = job(backbone, task, entry, 0, (*SPLITS, *overrides, f"optim.lr={lr}"))
+                found[backbone, task, entry, lr] = Job(f"rates/{planned.name}-lr{lr:g}", planned.file, planned.overrides)
+    return found
+
+
+def tune(
+    backbone: str,
+    entries: Sequence[str],
+    tasks: Sequence[str],
+    out: str | Path,
+    *,
+    processes: int = 1,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Train all rates that have no result yet, each result kept as it comes; write and return the page.
+
+    Args:
+        backbone: a key of ``BACKBONES``, or a timm model.
+        entries: of the recipes.
+        tasks: of the offline benchmark.
+        out: the folder of ``rates.csv`` and ``rates.md``.
+        processes: runs at the same time.
+        overrides: ``key.sub=value`` for all.
+
+    Raises:
+        VpeftError: results of other settings in the table; or at the end, the runs that failed.
+    """
+    out, failed = Path(out), []
+    jobs, results = rate_jobs(backbone, entries, tasks, overrides), read_rates(Path(out) / TABLE)
+    other = [jobs[key].name for key, r in results.items() if key in jobs and r.settings != settings_of(jobs[key])]
+    if other:
+        raise ConfigError(
+            f"{out / TABLE} has {len(other)} results of other settings, such as {other[0]}; choose another --out"
+        )
+    missing = {planned: key for key, planned in jobs.items() if key not in results}
+    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / TABLE}", flush=True)
+    with closing(run_all(list(missing), processes=processes, log=out / "log")) as outcomes:
+        for outcome in outcomes:
+            if outcome.error:
+                failed.append(f"{outcome.job.name} ({outcome.error})")
+                continue
+            found = _result_of(missing[outcome.job], outcome)
+            results[found.key] = found
+            _write(out / TABLE, results.values())
+    text = page(results.values())
+    write_text(out / PAGE, text)
+    if failed:
+        raise VpeftError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+    return text
+
+
+def _result_of(key: tuple[str, str, str, float], outcome: Outcome) -> RateResult:
+    metrics = json.loads((outcome.folder / "metrics.json").read_text())
+    return RateResult(*key, round(metrics["val_top1"], 3), round(metrics["test_top1"], 3), settings_of(outcome.job))
+
+
+def read_rates(file: Path) -> dict[tuple[str, str, str, float], RateResult]:
+    """The rows of a table of rates by key; none where there is no file.
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
+    if not file.is_file():
+        return {}
+    kinds = {f.name: f.type for f in fields(RateResult)}
+    with file.open(encoding="utf-8", newline="") as stream:
+        try:
+            found = [RateResult(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(stream)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: no table of rates ({error!r}); remove it") from None
+    return {r.key: r for r in found}
+
+
+def _write(file: Path, results: Iterable[RateResult]) -> None:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(RateResult)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in sorted(results, key=lambda r: r.key))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, stream.getvalue())
+
+
+def default_rate(results: Iterable[RateResult], tasks: Sequence[str]) -> float | None:
+    """The rate with the best mean validation accuracy over some tasks; None where no rate has them all.
+
+    Args:
+        results: of one entry on one backbone.
+        tasks: over which the mean goes.
+    """
+    if not tasks:
+        return None
+    by_rate: dict[float, dict[str, float]] = {}
+    for r in results:
+        by_rate.setdefault(r.lr, {})[r.task] = r.val
+    whole = {lr: mean(of[t] for t in tasks) for lr, of in by_rate.items() if set(tasks) <= set(of)}
+    return max(sorted(whole), key=whole.get) if whole else None
+
+
+def distance(results: Sequence[RateResult], lr: float, tasks: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Of each task the test accuracy with one rate, and with the rate that is best on its own validation images.
+
+    Args:
+        results: of one entry on one backbone.
+        lr: the one rate.
+        tasks: those that lack a result are left out.
+    """
+    found = {}
+    for task in tasks:
+        of: Mapping[float, RateResult] = {r.lr: r for r in results if r.task == task}
+        if lr in of:
+            best = max(sorted(of), key=lambda rate: of[rate].val)
+            found[task] = of[lr].test, of[best].test
+    return found
+
+
+def page(results: Iterable[RateResult]) -> str:
+    """The results as Markdown."""
+    results, chosen_on = list(results), recipes()["chosen_on"]
+    judged_on = [task for task in TASKS if task not in chosen_on]
+    lines = [
+        "# Default learning rates",
+        "",
+        f"Chosen by validation accuracy on {', '.join(chosen_on)}; judged by test accuracy on the others that were done, of "
+        f"{', '.join(judged_on)}. Tuned: the rate that is best on each task's own 200 validation images. Trained on 800 images, "
+        "seed 0; made by `vpeft benchmark --rates`, every run is in [rates.csv](rates.csv).",
+        "",
+        "| model | method | default | at the grid's end | judged with it | tuned for each task | difference | tasks |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for backbone, entry in dict.fromkeys((r.backbone, r.entry) for r in results):
+        own = [r for r in results if (r.backbone, r.entry) == (backbone, entry)]
+        done = [task for task in chosen_on if any(r.task == task for r in own)]
+        lr = default_rate(own, done)
+        pairs = {} if lr is None else distance(own, lr, judged_on)
+        if not pairs:
+            continue
+        plain, tuned = (mean(pair[i] for pair in pairs.values()) for i in (0, 1))
+        end = "yes" if lr in (min(grid(entry)), max(grid(entry))) else "no"
+        lines.append(
+            f"| {backbone} | {entry} | {lr:g} | {end} | {plain:.2f} | {tuned:.2f} | {tuned - plain:+.2f} | {len(pairs)} |"
+        )
+    return "\n".join(lines) + "\n"
