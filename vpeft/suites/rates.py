@@ -180,7 +180,7 @@ def page(results: Iterable[RateResult]) -> str:
         "# Default learning rates",
         "",
         f"Chosen by validation accuracy on {', '.join(chosen_on)}; judged by test accuracy on the others that were done, of "
-        f"{', '.join(judged_on)}. Tuned: the rate that is best on each task's own 200 validation images. Trained on 800 images, "
+        f"{', '.join(judged_on)}. Tuned: the rate that is best on each task's own 200 validation images. Trained on 800, "
         "seed 0; made by `vpeft benchmark --rates`, every run is in [rates.csv](rates.csv).",
         "",
         "| model | method | default | at the grid's end | judged with it | tuned for each task | difference | tasks |",
