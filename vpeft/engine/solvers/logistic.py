@@ -6,6 +6,7 @@ where there are two classes; a head needs one row for each class.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
+SMALL = 10**7  # multiplications of a step, below which threads do not pay
 STEPS = 10_000
 TOLERANCE = 1e-6  # of the largest entry of the gradient
 
@@ -58,15 +60,28 @@ def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequenc
     x, start = (features - mean) / std, np.zeros(classes * (features.shape[1] + 1))
     for l2 in sorted(set(strengths), reverse=True):
         problem = _Problem(x, labels, classes, l2)
-        found = minimize(
-            problem, start, jac=True, method="L-BFGS-B",
-            options={"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 20, "gtol": TOLERANCE, "ftol": 1e-15},
-        )  # fmt: skip
+        with _few_threads(x.numel() * classes):
+            found = minimize(
+                problem, start, jac=True, method="L-BFGS-B",
+                options={"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 20, "gtol": TOLERANCE, "ftol": 1e-15},
+            )  # fmt: skip
         start = found.x
         own = torch.from_numpy(found.x).to(x).view(classes, -1)
         weight = own[:, :-1] / std
         gradient = float(abs(found.jac).max())
         yield Solution(weight, own[:, -1] - weight @ mean, l2, int(found.nit), gradient)
+
+
+@contextmanager
+def _few_threads(products: int) -> Iterator[None]:
+    """One thread for thousands of small products: on a busy machine several wait for each other, forty times as long."""
+    before = torch.get_num_threads()
+    if products < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Problem:
