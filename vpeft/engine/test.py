@@ -87,13 +87,13 @@ def test(
     if accelerator.is_main_process:
         notes = {k: v for k, v in data.notes.items() if isinstance(v, str)}
         said = {f"{split}_{k}": round(v, 6) for k, v in values.items()} | notes
+        print(json.dumps(said, indent=1))  # before anything that may not be written
         if folder is not None:
             write_results(folder, record)
             write_text(folder / "metrics.json", json.dumps(said, indent=1))
             facts = {"checkpoint": str(ckpt), "method": handle.method.name, "split": split} | said
             again = ["vpeft", "test", *sys.argv[2:]] if Path(sys.argv[0]).name == "vpeft" else sys.argv
             write_report(folder, f"{ckpt} on {split}", config, facts, environment(), again)
-        print(json.dumps(said, indent=1))
     return values
 
 
