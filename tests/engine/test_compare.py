@@ -101,3 +101,15 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
     (other / "metrics.json").unlink()
     with pytest.raises(vpeft.ConfigError, match="unfinished run"):
         compare(two)
+
+
+def test_a_run_that_names_no_classes_is_not_said_to_have_others(two, capsys):
+    (two[1] / "best.safetensors").unlink()  # as nearest neighbours, which have no checkpoint
+    found = compare(two)
+    assert found["notes"] == []
+    assert len(found["pairs"]) == 1
+    for name in ("predictions.csv", "per_class.csv"):  # as report=none
+        (two[1] / name).unlink()
+    for order in (two, two[::-1]):
+        (note,) = compare(order)["notes"]
+        assert "has no predictions.csv" in note

@@ -135,3 +135,27 @@ def test_tensorboard_has_the_epochs_scalars(tiny):
     train(tiny("tensorboard=true", "overwrite=true", *FEW))
     assert steps(folder_of(config)) == [1], "the replaced run's are gone"
     assert (folder_of(config) / "tensorboard/mine.txt").exists()
+
+
+def test_what_cannot_be_written_at_the_end_does_not_cost_the_run(tiny, tmp_path):
+    config = tiny("report=full", *FEW)
+    folder = folder_of(config)
+    metrics = train(
+        config, after_epoch=lambda row: [(folder / n / "x").mkdir(parents=True) for n in ("curves.png", "report.html")]
+    )
+    assert json.loads((folder / "metrics.json").read_text())["test_top1"] == metrics["test_top1"]
+    assert evaluate(tiny(*FEW), folder / "best.safetensors")["top1"] == pytest.approx(metrics["test_top1"])
+    log = " ".join((folder / "console.log").read_text().split())
+    assert "curves.png cannot be written" in log
+    assert "vpeft test --out DIR tries the rest again" in log
+
+
+def test_a_test_says_its_numbers_before_it_writes(tiny, tmp_path, capsys):
+    config = tiny(*FEW)
+    train(config)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").mkdir()  # as good as a disk that is full
+    capsys.readouterr()
+    with pytest.raises(vpeft.VpeftError, match=r"report\.html cannot be written"):
+        evaluate(tiny(*FEW), folder_of(config) / "best.safetensors", out=tmp_path / "out")
+    assert '"test_top1"' in capsys.readouterr().out

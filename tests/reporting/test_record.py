@@ -1,5 +1,8 @@
 """What is kept of a pass over a test split, against torchmetrics and against counting by hand."""
 
+import csv
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,11 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 from vpeft.data.broken import Tally
 from vpeft.data.loader import make_loader
+from vpeft.engine.outputs import CSVLines
 from vpeft.errors import DataError
 from vpeft.reporting.calibration import Reliability
 from vpeft.reporting.record import LabelRecord, MaskRecord
-from vpeft.reporting.tables import per_class, read_csv, write_confusion, write_predictions
+from vpeft.reporting.tables import per_class, read_csv, write_confusion, write_csv, write_predictions
 from vpeft.tasks.labels import LabelStep
 from vpeft.tasks.segmentation.step import SegmentationStep
 
@@ -198,3 +202,12 @@ def test_masks_of_several_sizes():
     assert record.numbers()["ece"] == pytest.approx(expected.error(), abs=1e-3)
     assert sorted(index for _, index, _ in record.worst) == [0, 1, 2, 3, 4]
     assert [badness for badness, *_ in record.worst] == sorted((-record.columns["miou"]).tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\r\nb", 'a"b', "a,b", "=1+1", "\u2028", " a ", ""])
+def test_any_name_comes_back_from_a_table(tmp_path, name):
+    rows = [["index", "file", name], ["0", name, "x"], ["1", "y", name]]
+    write_csv(tmp_path / "a.csv", rows)
+    assert read_csv(tmp_path / "a.csv") == rows
+    line = CSVLines([name])
+    assert list(csv.reader(io.StringIO(line({"file": name, "shares": {name: 1.0}}), newline="")))[1] == [name, "1.0"]

@@ -12,8 +12,10 @@ import pytest
 
 from vpeft.cli import main
 from vpeft.data.generated.offline import TASKS
+from vpeft.engine.lock import RunLock
 from vpeft.errors import ConfigError
 from vpeft.methods import list_methods
+from vpeft.suites.costs import measured
 from vpeft.suites.offline import (
     BACKBONES,
     OfflineResult,
@@ -80,6 +82,19 @@ def test_the_whole_benchmark_and_the_quick_one():
         ({"backbones": ["vitt"]}, "no backbone 'vitt'"),
         ({"seeds": [1, 1]}, "--seeds: 1 1"),
         ({"tasks": []}, "--tasks: nothing"),
+        ({"seeds": [0, -1]}, "--seeds: -1 is impossible"),
+        ({"overrides": ["lr"]}, "--set lr: expected key.sub=value"),
+        ({"overrides": ["a={"]}, "--set a={: "),
+        # A row would be called after another backbone, method, task or seed than it was trained with.
+        (
+            {"overrides": ["model.name=vit_tiny_patch16_224"]},
+            "--set .*: the benchmark sets model.name itself; give --models",
+        ),
+        ({"overrides": ["model={name: vit_tiny_patch16_224}"]}, "give --models"),
+        ({"overrides": ["method.name=bitfit"]}, "give --methods"),
+        ({"overrides": ["data.source=digits"]}, "give --tasks"),
+        ({"overrides": ["optim.lr=0.1", "seed=3"]}, "give --seeds"),
+        ({"overrides": ["data.test_split=null"]}, "sets data.test_split itself"),
     ],
 )
 def test_what_there_is_not_is_refused(given, said):
@@ -180,6 +195,59 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_the_probe_alone_and_of_no_common_task(tmp_path):
+    text = write_report(tmp_path, [result("linear", "digits")], {})
+    assert "| linear | 0 | 50.0 |" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "vit_pareto.png", "vit_ranks.png"]
+    assert "##" not in write_report(tmp_path, [result("linear", "digits"), result("lora", "defects")], {})
+
+
+def test_any_failure_concerns_its_run_alone(tmp_path, capsys):
+    """Also one that nobody thought of: here a file in a run's folder is not what it was when it was written."""
+    (tmp_path / "vit/digits/knn-seed0/.next").mkdir(parents=True)
+    (tmp_path / "vit/digits/knn-seed0/.next/files.json").write_text("{}")
+    jobs = [job("vit", "digits", entry, 0, (*SMALL, f"output={tmp_path}")) for entry in ("knn", "linear")]
+    first, second = run_all(jobs, say=lambda line: None)
+    assert first.error == "KeyError: 'files'"
+    assert "Traceback" in capsys.readouterr().err
+    assert (second.error, (second.folder / "metrics.json").is_file()) == (None, True)
+
+
+def test_the_results_folder_is_looked_at_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = [
+        "benchmark",
+        "--methods",
+        "knn",
+        "--tasks",
+        "digits",
+        "--no-costs",
+        "--set",
+        *SMALL,
+        f"output={tmp_path / 'runs'}",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "file cannot be written" in capsys.readouterr().err
+    lock = RunLock(tmp_path / "report")
+    lock.take()  # two benchmarks at once would each write their own rows over the other's
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--out", str(tmp_path / "report")])
+    assert stopped.value.code == 2
+    assert "which is running; wait for its end, or choose another --out" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    lock.release()
+    main([*arguments, "--out", str(tmp_path / "report")])
+    assert not (tmp_path / "report/lock.json").exists()
+
+
+def test_costs_of_a_timm_model():
+    found = measured("test_vit.r160_in1k", ["bitfit"], rounds=1)
+    assert found.keys() == {("test_vit.r160_in1k", "bitfit")} | {("test_vit.r160_in1k", "full")} & found.keys()
+    assert all(0 < part < 5 for pair in found.values() for part in pair)
 
 
 @pytest.mark.slow

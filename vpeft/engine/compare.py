@@ -38,7 +38,7 @@ class Finished:
         config: what it was asked for.
         metrics: of metrics.json.
         epochs: rows of log.jsonl.
-        classes: names in the order of the outputs; None where its checkpoint names none.
+        classes: names in the order of the outputs; None where there is no checkpoint, or it names none.
         samples: what it said of each test sample, by its number in the split; None without predictions.csv.
         heading: of these samples.
         per_class: heading and rows of per_class.csv.
@@ -53,6 +53,11 @@ class Finished:
     samples: dict[int, list[str]] | None = None
     heading: list[str] = field(default_factory=list)
     per_class: list[list[str]] = field(default_factory=list)
+
+    @property
+    def told(self) -> list[list[str]]:
+        """The names of its classes, from each file that has them."""
+        return [names for names in (self.classes, [row[0] for row in self.per_class[1:]]) if names]
 
     def right(self, index: int) -> bool:
         """Whether it found a sample's class."""
@@ -92,7 +97,6 @@ def compare(paths: Sequence[str | Path], *, html: str | Path | None = None, csv:
     tasks = {run.config.task for run in runs}
     if len(tasks) > 1:
         raise ConfigError(f"compare: runs of different tasks ({', '.join(sorted(tasks))}), which have no metric in common")
-    outputs = _outputs(paths, html, csv)
     outputs = _outputs(paths, html, csv)
     notes = list(_hindrances(runs))
     settings, metrics = _settings(runs), _metrics(runs)
@@ -187,7 +191,7 @@ def _hindrances(runs: list[Finished]) -> Iterator[str]:
     """Why classes and samples cannot be compared; nothing where they can."""
     first = runs[0]
     for run in runs[1:]:
-        if run.classes != first.classes or [r[0] for r in run.per_class] != [r[0] for r in first.per_class or run.per_class]:
+        if any(own != other for own in run.told for other in first.told):
             yield f"[{first.label}] and [{run.label}] have other classes: their metrics are not of the same thing"
     without = [run for run in runs if run.samples is None]
     if without:

@@ -79,10 +79,11 @@ class RunLock:
 
     Args:
         folder: of the run; it need not exist before the lock is taken.
+        instead: what else can be done while another process is at work, for people.
     """
 
-    def __init__(self, folder: Path):
-        self.file, self.mine = folder / LOCK, False
+    def __init__(self, folder: Path, instead: str = "choose another name=…"):
+        self.file, self.mine, self.instead = folder / LOCK, False, instead
 
     def check(self) -> None:
         """Refuse a folder in which another process is at work.
@@ -143,9 +144,9 @@ class RunLock:
         if holder.elsewhere:
             return (
                 f"{self.file.parent} is locked by {where}, which cannot be seen from here; if that process has ended, "
-                f"remove {self.file}, else choose another name=…"
+                f"remove {self.file}, else {self.instead}"
             )
-        return f"{self.file.parent} is locked by {where}, which is running; wait for its end, or choose another name=…"
+        return f"{self.file.parent} is locked by {where}, which is running; wait for its end, or {self.instead}"
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

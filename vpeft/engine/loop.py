@@ -29,7 +29,7 @@ from .plan import STATE
 from .progress import Bar, GradientWatch, Pace, TimedBatches, epoch_line, peak_memory
 from .rates import by_layer, told
 from .report import draw_curves
-from .results import gathered, make_record, write_results
+from .results import gathered, make_record, spared, write_results
 from .run import RunFolder
 from .setup import make_loaders, make_optimizer, make_schedule
 from .state import Average, RunState
@@ -281,8 +281,10 @@ class Trainer:
             self.notes["changed_settings"] = self.changes
         if self.run.main:
             self._keep(metrics)
-            draw_curves(self.run, self.task)
-            write_results(self.run.folder, self.record)
+            with spared(self.run, "curves.png"):
+                draw_curves(self.run, self.task)
+            with spared(self.run, "what the test leaves"):
+                write_results(self.run.folder, self.record)
             self.run.finish(metrics | self.notes | self.data.notes)
         self.accelerator.log(
             {k: v for k, v in metrics.items() if v is not None and k != "epoch"}, step=self.epoch * self.steps_per_epoch

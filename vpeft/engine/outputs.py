@@ -1,7 +1,5 @@
 """Where predictions go while they come: lines of text, CSV or JSON on a stream or in a file, and a JSON list."""
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +9,7 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError
 from ..files import replacing
+from ..reporting.tables import csv_lines
 
 FORMATS = ("text", "csv", "jsonl")
 ENDINGS = {".txt": "text", ".tsv": "text", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
@@ -76,14 +75,12 @@ class CSVLines:
                     cells |= {f"class_{i}": best["class"], f"probability_{i}": best["probability"]}
             else:
                 cells[key] = value
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        self.columns = list(cells) if self.columns is None else self.columns
+        rows = [[cells.get(c, "") for c in self.columns]]
         if not self.headed:
-            self.columns = list(cells) if self.columns is None else self.columns
-            writer.writerow(self.columns)
+            rows.insert(0, self.columns)
             self.headed = True
-        writer.writerow([cells.get(c, "") for c in self.columns])
-        return text.getvalue().rstrip("\n")
+        return csv_lines(rows).removesuffix("\n")
 
 
 def lines_of(form: str, classes: Classes, columns: Sequence[str] | None = None) -> Callable[[dict[str, Any]], str]:

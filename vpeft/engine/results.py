@@ -2,19 +2,21 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError, some
+from ..errors import ConfigError, VpeftError, WriteError, some
 from ..reporting.page import Block, bars, code, folded, picture, table, write_page
 from ..reporting.record import RECORDS, Record
 from ..reporting.tables import read_csv
 from ..reporting.writing import CONFUSION_PICTURE, FILES, PAGE, PER_CLASS, RELIABILITY, WORST, write_record
 from ..tasks.step import Step
+from .run import RunFolder
 
 # Pictures that a run may hold, in the order in which its page shows them.
 PICTURES = {
@@ -56,10 +58,26 @@ def gathered(record: Record | None) -> dict[str, float]:
     return record.numbers()
 
 
+@contextmanager
+def spared(run: RunFolder, what: str) -> Iterator[None]:
+    """Under here a run writes what it can do without: no failure, whatever it is, costs the run itself."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}" if not isinstance(error, VpeftError) else error
+        run.logger.warning(
+            "%s cannot be written (%s); checkpoints and metrics.json are, and vpeft test --out DIR tries the rest again",
+            what, said,
+        )  # fmt: skip
+
+
 def write_results(folder: Path, record: Record | None) -> None:
     """The files of a record, which was gathered; those of an earlier one go."""
     for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"{folder / name} cannot be written: {error.strerror}") from error
     if record is not None:
         write_record(folder, record)
 

@@ -86,13 +86,14 @@ def test(
         values |= found if name == split else {f"{name}_{k}": v for k, v in found.items()}
     if accelerator.is_main_process:
         said = {f"{split}_{k}": round(v, 6) for k, v in values.items()} | data.notes
+        # Before anything that may not be written; the rest is in metrics.json.
+        print(json.dumps({k: v for k, v in said.items() if not isinstance(v, dict)}, indent=1))
         if folder is not None:
             write_results(folder, record)
             write_text(folder / "metrics.json", json.dumps(said, indent=1))
             facts = {"checkpoint": str(ckpt), "method": handle.method.name, "split": split} | said
             again = ["vpeft", "test", *sys.argv[2:]] if Path(sys.argv[0]).name == "vpeft" else sys.argv
             write_report(folder, f"{ckpt} on {split}", config, facts, environment(), again)
-        print(json.dumps({k: v for k, v in said.items() if not isinstance(v, dict)}, indent=1))  # whole in metrics.json
     return values
 
 

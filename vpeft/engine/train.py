@@ -28,6 +28,7 @@ from .opening import open_data
 from .plan import STATE, Plan, look, place
 from .rates import scales_of
 from .report import report, show
+from .results import spared
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
 from .solvers.checks import check_head, check_solver
@@ -112,8 +113,10 @@ def train(
             for tracker in accelerator.trackers:
                 tracker.finish()
         if run.main:
-            task.finish(built, data, run.path)
-            report(run, handle, task, metrics)
+            with spared(run, "the task's pictures"):
+                task.finish(built, data, run.path)
+            with spared(run, "report.html"):
+                report(run, handle, task, metrics)
             show(run, handle, task, metrics)
     return metrics
 

@@ -16,9 +16,16 @@ DENSE = 1000  # classes up to which the confusion matrix is written with a colum
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
     """A CSV file, whole or not at all; names of files keep their bytes."""
+    write_bytes(path, csv_lines(rows).encode("utf-8", "surrogateescape"))
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as lines of CSV; a row with a carriage return, which Python's writer leaves bare, is quoted."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in rows:
+        (quoted if any(isinstance(cell, str) and "\r" in cell for cell in row) else plain).writerow(row)
+    return text.getvalue()
 
 
 def write_predictions(path: Path, record: Record) -> None:

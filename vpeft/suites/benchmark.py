@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ..engine.lock import RunLock
 from ..errors import ConfigError, VpeftError
 from .costs import COSTS, measured, read_costs, write_costs
 from .offline import RESULTS, Key, Selection, read_results, result_of, undone, write_results
@@ -24,13 +25,23 @@ def benchmark(
         costs: measure step times and memory where they are not there; nothing else should be at work then.
 
     Raises:
-        VpeftError: a run that cannot work, before any is done; or at the end, those that failed.
+        VpeftError: a run that cannot work, or a folder that cannot be written or in which another process is at work,
+            before any is done; or at the end, those that failed.
     """
     out = Path(out)
     jobs: dict[Key, Job] = {key: planned for part in wanted for key, planned in part.jobs().items()}
+    _check({key[:1] + key[2:3]: planned for key, planned in jobs.items()}.values())
+    lock = RunLock(out, "choose another --out")  # two would each write their own results over the other's
+    lock.take()
+    try:
+        _benchmark(jobs, out, processes, again, costs)
+    finally:
+        lock.release()
+
+
+def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, costs: bool) -> None:
     results = read_results(out / RESULTS)
     missing = undone(jobs, results, again)
-    _check({key[:1] + key[2:3]: planned for key, planned in missing.items()}.values())
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / RESULTS}", flush=True)
     by_job, failed = {planned: key for key, planned in missing.items()}, []
     with closing(run_all(list(by_job), processes=processes, log=out / "log", say=_say)) as outcomes:

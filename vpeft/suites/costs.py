@@ -22,7 +22,7 @@ def measured(backbone: str, entries: Sequence[str], rounds: int = 7) -> Costs:
     """Step time and saved bytes of a training step of 32 images in float32 on one thread, over those of ``full``.
 
     Args:
-        backbone: a key of ``BACKBONES``.
+        backbone: a key of ``BACKBONES``, or a timm model, which is measured with random weights.
         entries: of the recipes; those that make no training steps are left out.
         rounds: whose median is taken.
     """
@@ -36,7 +36,7 @@ def measured(backbone: str, entries: Sequence[str], rounds: int = 7) -> Costs:
     config = OmegaConf.structured(
         BenchConfig(
             clock="cpu", threads=1, batch_size=32, num_classes=10, rounds=rounds, rows=rows,
-            model=BenchModel(BACKBONES[backbone], pretrained=True),
+            model=BenchModel(BACKBONES.get(backbone, backbone), pretrained=backbone in BACKBONES),
         )
     )  # fmt: skip
     found = measure(config)

@@ -22,6 +22,7 @@ from ..engine.settings import HARMLESS, WATCHING, flat
 from ..errors import ConfigError, did_you_mean
 from ..files import Shape, shipped, write_text
 from ..methods import list_methods
+from ..options import SEED
 from ..version import __version__
 from .runner import Job, Outcome
 
@@ -32,6 +33,11 @@ BACKBONES = {
     "swin": "swin_micro_patch2_window7_28.vpeft_fashion",
 }
 RESULTS = "results.csv"
+# What a row of the results is called after, or cannot do without: `--set` would make it another one's.
+FIXED = {
+    "model.name": "give --models", "method.name": "give --methods", "data.source": "give --tasks", "seed": "give --seeds",
+    "name": "leave it out", "task": "leave it out", "data.test_split": "leave it out",
+}  # fmt: skip
 VERSIONS = f"vpeft {__version__}, timm {timm.__version__}, torch {torch.__version__}"
 Key = tuple[str, str, str, int]  # backbone, task, entry, seed
 
@@ -119,6 +125,10 @@ class Selection:
         ):
             if len(set(given)) < len(given) or not given:
                 raise ConfigError(f"benchmark: --{what}: {' '.join(map(str, given)) or 'nothing'} is empty or has one twice")
+        for seed in self.seeds:
+            if not 0 <= seed <= SEED:
+                raise ConfigError(f"benchmark: --seeds: {seed} is impossible; it must be at least 0 and at most {SEED}")
+        _check_overrides(self.overrides)
 
     def jobs(self) -> dict[Key, Job]:
         """The runs by key: all entries of a task and seed stand together, so that what is finished can be compared."""
@@ -129,6 +139,20 @@ class Selection:
             for task in self.tasks
             for entry in self.entries
         }
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse settings under which a row would not be what its key says, or there would be none."""
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"--set {item}: expected key.sub=value")
+        try:
+            keys = dict(flat(OmegaConf.to_container(OmegaConf.from_dotlist([item]))))
+        except Exception as error:  # yaml's own errors have several unrelated classes
+            raise ConfigError(f"--set {item}: {error}") from error
+        for key in keys:
+            if key in FIXED:
+                raise ConfigError(f"--set {item}: the benchmark sets {key} itself; {FIXED[key]}")
 
 
 def plans(

@@ -97,8 +97,11 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
             parts.append(f"## {backbone}: {what}\n\n{table(whole, tasks)}")
             draw_front(out / f"{name}_pareto.png", backbone, _points(whole, tasks))
             draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, tasks))
-            draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, PROBE)
-            parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in ("pareto", "ranks", "tasks")))
+            kinds = ["pareto", "ranks"]
+            if any(row.entry != PROBE for row in whole):
+                draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, PROBE)
+                kinds.append("tasks")
+            parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in kinds))
         some = list(recipes()["some"])
         others = [row for row in rows if set(some) <= set(row.scores)]
         if len(others) > len(whole):

@@ -5,11 +5,14 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,7 @@ def _outcomes(jobs: Sequence[Job], processes: int, log: Path | None) -> Iterator
     threads = max(1, (os.cpu_count() or 1) // processes)
     if log is not None:
         log.mkdir(parents=True, exist_ok=True)
+    others = set(multiprocessing.active_children())
     waiting, pool = list(jobs), ProcessPoolExecutor(processes, context, _begin, (threads, log and str(log)))
     running: dict[Future, Job] = {}
     try:
@@ -115,17 +119,29 @@ def _outcomes(jobs: Sequence[Job], processes: int, log: Path | None) -> Iterator
                     ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if running:  # left early: what is half done goes on with the same command, and is not waited for
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
 
 
 def _begin(threads: int, log: str | None) -> None:
     """Settings of a working process: its share of the cores, and its words into a file."""
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     file = os.devnull if log is None else Path(log) / f"process-{os.getpid()}.log"
     stream = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - to the process's end
     os.dup2(stream.fileno(), sys.stdout.fileno())
     os.dup2(stream.fileno(), sys.stderr.fileno())
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that made it has ended, which may have been killed; a run can be killed at any time."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 def _done(job: Job) -> Outcome:
@@ -137,8 +153,10 @@ def _done(job: Job) -> Outcome:
         if finished(job, config):
             return Outcome(job, folder)
         train(config)
-    except (VpeftError, RuntimeError, ValueError, MemoryError) as error:
+    except Exception as error:  # whatever it is, it concerns this run alone
         logging.getLogger("vpeft").debug("%s", job.name, exc_info=True)
+        if not isinstance(error, VpeftError | RuntimeError | ValueError | MemoryError):
+            traceback.print_exc()
         return Outcome(
             job, folder, " ".join(f"{type(error).__name__}: {error}".split())[:500], time.perf_counter() - started
         )
