@@ -1,5 +1,6 @@
 """Pairs of images and masks: composed scenes, folders, the field's layouts, and the transforms of both together."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,16 @@ def test_a_scene_depends_on_seed_split_and_index_alone(tmp_path):
     assert (Scenes("val", 6, root=root)[3][1] != mask).any()
 
 
+def test_scenes_are_those_of_earlier_versions():
+    """Which files and results of then were made with: the digest was taken before scenes had further options."""
+    digest = hashlib.sha256()
+    for split in ("train", "val", "test"):
+        for options in (SceneOptions(), SceneOptions(occlusion=False)):
+            for image, mask in map(Scenes(split, 20, options).__getitem__, range(20)):
+                digest.update(image.tobytes() + mask.tobytes())
+    assert digest.hexdigest()[:16] == "a1b0b49266a077f0"
+
+
 def test_masks_are_the_garments_pixels(tmp_path):
     root = fashion_root(tmp_path)
     scenes = Scenes("test", 12, SceneOptions(objects=(1, 1), scales=(1.0, 1.0)), root)
@@ -74,6 +85,8 @@ def test_scenes_refuse_what_cannot_be(tmp_path):
         ({"size": 8}, "too small"),
         ({"objects": (3, 2)}, "fewest <= most"),
         ({"scales": (0.5, 3)}, "size / 28"),
+        ({"jitter": 2}, r"56 pixels has 4 squares of 28; objects \(2, 5\) must be at most as many"),
+        ({"jitter": -1, "objects": (1, 2)}, "jitter at least 0"),
     ):
         with pytest.raises(vpeft.DataError, match=words):
             SceneOptions(**options)
@@ -135,6 +148,24 @@ def test_keys_say_how_scenes_are_composed(tmp_path):
         scenes_of(tmp_path, scales=[0.5, 3])
     with pytest.raises(vpeft.DataError, match=r"seg\.scenes: objects \(3, 2\).* fewest <= most"):
         scenes_of(tmp_path, objects=[3, 2])
+
+
+def test_with_jitter_garments_stand_side_by_side(tmp_path):
+    """Each near the middle of a square of its own; with none they stand exactly where they do in a garment's image."""
+
+    def corners(jitter):
+        """Of each garment: where its first row and column are in its square."""
+        options = SceneOptions(objects=(4, 4), scales=(1.0, 1.0), jitter=jitter)
+        scenes = Scenes("test", 8, options, fashion_root(tmp_path))
+        squares = [scenes[i][1][y : y + 28, x : x + 28] > 0 for i in range(8) for y in (0, 28) for x in (0, 28)]
+        assert all(square.any() for square in squares)
+        return [(square.any(1).argmax(), square.any(0).argmax(), square.sum()) for square in squares]
+
+    still = corners(0)
+    assert all(2 <= y < 8 and n == 14 * 16 for y, _, n in still)  # the stand-in's blobs begin there
+    moved = corners(3)
+    assert {y for y, _, _ in moved} > {y for y, _, _ in still}
+    assert all(y < 8 + 3 for y, _, _ in moved)
 
 
 def test_written_scenes_are_read_back_as_they_were(tmp_path):
@@ -307,6 +338,18 @@ def test_masks_are_enlarged_by_the_nearest_pixel():
     for seed in range(5):
         torch.manual_seed(seed)
         assert set(joint(np.zeros((8, 8, 3), np.uint8), mask)[1].unique().tolist()) <= {0, 7, 200, 255}
+
+
+def test_crops_begin_at_multiples_of_their_step():
+    image, mask = coordinates(24, 20)
+    for step, rows, columns in ((8, {0, 8, 16}, {0, 8}), (1, set(range(17)), set(range(13))), (30, {0}, {0})):
+        joint = PairTransform(**PLAIN, crop=8, augment=Augment((1.0, 1.0), 1.0, 0, False, crop_step=step))
+        found = set()
+        for seed in range(150):
+            torch.manual_seed(seed)
+            x, _ = joint(image, mask)
+            found.add(tuple((x[:2, 0, 0] * 255).round().int().tolist()))
+        assert [{f[i] for f in found} for i in range(2)] == [rows, columns]
 
 
 def test_crops_of_one_class_are_drawn_again():

@@ -121,6 +121,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, overrides):
         (["data.source=digits"], "'digits' is no source of masks"),
         (["data.source=folder", "data.root=/nowhere"], "folder '/nowhere' does not exist"),
         (["data.root=/nowhere"], "/nowhere/.* does not exist"),
+        (["seg.augment=false", "seg.scale=[0.5,2.0]", "seg.crop_step=8"], r"seg\.crop_step: .* set seg\.augment=true"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(make, overrides, words):

@@ -13,6 +13,8 @@ class ScenesConfig:
     ``size`` is the crop where None. ``fresh``: every epoch trains on new scenes, which seed, epoch and index decide.
     ``objects``: fewest and most garments of a scene. ``scales``: smallest and largest factor on a garment's 28x28 pixels.
     ``occlusion``: garments may cover each other; else one that finds no free place is left out.
+    ``jitter``: garments stand side by side, at most one in each square of 28 pixels, so far from its middle at most;
+    anywhere where None.
     """
 
     train: int = option(400, ge=1, unit="scenes")
@@ -24,6 +26,7 @@ class ScenesConfig:
     objects: list[int] = option([2, 5], ge=0, le=1000, length=2, unit="garments")
     scales: list[float] = option([0.7, 1.3], ge=0.25, le=1000, length=2, help="of a garment of 28x28 pixels")
     occlusion: bool = option(True, help="garments may cover each other")
+    jitter: int | None = option(None, ge=0, le=SIZE, unit="pixels")
 
 
 @dataclass
@@ -52,6 +55,7 @@ class SegConfig:
     augment: bool = option(False, help="all that is for training")
     scale: list[float] = option([0.5, 2.0], gt=0, length=2, help="of the short side, in training")
     cat_max_ratio: float = option(0.75, ge=0.01, le=1, help="largest share of one class in a crop")
+    crop_step: int = option(1, ge=1, le=SIZE, unit="pixels", help="random crops begin at its multiples")
     hflip: float = option(0.5, ge=0, le=1, unit="probability", help="probability of a mirror image")
     photometric: bool = option(True, help="random colours")
     overlays: int = option(4, ge=0, le=1000, unit="images", help="in the run's picture")

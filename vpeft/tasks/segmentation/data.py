@@ -175,12 +175,14 @@ class Augment:
         cat_max_ratio: a random crop is drawn anew, up to 10 times, while one class fills more of it than this.
         hflip: probability of mirroring.
         photometric: random brightness, contrast, saturation and hue.
+        crop_step: crops begin at multiples of so many pixels, as the windows of testing do.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
     cat_max_ratio: float = 0.75
     hflip: float = 0.5
     photometric: bool = True
+    crop_step: int = 1
 
 
 @dataclass
@@ -229,7 +231,8 @@ class PairTransform:
         room = [max(n - self.crop, 0) for n in y.shape[-2:]]
         window = [n // 2 for n in room]
         for _ in range(10 if self.augment else 0):
-            window = [int(torch.randint(n + 1, ())) for n in room]
+            step = self.augment.crop_step
+            window = [step * int(torch.randint(n // step + 1, ())) for n in room]
             part = self._cut(y, window)
             counts = torch.bincount(part[part != IGNORED].flatten().long())
             if (counts > 0).sum() > 1 and counts.max() / counts.sum() < self.augment.cat_max_ratio:
@@ -307,7 +310,7 @@ def build_segmentation(config: Any, stats: dict, order: Sequence[str] | None = N
         DataError: images or masks that are not there, or classes that a checkpoint does not know.
     """
     data, seg = config.data, config.seg
-    augment = Augment(tuple(seg.scale), seg.cat_max_ratio, seg.hflip, seg.photometric) if seg.augment else None
+    augment = _augment(seg) if seg.augment else None
     common = {"mean": stats["mean"], "std": stats["std"]}
     train = PairTransform(**common, crop=seg.crop or stats["input_size"][-1], augment=augment)
     evaluate = PairTransform(**common, short=seg.short)
@@ -323,13 +326,22 @@ def build_segmentation(config: Any, stats: dict, order: Sequence[str] | None = N
     return Datasets(sets.get("train"), sets.get("val"), sets.get("test"), classes)
 
 
+def _augment(seg: Any) -> Augment:
+    return Augment(tuple(seg.scale), seg.cat_max_ratio, seg.hflip, seg.photometric, seg.crop_step)
+
+
 def _scenes(data: Any, seg: Any, stats: dict) -> dict[str, Scenes]:
     if data.classes and tuple(data.classes) != SCENE_CLASSES:
         raise DataError(f"data.classes: scenes have the classes {', '.join(SCENE_CLASSES)}; leave it out")
     asked, root = seg.scenes, data.fashion_mnist or data.root
     try:
         options = SceneOptions(
-            asked.size or stats["input_size"][-1], tuple(asked.objects), tuple(asked.scales), asked.occlusion, asked.seed
+            asked.size or stats["input_size"][-1],
+            tuple(asked.objects),
+            tuple(asked.scales),
+            asked.occlusion,
+            asked.seed,
+            asked.jitter,
         )
     except DataError as error:
         raise DataError(f"seg.{error}") from error

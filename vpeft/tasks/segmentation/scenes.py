@@ -20,6 +20,7 @@ SCENE_PALETTE = (
 )  # fmt: skip
 # A garment's pixels: above this grey value, and whatever those enclose. Fashion-MNIST's black is exactly 0.
 THRESHOLD = 12
+SIDE = 28  # of a garment, pixels
 SPLITS = {"train": ("train", 0), "val": ("train", 1), "test": ("test", 2)}
 
 
@@ -32,6 +33,8 @@ class SceneOptions:
         objects: fewest and most garments of a scene.
         scales: smallest and largest enlargement of a 28x28 garment.
         occlusion: garments may cover each other, later ones on top; else a garment that finds no free place is left out.
+        jitter: garments stand side by side, at most one in each square of 28 pixels, so many pixels from its middle at most;
+            anywhere where None.
         seed: with split and index it decides a scene completely.
     """
 
@@ -40,6 +43,7 @@ class SceneOptions:
     scales: tuple[float, float] = (0.7, 1.3)
     occlusion: bool = True
     seed: int = 0
+    jitter: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 16:
@@ -50,6 +54,16 @@ class SceneOptions:
             raise DataError(
                 f"scenes: scales {tuple(self.scales)} must be two numbers, 0.25 <= smallest <= largest <= size / 28"
             )
+        if self.jitter is not None and not (self.jitter >= 0 and self.objects[1] <= self.squares**2):
+            raise DataError(
+                f"scenes: with jitter {self.jitter} a scene of {self.size} pixels has {self.squares**2} squares of {SIDE}; "
+                f"objects {tuple(self.objects)} must be at most as many, and jitter at least 0"
+            )
+
+    @property
+    def squares(self) -> int:
+        """Squares of a garment's size in a row, and in a column."""
+        return self.size // SIDE
 
 
 class Scenes:
@@ -104,24 +118,34 @@ class Scenes:
         o = self.options
         rng = np.random.default_rng([o.seed, self.stream, index, *draw])
         image, mask = background(rng, o.size), np.zeros((o.size, o.size), np.uint8)
-        for _ in range(rng.integers(o.objects[0], o.objects[1] + 1)):
+        count = rng.integers(o.objects[0], o.objects[1] + 1)
+        squares = [None] * count if o.jitter is None else rng.permutation(o.squares**2)[:count]
+        for square in squares:
             chosen = int(rng.integers(len(self.labels)))
             grey, inside = garment(self.images[chosen], rng.uniform(*o.scales), flip=bool(rng.integers(2)))
-            where = self._place(rng, mask, inside)
+            where = self._place(rng, mask, inside, square)
             if where is not None:
                 image[where][inside] = grey[inside, None]
                 mask[where][inside] = self.labels[chosen] + 1
         return image, mask
 
-    def _place(self, rng: np.random.Generator, mask: np.ndarray, inside: np.ndarray) -> tuple[slice, slice] | None:
+    def _place(
+        self, rng: np.random.Generator, mask: np.ndarray, inside: np.ndarray, square: int | None
+    ) -> tuple[slice, slice] | None:
         """A random window wholly inside the scene; without occlusion, one where nothing stands yet."""
         side = len(inside)
         for _ in range(20):
-            y, x = rng.integers(0, len(mask) - side + 1, 2)
+            y, x = self._corner(rng, len(mask) - side, side, square)
             where = slice(y, y + side), slice(x, x + side)
             if self.options.occlusion or not mask[where][inside].any():
                 return where
         return None
+
+    def _corner(self, rng: np.random.Generator, room: int, side: int, square: int | None) -> np.ndarray:
+        if square is None:
+            return rng.integers(0, room + 1, 2)
+        corner = np.array(divmod(square, self.options.squares)) * SIDE + (SIDE - side) // 2
+        return np.clip(corner + rng.integers(-self.options.jitter, self.options.jitter + 1, 2), 0, room)
 
 
 def garment(image: np.ndarray, scale: float, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:

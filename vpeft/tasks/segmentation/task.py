@@ -98,6 +98,8 @@ class SemanticSegmentation(SegmentationStep):
             refuse_unused(config, [f"seg.{key}" for key in keys], why)
         elif not seg.aux:
             refuse_unused(config, ("seg.aux_weight",), "there is no auxiliary head; name its map in seg.aux")
+        if not seg.augment:
+            refuse_unused(config, ("seg.crop_step",), "training crops are from the middle; set seg.augment=true")
         if seg.mode == "whole":
             refuse_unused(config, ("seg.stride",), "whole images have no windows; set seg.mode=slide")
 
