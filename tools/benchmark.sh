@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # The offline benchmark, two runs at a time; goes on where it stopped. tools/benchmark.sh [--quick] [--out DIR] …
 set -euo pipefail
-exec python -m vpeft.cli benchmark --processes 2 "$@"
+exec python "$(dirname "$0")/benchmark.py" --processes 2 "$@"

@@ -52,7 +52,7 @@ COMMANDS = {
     "mmseg-config": (making.mmseg_config, "rewrite a configuration of mmsegmentation for an adapted backbone"),
     "bench-route": (measuring.bench_route, "measure batches of mixed tasks beside separate forwards"),
     "bench-decode": (measuring.bench_decode, "measure how many clips per second are decoded"),
-    "pretrain": (training.pretrain, "train one of the embedded backbones from random weights"),
+    "pretrain": (training.pretrain, "train a whole backbone and write its weights as timm reads them"),
 }
 
 

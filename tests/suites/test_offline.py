@@ -30,7 +30,7 @@ from vpeft.suites.offline import (
     write_results,
 )
 from vpeft.suites.report import rows_of, write_report
-from vpeft.suites.runner import Job, run_all
+from vpeft.suites.runner import run_all
 from vpeft.suites.scores import mean_ranks, pareto
 
 SMALL = ("train.epochs=1", "data.num_samples=24", "train.precision=fp32", "schedule.warmup_epochs=0")
@@ -43,8 +43,15 @@ def result(entry, task, seed=0, top1=50.0, backbone="vit", **changes):
 
 
 def test_every_method_is_trained_or_left_out_by_name():
-    trained = {entry["method"]["name"] for entry in recipes()["entries"].values()}
-    assert trained | set(left_out()) == set(list_methods())
+    assert left_out() == [
+        "adapter_fusion",
+        "aim",
+        "compose",
+        "st_adapter",
+        "supernet",
+    ]  # of others, for videos, or for a search
+    for entry, recipe in recipes()["entries"].items():
+        assert recipe["method"]["name"] in list_methods(), entry
     assert len(recipes()["main"]) >= 12
     assert len(recipes()["some"]) == 6
     assert {TASKS[t].group for t in recipes()["some"]} == {"natural", "specialized", "structured"}
@@ -112,7 +119,9 @@ def test_results_are_kept_and_told_from_those_of_other_settings(tmp_path):
     other = Selection(("vit",), ("lora",), ("digits",), (0,), ("optim.lr=0.1",)).jobs()
     with pytest.raises(ConfigError, match=r"1 results of other settings.*vit/digits/lora-seed0.*--again"):
         undone(other, found)
-    assert list(undone(other, found, again=True)) == [("vit", "digits", "lora", 0)]
+    (replacing,) = undone(other, found, again=True).values()
+    assert replacing.config().overwrite
+    assert settings_of(replacing) == settings_of(next(iter(other.values())))
     harmless = Selection(("vit",), ("lora",), ("digits",), (0,), ("output=elsewhere", "data.workers=2")).jobs()
     assert undone(harmless, found) == {}
     file.write_text(file.read_text().replace("91.25", "many"))
@@ -140,16 +149,10 @@ def test_runs_are_done_once_and_failures_do_not_stop_the_rest(tmp_path, capsys):
     assert (first.folder / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_a_job_with_another_file_of_the_same_name_is_no_other_run(tmp_path):
-    assert Job("a", "b.yaml") == Job("a", "b.yaml")
-    with pytest.raises(ConfigError):
-        Job("a", tmp_path / "missing.yaml").config()
-
-
 def test_the_report_says_what_the_results_say(tmp_path):
     results = [
         result(entry, task, seed, top1=base + seed, parameters=p)
-        for entry, base, p in (("linear", 60.0, 99), ("lora", 70.0, 12_288), ("full", 65.0, 1_200_000), ("knn", 50.0, 0))
+        for entry, base, p in (("linear", 60.0, 0), ("lora", 70.0, 12_288), ("full", 65.0, 1_200_000), ("knn", 50.0, 0))
         for task in TASKS
         for seed in (0, 1, 2)
     ]
@@ -199,7 +202,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
 
 def test_a_report_of_the_probe_alone_and_of_no_common_task(tmp_path):
     text = write_report(tmp_path, [result("linear", "digits")], {})
-    assert "| linear | 0 | 50.0 |" in text
+    assert "| linear | 100 | 50.0 |" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "vit_pareto.png", "vit_ranks.png"]
     assert "##" not in write_report(tmp_path, [result("linear", "digits"), result("lora", "defects")], {})
 
@@ -274,3 +277,27 @@ def test_two_processes_share_the_runs_and_a_killed_benchmark_goes_on(tmp_path):
     assert seen == {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
     alone = subprocess.run([*command[:4], "--report", "--out", str(out)], check=True, capture_output=True, text=True)
     assert "| bitfit |" in alone.stdout
+
+
+def test_results_of_other_settings_are_replaced_or_lie_elsewhere(tmp_path, capsys):
+    common = ["benchmark", "--no-costs", "--methods", "knn", "--tasks", "digits"]
+    for out, more, settings in (
+        ("a", [], SMALL),
+        ("a", ["--again"], (*SMALL, "data.num_samples=30")),
+        ("b", [], (*SMALL, "data.num_samples=36")),
+    ):
+        main([*common, "--out", str(tmp_path / out), *more, "--set", *settings])
+    capsys.readouterr()
+    found = [read_results(tmp_path / out / "results.csv")["vit", "digits", "knn", 0].settings for out in ("a", "b")]
+    assert found == [
+        settings_of(job("vit", "digits", "knn", 0, (*SMALL, f"data.num_samples={count}"))) for count in (30, 36)
+    ]
+    for out in ("a", "b"):
+        assert (tmp_path / out / "runs/vit/digits/knn-seed0/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(("given", "said"), [(["--rates", "--seeds", "1"], "--seeds"), (["--report", "--again"], "--again")])
+def test_options_that_would_change_nothing_are_refused(given, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", *given])
+    assert f"{said} would change nothing" in capsys.readouterr().err

@@ -54,5 +54,5 @@ def test_results_are_kept_and_done_once(tmp_path, capsys):
     with pytest.raises(ConfigError, match="4 results of other settings"):
         tune("vit", ["norm"], ["digits"], tmp_path, overrides=(*settings, "train.epochs=2"))
     (tmp_path / "rates.csv").write_text("backbone,task\nvit,digits\n")
-    with pytest.raises(ConfigError, match="no table of rates"):
+    with pytest.raises(ConfigError, match="line 2: no row of this table"):
         read_rates(tmp_path / "rates.csv")

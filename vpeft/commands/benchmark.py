@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 
 def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--quick", action="store_true", help="the main methods on the ViT with one seed: about an hour")
-    parser.add_argument("--out", default="runs/benchmark-report", metavar="DIR", help="of results.csv and the report")
+    parser.add_argument(
+        "--out", default="runs/benchmark-report", metavar="DIR", help="of results.csv, the report, and the runs"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="vit, swin, or timm's names, instead of the plan's")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="instead of the plan's")
@@ -26,21 +29,24 @@ def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         from ..suites.offline import plans
         from ..suites.rates import tune
 
+        for key, alone in (("rates", ("seeds", "again", "no_costs", "quick")), ("report", ("rates", "again", "quick"))):
+            ignored = [name for name in alone if getattr(args, name)]
+            if getattr(args, key) and ignored:
+                raise ConfigError(f"--{key}: --{ignored[0].replace('_', '-')} would change nothing; leave it out")
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes} is no number of processes; give at least 1")
         if args.report:
             report(args.out)
             return
-        wanted = plans(args.quick, args.models, args.methods, args.tasks, args.seeds, args.set)
+        settings = args.set
+        if not any(item.startswith("output=") for item in settings):
+            settings = [f"output={Path(args.out) / 'runs'}", *settings]
+        chosen = args.models, args.methods, args.tasks, args.seeds, settings
         if args.rates:
-            for part in plans(True, args.models, args.methods, args.tasks, args.seeds, args.set):
-                for backbone in part.backbones:
-                    print(
-                        tune(
-                            backbone, part.entries, part.tasks, args.out, processes=args.processes, overrides=part.overrides
-                        )
-                    )
+            for part in plans(True, *chosen):
+                for model in part.backbones:
+                    print(tune(model, part.entries, part.tasks, args.out, processes=args.processes, overrides=settings))
             return
-        benchmark(wanted, args.out, processes=args.processes, again=args.again, costs=not args.no_costs)
+        benchmark(plans(args.quick, *chosen), args.out, processes=args.processes, again=args.again, costs=not args.no_costs)
 
     return run

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..engine.lock import RunLock
 from ..errors import ConfigError, VpeftError
 from .costs import COSTS, measured, read_costs, write_costs
-from .offline import RESULTS, Key, Selection, read_results, result_of, undone, write_results
+from .offline import RESULTS, Key, Selection, read_results, result_of, takes_steps, undone, write_results
 from .report import write_report
 from .runner import Job, run_all
 
@@ -52,9 +52,10 @@ def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, cos
             found = result_of(by_job[outcome.job], outcome)
             results[found.key] = found
             write_results(out / RESULTS, results.values())
-    if costs:
-        _costs(out / COSTS, [key for key in results if key in jobs])
-    if results:
+    if results:  # before the costs too, which take minutes
+        write_report(out, results.values(), read_costs(out / COSTS))
+        if costs:
+            _costs(out / COSTS, [key for key in results if key in jobs])
         print(write_report(out, results.values(), read_costs(out / COSTS)))
     if failed:
         raise VpeftError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
@@ -86,7 +87,7 @@ def _costs(file: Path, keys: Sequence[Key]) -> None:
     known = read_costs(file)
     for backbone in dict.fromkeys(key[0] for key in keys):
         entries = list(dict.fromkeys(key[2] for key in keys if key[0] == backbone and (backbone, key[2]) not in known))
-        if entries and not all(entry in ("knn", "linear", "scratch") for entry in entries):
+        if any(takes_steps(entry) for entry in entries):
             print(f"{backbone}: step time and memory of {len(entries)} entries", flush=True)
             known |= measured(backbone, entries)
             write_costs(file, known)

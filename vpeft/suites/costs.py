@@ -1,25 +1,35 @@
 """What training costs: step time and memory of the offline benchmark's entries, in proportion to full fine-tuning."""
 
-import csv
-import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from ..bench.config import BenchConfig, BenchModel, BenchRow
 from ..bench.measure import measure
-from ..errors import ConfigError
-from ..files import write_text
-from .offline import BACKBONES, recipes
+from ..bench.rows import FULL
+from .offline import BACKBONES, recipes, takes_steps
+from .rows import read_rows, write_rows
 
 COSTS = "costs.csv"
-FIELDS = ("backbone", "entry", "step", "memory")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of ``costs.csv``: step time and memory over full fine-tuning's."""
+
+    backbone: str
+    entry: str
+    step: float
+    memory: float
+
+
 Costs = dict[tuple[str, str], tuple[float, float]]  # by backbone and entry: step and memory over full fine-tuning's
 
 
 def measured(backbone: str, entries: Sequence[str], rounds: int = 7) -> Costs:
-    """Step time and saved bytes of a training step of 32 images in float32 on one thread, over those of ``full``.
+    """Step time and saved bytes of a training step of 32 images in float32 on one thread, over full fine-tuning's.
 
     Args:
         backbone: a key of ``BACKBONES``, or a timm model, which is measured with random weights.
@@ -29,7 +39,7 @@ def measured(backbone: str, entries: Sequence[str], rounds: int = 7) -> Costs:
     rows = []
     for entry in entries:
         recipe = recipes()["entries"][entry]
-        if "solver" in recipe.get("train", {}) or "model" in recipe or entry == "full":
+        if entry == FULL or not takes_steps(entry) or "model" in recipe:
             continue
         options = {k: 10 if v == "classes" else v for k, v in recipe["method"].get("options", {}).items()}
         rows.append(BenchRow(recipe["method"]["name"], options, entry))
@@ -41,30 +51,15 @@ def measured(backbone: str, entries: Sequence[str], rounds: int = 7) -> Costs:
     )  # fmt: skip
     found = measure(config)
     ratios = {r.label: (r.ratios.get("step/full"), r.ratios.get("saved/full")) for r in found if r.step is not None}
-    named = {row.label for row in rows} | {"full"}
+    named = {row.label for row in rows} | {FULL}
     return {(backbone, label): pair for label, pair in ratios.items() if label in named and None not in pair}
 
 
 def read_costs(file: Path) -> Costs:
-    """What ``write_costs`` wrote; nothing where there is no file.
-
-    Raises:
-        ConfigError: a file that is no such table.
-    """
-    if not file.is_file():
-        return {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        try:
-            return {(r["backbone"], r["entry"]): (float(r["step"]), float(r["memory"])) for r in csv.DictReader(stream)}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: no table of costs ({error!r}); remove it") from None
+    """What ``write_costs`` wrote; see ``read_rows``."""
+    return {(r.backbone, r.entry): (r.step, r.memory) for r in read_rows(file, Cost)}
 
 
 def write_costs(file: Path, costs: Costs) -> None:
-    """Write costs as a table, whole or not at all."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(FIELDS)
-    writer.writerows((*key, *(f"{ratio:.3f}" for ratio in pair)) for key, pair in sorted(costs.items()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, stream.getvalue())
+    """Write costs as a table."""
+    write_rows(file, [Cost(*key, *(round(ratio, 3) for ratio in pair)) for key, pair in sorted(costs.items())], Cost)

@@ -1,12 +1,9 @@
 """The offline benchmark: which runs it has, and its results, kept as a table that an interrupted benchmark goes on from."""
 
-import csv
 import hashlib
-import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,16 @@ import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from .. import checkpoint
-from ..data.generated.offline import TASKS
+from ..data.generated.offline import TASKS, VERSION
 from ..engine.plan import BEST
 from ..engine.settings import HARMLESS, WATCHING, flat
 from ..errors import ConfigError, did_you_mean
-from ..files import Shape, shipped, write_text
+from ..files import sha256_of, shipped
 from ..methods import list_methods
 from ..options import SEED
 from ..version import __version__
+from .measured import own_parameters
+from .rows import read_rows, write_rows
 from .runner import Job, Outcome
 
 RECIPES = Path(__file__).with_suffix(".yaml")
@@ -49,9 +47,9 @@ class OfflineResult:
     Attributes:
         backbone, task, entry, seed: which run.
         top1: test accuracy of the last epoch, percent.
-        parameters: numbers in the checkpoint, the classifier's left out.
+        parameters: trained numbers, the classifier's left out.
         trained: trained numbers, the classifier's among them.
-        epochs, lr: of its training.
+        epochs, lr: as set; solvers have neither.
         seconds: of the run, on the machine that it ran on; beside other work it takes longer.
         settings: digest of all settings that can change the result.
         versions: of vpeft, timm and torch.
@@ -80,6 +78,11 @@ class OfflineResult:
 def recipes() -> dict[str, Any]:
     """``main``, ``some`` and ``entries`` of the recipes' file."""
     return OmegaConf.to_container(OmegaConf.load(RECIPES))
+
+
+def takes_steps(entry: str) -> bool:
+    """Whether an entry is trained step by step, and not solved for."""
+    return "solver" not in recipes()["entries"][entry].get("train", {})
 
 
 def left_out() -> list[str]:
@@ -209,7 +212,15 @@ def settings_of(planned: Job) -> str:
     given = OmegaConf.merge(_layer(planned.file), OmegaConf.from_dotlist(list(planned.overrides)))
     given = dict(flat(OmegaConf.to_container(given)))
     kept = {k: v for k, v in given.items() if k not in HARMLESS and not k.startswith(WATCHING)}
+    kept |= {"drawn": VERSION, "weights": _weights(str(given["model.name"]))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _weights(name: str) -> str | None:
+    """The checksum of an embedded model's weights; None of other models."""
+    file = name in BACKBONES.values() and timm.get_pretrained_cfg(name).file
+    return sha256_of(file) if file else None
 
 
 @cache
@@ -221,10 +232,9 @@ def result_of(key: Key, outcome: Outcome) -> OfflineResult:
     """The row of a finished run."""
     folder, config = outcome.folder, outcome.job.config()
     metrics = json.loads((folder / "metrics.json").read_text())
-    own = 0
-    if (folder / BEST).is_file():  # nearest neighbours have no checkpoint
-        file = checkpoint.read_header(folder / BEST)
-        own = sum(_numel(shape) for name, shape in file.shapes.items() if name not in file.head_names)
+    own = own_parameters(folder, config, metrics) if metrics["trainable"] else 0  # neighbours have no checkpoint
+    if own is None:
+        raise ConfigError(f"{folder / BEST} cannot be read, so that its trained numbers cannot be counted; remove {folder}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     seconds = outcome.seconds or sum(row.get("seconds", 0) for row in log)
     return OfflineResult(
@@ -233,42 +243,14 @@ def result_of(key: Key, outcome: Outcome) -> OfflineResult:
     )  # fmt: skip
 
 
-def _numel(shape: Shape) -> int:
-    return math.prod(shape.size)
-
-
 def read_results(file: Path) -> dict[Key, OfflineResult]:
-    """The rows of a results' table by key; none where there is no file.
-
-    Raises:
-        ConfigError: a file that is no such table.
-    """
-    if not file.is_file():
-        return {}
-    kinds = {f.name: f.type for f in fields(OfflineResult)}
-    found = {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                if set(row) != set(kinds):
-                    raise ValueError("its columns are others")
-                result = OfflineResult(**{k: kinds[k](v) if kinds[k] is not str else v for k, v in row.items()})
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"{file}, line {number}: no result of the benchmark ({error}); remove it or the file"
-                ) from None
-            found[result.key] = result
-    return found
+    """The rows of a results' table by key; see ``read_rows``."""
+    return {r.key: r for r in read_rows(file, OfflineResult)}
 
 
 def write_results(file: Path, results: Iterable[OfflineResult]) -> None:
-    """Write a table of results, sorted by key, whole or not at all."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [f.name for f in fields(OfflineResult)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(r) for r in sorted(results, key=lambda r: r.key))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, stream.getvalue())
+    """Write a table of results, sorted by key."""
+    write_rows(file, sorted(results, key=lambda r: r.key), OfflineResult)
 
 
 def undone(jobs: Mapping[Key, Job], results: Mapping[Key, OfflineResult], again: bool = False) -> dict[Key, Job]:
@@ -277,18 +259,19 @@ def undone(jobs: Mapping[Key, Job], results: Mapping[Key, OfflineResult], again:
     Args:
         jobs: by key.
         results: by key.
-        again: a result of other settings is none.
+        again: a result of other settings is none, and its run gives way to the new one.
 
     Raises:
         ConfigError: there are results of other settings.
     """
-    missing = {key: planned for key, planned in jobs.items() if key not in results}
-    other = {
-        key: planned for key, planned in jobs.items() if key in results and results[key].settings != settings_of(planned)
-    }
+    other = {key for key in jobs.keys() & results.keys() if results[key].settings != settings_of(jobs[key])}
     if other and not again:
         raise ConfigError(
             f"benchmark: the table has {len(other)} results of other settings than those asked for, such as "
-            f"{next(iter(other.values())).name}; choose another --out, or --again to replace them"
+            f"{jobs[min(other)].name}; choose another --out, or --again to replace them"
         )
-    return {key: planned for key, planned in jobs.items() if key in missing or key in other}
+    return {
+        key: replace(planned, overrides=(*planned.overrides, "overwrite=true")) if key in other else planned
+        for key, planned in jobs.items()
+        if key in other or key not in results
+    }

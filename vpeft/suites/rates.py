@@ -5,19 +5,18 @@ mean validation accuracy over one half of the tasks. On the other half, the test
 test accuracy with the rate that is best on each task's own validation images: no choice is made on test images.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from ..data.generated.offline import TASKS
 from ..errors import ConfigError, VpeftError
 from ..files import write_text
-from .offline import job, recipes, settings_of
+from .offline import job, recipes, settings_of, takes_steps
+from .rows import read_rows, write_rows
 from .runner import Job, Outcome, run_all
 
 TABLE, PAGE = "rates.csv", "rates.md"
@@ -44,7 +43,7 @@ class RateResult:
 
 def grid(entry: str) -> list[float]:
     """The rates that are tried for an entry; none where its recipe takes no steps."""
-    if "solver" in recipes()["entries"][entry].get("train", {}):
+    if not takes_steps(entry):
         return []
     return recipes()["rates_of"].get(entry, recipes()["rates"])
 
@@ -100,7 +99,7 @@ def tune(
                 continue
             found = _result_of(missing[outcome.job], outcome)
             results[found.key] = found
-            _write(out / TABLE, results.values())
+            write_rows(out / TABLE, sorted(results.values(), key=lambda r: r.key), RateResult)
     text = page(results.values())
     write_text(out / PAGE, text)
     if failed:
@@ -114,29 +113,8 @@ def _result_of(key: tuple[str, str, str, float], outcome: Outcome) -> RateResult
 
 
 def read_rates(file: Path) -> dict[tuple[str, str, str, float], RateResult]:
-    """The rows of a table of rates by key; none where there is no file.
-
-    Raises:
-        ConfigError: a file that is no such table.
-    """
-    if not file.is_file():
-        return {}
-    kinds = {f.name: f.type for f in fields(RateResult)}
-    with file.open(encoding="utf-8", newline="") as stream:
-        try:
-            found = [RateResult(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(stream)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: no table of rates ({error!r}); remove it") from None
-    return {r.key: r for r in found}
-
-
-def _write(file: Path, results: Iterable[RateResult]) -> None:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [f.name for f in fields(RateResult)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(r) for r in sorted(results, key=lambda r: r.key))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, stream.getvalue())
+    """The rows of a table of rates by key; see ``read_rows``."""
+    return {r.key: r for r in read_rows(file, RateResult)}
 
 
 def default_rate(results: Iterable[RateResult], tasks: Sequence[str]) -> float | None:
@@ -188,8 +166,7 @@ def page(results: Iterable[RateResult]) -> str:
     ]
     for backbone, entry in dict.fromkeys((r.backbone, r.entry) for r in results):
         own = [r for r in results if (r.backbone, r.entry) == (backbone, entry)]
-        done = [task for task in chosen_on if any(r.task == task for r in own)]
-        lr = default_rate(own, done)
+        lr = default_rate(own, chosen_on)
         pairs = {} if lr is None else distance(own, lr, judged_on)
         if not pairs:
             continue

@@ -15,7 +15,6 @@ from .plots import draw_front, draw_ranks, draw_tasks
 from .scores import mean_ranks
 
 REPORT = "README.md"
-PROBE = "linear"
 LAST = ("mean of tasks", "of groups", "±", "rank", "PPT", "step", "memory", "seeds")
 SHORT = {"scenes_count": "count", "scenes_distance": "distance", "garments_turned": "turned", "garments_hidden": "hidden"}
 
@@ -45,6 +44,11 @@ class EntryRow:
         return means(grouped(tasks), self.scores)
 
 
+def probe() -> str:
+    """The entry that the others are compared with: the classifier alone, on frozen features."""
+    return recipes()["probe"]
+
+
 def grouped(tasks: Iterable[str]) -> dict[str, list[str]]:
     """Tasks by group."""
     tasks = list(tasks)
@@ -69,8 +73,8 @@ def rows_of(results: Iterable[OfflineResult], backbone: str, costs: Costs) -> li
                 {task: mean(values) for task, values in of.items()},
                 {task: stdev(values) for task, values in of.items() if len(values) > 1},
                 min(len(values) for values in of.values()),
-                0 if entry in ("knn", PROBE) else max(r.parameters for found in by_entry[entry].values() for r in found),
-                costs.get((backbone, entry)) or ((1.0, 1.0) if entry == "full" else None),
+                max(r.parameters for found in by_entry[entry].values() for r in found),
+                costs.get((backbone, entry)),
             )
         )
     return rows
@@ -98,8 +102,8 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
             draw_front(out / f"{name}_pareto.png", backbone, _points(whole, tasks))
             draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, tasks))
             kinds = ["pareto", "ranks"]
-            if any(row.entry != PROBE for row in whole):
-                draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, PROBE)
+            if any(row.entry != probe() for row in whole):
+                draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, probe())
                 kinds.append("tasks")
             parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in kinds))
         some = list(recipes()["some"])
@@ -166,7 +170,7 @@ def table(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
 def below_the_probe(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
     """Which entries the linear probe beats, on average."""
     found: Mapping[str, float] = {row.entry: row.means(tasks).tasks for row in rows}
-    if PROBE not in found:
+    if probe() not in found:
         return ""
-    below = [f"{name} ({score:.1f})" for name, score in found.items() if score < found[PROBE] and name != PROBE]
-    return f"Below the linear probe ({found[PROBE]:.1f}) on average: {', '.join(below) or 'none'}."
+    below = [f"{name} ({score:.1f})" for name, score in found.items() if score < found[probe()] and name != probe()]
+    return f"Below the linear probe ({found[probe()]:.1f}) on average: {', '.join(below) or 'none'}."

@@ -1,6 +1,5 @@
 """Doing a list of runs, one after the other or several at a time; what is finished is not done again."""
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -161,15 +160,6 @@ def _done(job: Job) -> Outcome:
             job, folder, " ".join(f"{type(error).__name__}: {error}".split())[:500], time.perf_counter() - started
         )
     return Outcome(job, folder, seconds=time.perf_counter() - started)
-
-
-@contextlib.contextmanager
-def closing(outcomes: Iterator[Outcome]) -> Iterator[Iterator[Outcome]]:
-    """The outcomes; when the block is left, so are the processes."""
-    try:
-        yield outcomes
-    finally:
-        outcomes.close()  # type: ignore[attr-defined]
 
 
 def _length(seconds: float) -> str:

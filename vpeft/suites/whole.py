@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..tasks.registry import get_task
 from .measured import gathered
 from .page import plain, table, text
 from .published import PublishedRow, benchmarks, published
-from .runner import Job, closing, finished, run_all
+from .runner import Job, finished, run_all
 
 
 def jobs(

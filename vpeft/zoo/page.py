@@ -20,8 +20,8 @@ handle = vpeft.zoo.load(model, "{example}")  # into a model of one's own
 """
 BACKBONES = """## Embedded backbones
 
-timm models that ship inside the package, pretrained from random weights on Fashion-MNIST (60,000 training images, Xiao et
-al., 2017, arXiv 1708.07747). `import vpeft` registers them with timm:
+timm models that ship inside the package, pretrained on Fashion-MNIST (60,000 training images, Xiao et al., 2017, arXiv
+1708.07747), `pretext` then on drawn pictures too. `import vpeft` registers them with timm:
 
 ```python
 {lines}

@@ -7,7 +7,7 @@ the splits of VTAB-1k (Zhai et al., 2019, arXiv 1910.04867): ``train800`` and ``
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -18,6 +18,7 @@ from ..sets.order import SLICES, ranked
 from . import dsprites
 from .drawing import blotches, surface
 
+VERSION = 1  # of the pictures and labels: another one where any of them changes
 SIDE, TRAIN, VAL, TEST = 28, 800, 200, 1000
 SPLITS = {"train800": (0, TRAIN), "val200": (TRAIN, TRAIN + VAL), "train800val200": (0, TRAIN + VAL), "test": (0, TEST)}
 GROUPS = ("natural", "specialized", "structured")
@@ -226,10 +227,15 @@ def _sprites(classes: int, label: Callable[[int], int], names: Sequence[str] | N
 @lru_cache(maxsize=2)
 def sprite_indices(split: str) -> tuple[int, ...]:
     """VTAB-1k's images of dSprites: all 1,000 of ``train``, train800 before val200; the first 1,000 of ``test``."""
-    slices, order = SLICES["dsprites"], ranked("train", range(dsprites.LENGTH))
+    slices, order = SLICES["dsprites"], _sprite_order()
     if split == "train":
         return tuple(i for part in (slices.train800, slices.val200) for i in order[part.start : part.stop])
     return tuple(order[slices.test.start :][:TEST])
+
+
+@cache
+def _sprite_order() -> list[int]:
+    return ranked("train", range(dsprites.LENGTH))
 
 
 def _digits(root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,10 @@
 Each task has classes of its own; a sample's label is that of its task, counted on from the tasks before it. Training judges
 a sample among the classes of its own task alone (``LabelStep.groups``), as with one head for each task.
 
-None of the offline benchmark's tasks is among them, nor a digit, nor any of their images: what is drawn here are letters,
-outlines, gratings, and arrangements of them.
+No picture of the offline benchmark is among them, nor any digit. Several tasks are kin to it: there, too, things are
+counted, and places, distances, sizes and directions told, but here with letters, outlines and gratings. The garments are
+those of Fashion-MNIST's training split, of which the benchmark's training images of garments are made as well, under the
+same names.
 """
 
 from collections.abc import Callable, Sequence

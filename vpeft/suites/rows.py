@@ -1,0 +1,47 @@
+"""Tables whose rows are dataclasses: CSV files that appear whole or not at all."""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigError
+from ..files import write_text
+
+RowT = TypeVar("RowT")
+
+
+def read_rows(file: Path, kind: type[RowT]) -> list[RowT]:
+    """The rows of a table; none where there is no file.
+
+    Args:
+        file: the table.
+        kind: of the rows, a dataclass of texts and numbers.
+
+    Raises:
+        ConfigError: a file that is no such table, with the line.
+    """
+    if not file.is_file():
+        return []
+    kinds, found = {f.name: f.type for f in fields(kind)}, []
+    with file.open(encoding="utf-8", newline="") as stream:
+        for number, row in enumerate(csv.DictReader(stream), 2):
+            try:
+                if set(row) != set(kinds):
+                    raise ValueError("its columns are others")
+                found.append(kind(**{k: kinds[k](v) for k, v in row.items()}))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{file}, line {number}: no row of this table ({error}); remove it or the file") from None
+    return found
+
+
+def write_rows(file: Path, rows: Iterable[Any], kind: type) -> None:
+    """Write a table of dataclasses; its folder is made where there is none."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, stream.getvalue())
