@@ -1,5 +1,6 @@
 """VTAB-1k from raw downloads: tiny ones in the true formats, with slices to match; labels of the derived tasks."""
 
+import gzip
 import json
 import struct
 import sys
@@ -340,3 +341,96 @@ def test_a_broken_download_leaves_no_folder(tmp_path):
     with pytest.raises(DataError, match=r"Forest_3\.jpg is not a readable image"):
         made("eurosat", tmp_path, tmp_path / "out", {"train": 6})
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_folders_that_programs_leave_are_no_classes(tmp_path):
+    names = [f"{c}/{c}_{i}.jpg" for c in ("Forest", "River") for i in range(4)]
+    pictures(tmp_path / "2750", names)
+    plain, _ = made("eurosat", tmp_path, tmp_path / "plain", {"train": 8})
+    for left in (".ipynb_checkpoints", "Empty"):
+        (tmp_path / "2750" / left).mkdir()
+    picture(tmp_path / "2750/.cache/Forest_9.jpg")
+    assert made("eurosat", tmp_path, tmp_path / "out", {"train": 8})[0] == plain
+
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        files = [f"banded/{part}_{i}.jpg" for i in range(count)]
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{part}1.txt").write_text("\n".join(files))
+        pictures(tmp_path / "images", files)
+    (tmp_path / "images/.cache").mkdir()
+    assert made("dtd", tmp_path, tmp_path / "dtd", {"train": 3, "validation": 2, "test": 1})[0]["train800"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("images", "labels", "words"), [
+    (COLOURS[:2], [1, 2, 10], "2 images, but 3 labels"),
+    (COLOURS[:3], [1, 2, 11], "labelled 1 to 10, not 1 to 11"),
+    (COLOURS[:3], [0, 2, 1], "labelled 1 to 10, not 0 to 2"),
+    (COLOURS[:3].transpose(1, 2, 3, 0), [1, 2, 3], "expected images of 3 x 32 x 32 bytes"),
+    (COLOURS[:3].astype(float), [1, 2, 3], "got float64"),
+])  # fmt: skip
+def test_arrays_of_another_form_are_refused(tmp_path, images, labels, words):
+    for part in ("train", "test"):
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.array(labels)[:, None]})
+    with pytest.raises(DataError, match=words):
+        made("svhn", tmp_path, tmp_path / "out", {"train": 3, "test": 3})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("part", "values", "words"), [
+    ("dat", np.zeros((6, 16), np.uint8), r"dat\.mat: expected images of 2 x any x any bytes, got uint8 of \(6, 16\)"),
+    ("dat", np.zeros((5, 2, 4, 4), np.uint8), "5 images, but 6 labels"),
+    ("info", np.zeros((6,), np.int32), r"info\.mat: expected four numbers for each pair of images"),
+])  # fmt: skip
+def test_matrices_of_another_form_are_refused(tmp_path, part, values, words):
+    for split in ("training", "testing"):
+        norb(tmp_path / f"small-{split}-dat.mat", np.zeros((6, 2, 4, 4), np.uint8))
+        norb(tmp_path / f"small-{split}-info.mat", np.zeros((6, 4), np.int32))
+    norb(tmp_path / f"small-testing-{part}.mat", values)
+    with pytest.raises(DataError, match=words):
+        made("smallnorb_azi", tmp_path, tmp_path / "out", {"train": 6, "test": 6})
+    file = tmp_path / "small-testing-dat.mat"
+    file.write_bytes(struct.pack("<6i", 0x1E3D4C55, 4, -3, -2, 4, 4) + bytes(96))
+    with pytest.raises(DataError, match="its length is not that of -3 x -2 x 4 x 4 values"):
+        made("smallnorb_azi", tmp_path, tmp_path / "out", {"train": 6, "test": 6})
+    packed = bytearray(gzip.compress(bytes(range(256)) * 8))
+    packed[12:30] = b"\xff" * 18  # inside of what is packed
+    file.with_name("small-testing-dat.mat.gz").write_bytes(packed)
+    file.unlink()
+    with pytest.raises(DataError, match=r"dat\.mat\.gz: not a readable file"):
+        made("smallnorb_azi", tmp_path, tmp_path / "out", {"train": 6, "test": 6})
+
+
+def test_labels_are_looked_at_before_any_image_is_written(tmp_path, capsys):
+    """Whatever is wrong with them is one error, and hours of writing are not lost."""
+    for depth, task, words in (
+        (-1.0, "clevr_dist", "the label of the example CLEVR_val_00000.* cannot be read"),
+        (101.0, "clevr_dist", "has the label 6; clevr_dist has 6 classes"),
+        ("far", "clevr_dist", "could not convert string to float: 'far'"),
+        (9.0, "clevr_count", "has the label -2; clevr_count has 8 classes"),
+    ):
+        for part in ("train", "val"):
+            things = [{"pixel_coords": [1, 2, 9.0 if part == "train" else depth]}] * (3 if part == "train" else 1)
+            scenes = [{"image_filename": f"CLEVR_{part}_{i:06d}.png", "objects": things} for i in range(6)]
+            (tmp_path / "scenes").mkdir(exist_ok=True)
+            (tmp_path / f"scenes/CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": scenes}))
+        with pytest.raises(DataError, match=words):
+            made(task, tmp_path, tmp_path / "out", {"train": 6, "validation": 6})
+    assert capsys.readouterr().err == "", "no list was begun"
+    (tmp_path / "scenes/CLEVR_train_scenes.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not CLEVR's scenes"):
+        made("clevr_dist", tmp_path, tmp_path / "out", {"train": 6, "validation": 6})
+
+
+def test_a_mapping_of_kitti_that_counts_otherwise_is_refused():
+    mapping = [f"2011 video_{i // 3:02d} {i}" for i in range(6)]
+    for order in ("0,1,2,3,4,5", "1,2,3,4,5", "1,2,3,4,5,5"):  # the first would take the last line for line 0
+        with pytest.raises(ValueError, match="its numbers are not 1 to 6"):
+            kitti_split([order], mapping)
+
+
+@pytest.mark.parametrize("ids", [np.array([["a"]]), np.zeros((0,)), np.array([[1.5]]), np.array([[9]])])
+def test_ids_of_flowers_that_are_none_are_refused(tmp_path, ids):
+    savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[1, 2, 3]])})
+    savemat(tmp_path / "setid.mat", {"trnid": ids, "valid": np.array([[1]]), "tstid": np.array([[2]])})
+    with pytest.raises(DataError, match=r"setid\.mat names images that imagelabels\.mat has not"):
+        made("oxford_flowers102", tmp_path, tmp_path / "out", {"train": 1, "validation": 1, "test": 1})

@@ -3,10 +3,11 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DataError
+from ...errors import DataError, VpeftError
 from ...files import writing_folder
 from ...version import __version__
 from . import raw_arrays, raw_files
@@ -120,6 +121,9 @@ def build_task(task: str, recipe: RawRecipe, slices: RankSlices, raw: Path, out:
     if place.exists():
         raise DataError(f"--out: {place} is there already; remove it, or give another folder")
     splits, ranks = _opened(recipe, slices, raw)
+    for name in LISTS:  # before any image is written, which takes long
+        for split, index in _examples(slices, name, splits, ranks):
+            _label(split, index, task)
     with writing_folder(place) as folder:
         for name in LISTS:
             print(f"{task}: {name}", file=sys.stderr, flush=True)
@@ -138,7 +142,8 @@ def _opened(recipe: RawRecipe, slices: RankSlices, raw: Path) -> tuple[dict[str,
     """
     splits, ranks = {}, {}
     for split in dict.fromkeys(s.split for s in (slices.train800, slices.val200, slices.test)):
-        splits[split] = recipe.read(raw, split)
+        with _damaged(f"{raw}, split {split}"):
+            splits[split] = recipe.read(raw, split)
         count, total = len(splits[split].keys), slices.totals[split]
         if count != total:
             raise DataError(
@@ -162,12 +167,37 @@ def _examples(
 def _write(folder: Path, name: str, task: str, examples: Iterator[tuple[RawSplit, int]], pixels: str) -> None:
     ending = ".png" if pixels == EXACT else ".jpg"
     (folder / "images" / name).mkdir(parents=True)
-    classes, lines = TASKS[task].classes, []
+    lines = []
     for number, (split, index) in enumerate(examples):
         path = f"images/{name}/{number:06d}{ending}"
-        label = split.labels[task](index)
-        if not 0 <= label < classes:
-            raise DataError(f"--from: the example {split.keys[index]} has the label {label}; {task} has {classes} classes")
-        split.image(index).save(folder / path)  # JPEG of PIL's quality, 75
-        lines.append(f"{path} {label}\n")
+        with _damaged(f"the image of the example {split.keys[index]}"):
+            image = split.image(index)
+        image.save(folder / path)  # JPEG of PIL's quality, 75
+        lines.append(f"{path} {_label(split, index, task)}\n")
     (folder / f"{name}.txt").write_text("".join(lines))
+
+
+def _label(split: RawSplit, index: int, task: str) -> int:
+    """An example's label.
+
+    Raises:
+        DataError: it has none that the task knows.
+    """
+    classes, example = TASKS[task].classes, f"the example {split.keys[index]}"
+    with _damaged(f"the label of {example}"):
+        label = split.labels[task](index)
+    if not 0 <= label < classes:
+        raise DataError(f"--from: {example} has the label {label}; {task} has {classes} classes, labelled from 0")
+    return label
+
+
+@contextmanager
+def _damaged(what: str) -> Iterator[None]:
+    """One error of one line for whatever a damaged or strange download makes its reader fail with."""
+    try:
+        yield
+    except VpeftError:
+        raise
+    except Exception as error:  # of every class: files of another form fail anywhere
+        text = " ".join(str(error).split()) or "no text"
+        raise DataError(f"--from: {what} cannot be read ({type(error).__name__}: {text})") from error

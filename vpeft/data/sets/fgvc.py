@@ -84,7 +84,7 @@ def flower_labels(folder: Path, part: str) -> Pairs:
     """The images of Oxford Flowers in one of its three parts, with the authors' classes from 1."""
     ids = load_mat(folder / "setid.mat", {"train": "trnid", "val": "valid", "test": "tstid"}[part])
     labels = load_mat(folder / "imagelabels.mat", "labels")
-    if not 1 <= min(ids) <= max(ids) <= len(labels):
+    if not len(ids) or ids.dtype.kind not in "iu" or not 1 <= min(ids) <= max(ids) <= len(labels):
         raise DataError(f"{folder}: setid.mat names images that imagelabels.mat has not")
     return [(f"jpg/image_{one:05d}.jpg", int(labels[one - 1])) for one in ids]
 

@@ -37,7 +37,32 @@ def svhn(raw: Path, split: str) -> RawSplit:
         images, labels = found["X"], found["y"].reshape(-1)
     except Exception as error:  # scipy's errors of damaged files have no common class
         raise DataError(f"{file}: not SVHN's file: {' '.join(str(error).split())}") from error
+    check_arrays(file, images.transpose() if images.ndim == 4 else images, (3, 32, 32), len(labels))
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= 10:
+        raise DataError(f"{file}: its digits are labelled 1 to 10, not {labels.min()} to {labels.max()}")
     return RawSplit(range(len(labels)), lambda i: rgb(images[..., i]), {"svhn": lambda i: int(labels[i]) % 10})
+
+
+def check_arrays(file: Path, images: np.ndarray, shape: tuple[int | None, ...], labels: int) -> None:
+    """Refuse images of another form than their set has.
+
+    Args:
+        file: whose they are, for the error.
+        images: with the images along the first axis.
+        shape: of each; None for a side that is free.
+        labels: how many there are.
+
+    Raises:
+        DataError: other sides, other numbers than bytes, or not one label for each image.
+    """
+    fits = images.ndim == len(shape) + 1 and all(
+        one in (None, side) for one, side in zip(shape, images.shape[1:], strict=True)
+    )
+    if not fits or images.dtype != np.uint8:
+        expected = " x ".join("any" if one is None else str(one) for one in shape)
+        raise DataError(f"{file}: expected images of {expected} bytes, got {images.dtype} of {tuple(images.shape)}")
+    if len(images) != labels:
+        raise DataError(f"{file}: {len(images)} images, but {labels} labels")
 
 
 def norb_matrix(file: Path) -> np.ndarray:
@@ -55,7 +80,7 @@ def norb_matrix(file: Path) -> np.ndarray:
         raise DataError(f"{file}: no file of NORB")
     sizes = struct.unpack_from(f"<{max(3, count)}i", data, 8)[:count]
     start = 8 + 4 * max(3, count)
-    if len(data) - start != int(np.prod(sizes)) * types[kind].itemsize:
+    if min(sizes) < 1 or len(data) - start != int(np.prod(sizes)) * types[kind].itemsize:
         raise DataError(f"{file}: its length is not that of {' x '.join(map(str, sizes))} values")
     return np.frombuffer(data, types[kind], offset=start).reshape(sizes)
 
@@ -63,8 +88,11 @@ def norb_matrix(file: Path) -> np.ndarray:
 def smallnorb(raw: Path, split: str) -> RawSplit:
     """smallNORB: the first image of each stereo pair; azimuths are stored as 0, 2, … 34."""
     part = {"train": "training", "test": "testing"}[split]
-    images = norb_matrix(needed(raw, f"*{part}-dat.mat", f"*{part}-dat.mat.gz"))
-    about = norb_matrix(needed(raw, f"*{part}-info.mat", f"*{part}-info.mat.gz"))  # instance, elevation, azimuth, lighting
+    file, other = (needed(raw, f"*{part}-{kind}.mat", f"*{part}-{kind}.mat.gz") for kind in ("dat", "info"))
+    images, about = norb_matrix(file), norb_matrix(other)  # instance, elevation, azimuth, lighting
+    if about.ndim != 2 or about.shape[1] != 4:
+        raise DataError(f"{other}: expected four numbers for each pair of images, got a matrix of {tuple(about.shape)}")
+    check_arrays(file, images, (2, None, None), len(about))
     labels = {"smallnorb_azi": lambda i: int(about[i, 2]) // 2, "smallnorb_ele": lambda i: int(about[i, 1])}
     return RawSplit(range(len(images)), lambda i: rgb(images[i, 0]), labels)
 
@@ -81,6 +109,7 @@ def patch_camelyon(raw: Path, split: str) -> RawSplit:
         images, labels = h5py.File(files[0])["x"], np.asarray(h5py.File(files[1])["y"]).reshape(-1)
     except (OSError, KeyError) as error:
         raise DataError(f"{files[0]}: not PatchCamelyon's file: {error}") from error
+    check_arrays(files[0], images, (None, None, 3), len(labels))
     keys = [f"{part}_{i}" for i in range(len(labels))]
     return RawSplit(keys, lambda i: rgb(np.asarray(images[i])), {"patch_camelyon": lambda i: int(labels[i])})
 

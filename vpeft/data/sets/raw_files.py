@@ -31,8 +31,13 @@ def dtd(raw: Path, split: str) -> RawSplit:
     """The first of the ten partitions; classes in alphabetical order."""
     names = _lines(needed(raw, f"labels/{_SHORT[split]}1.txt", f"dtd/labels/{_SHORT[split]}1.txt"))
     images = needed(raw, "images", "dtd/images")
-    classes = sorted(p.name for p in images.iterdir() if p.is_dir())
+    classes = _classes(images)
     return _files([images / n for n in names], names, "dtd", [classes.index(_class(n, classes)) for n in names])
+
+
+def _classes(images: Path) -> list[str]:
+    """The folders of classes: those with images, so that a folder that a program left does not count as a class."""
+    return sorted(p.name for p in images.iterdir() if not p.name.startswith(".") and next(p.glob("*.jpg"), None))
 
 
 def _class(name: str, classes: Sequence[str]) -> str:
@@ -63,7 +68,7 @@ def pets(raw: Path, split: str) -> RawSplit:
 
 def _by_class(images: Path, task: str) -> RawSplit:
     """One folder for each class, in alphabetical order; keys are the class, an underscore and the file's name."""
-    classes = sorted(p.name for p in images.iterdir() if p.is_dir())
+    classes = _classes(images)
     found = [(p, label) for label, name in enumerate(classes) for p in sorted((images / name).glob("*.jpg"))]
     keys = [f"{p.parent.name}_{p.name}" for p, _ in found]
     return _files([p for p, _ in found], keys, task, [label for _, label in found])
@@ -103,7 +108,7 @@ def clevr(raw: Path, split: str) -> RawSplit:
             (scene["image_filename"], [thing["pixel_coords"][2] for thing in scene["objects"]])
             for scene in json.loads(read_text(file))["scenes"]
         ]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(f"{file}: not CLEVR's scenes: {error}") from error
     folder = file.parent.parent / "images" / part
     labels: dict[str, Callable[[int], int]] = {
@@ -138,7 +143,10 @@ def kitti_split(order: Sequence[str], mapping: Sequence[str]) -> dict[str, list[
         mapping: lines whose second word is the video.
     """
     videos: dict[str, list[int]] = {}
-    for image, line in enumerate(int(one) - 1 for one in ",".join(order).split(",") if one.strip()):
+    lines = [int(one) - 1 for one in ",".join(order).split(",") if one.strip()]
+    if sorted(lines) != list(range(len(mapping))):
+        raise ValueError(f"its numbers are not 1 to {len(mapping)}, the lines of the mapping, each once")
+    for image, line in enumerate(lines):
         videos.setdefault(mapping[line].split(" ")[1], []).append(image)
     draw, tenth = np.random.RandomState(123), max(1, 10 * len(videos) // 100)
     test = set(draw.choice(sorted(videos), tenth, replace=False))
