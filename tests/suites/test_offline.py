@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from vpeft.cli import main
@@ -274,3 +275,23 @@ def test_two_processes_share_the_runs_and_a_killed_benchmark_goes_on(tmp_path):
     assert seen == {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
     alone = subprocess.run([*command[:4], "--report", "--out", str(out)], check=True, capture_output=True, text=True)
     assert "| bitfit |" in alone.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_no_process_outlives_a_benchmark_that_was_ended(tmp_path, number, status):
+    """Also where the signal reaches the first process alone; it waits for no run, which the same command goes on with."""
+    command = [
+        sys.executable, "-m", "vpeft.cli", "benchmark", "--processes", "2", "--no-costs", "--out", str(tmp_path / "report"),
+        "--tasks", "digits", "--methods", "bitfit", "lora", "--set", "train.epochs=500", "data.num_samples=200",
+        f"output={tmp_path}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("vit/*/*/last.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(number)
+    assert len(workers) >= 2
+    assert first.wait(timeout=60) == status
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
