@@ -119,6 +119,13 @@ def test_results_are_kept_and_told_from_those_of_other_settings(tmp_path):
     file.write_text(file.read_text().replace("91.25", "many"))
     with pytest.raises(ConfigError, match=r"results\.csv, line 3"):
         read_results(file)
+    file.write_text(file.read_text().replace("many", "nan"))
+    with pytest.raises(ConfigError, match=r"line 3: .*a number is none"):
+        read_results(file)
+    lines = file.read_text().replace("nan", "91.25").splitlines()
+    file.write_text("\n".join([*lines, lines[-1].replace("91.25", "99.0")]) + "\n")  # of two, which?
+    with pytest.raises(ConfigError, match=r"line 4: .*a second one of the same run"):
+        read_results(file)
 
 
 def test_runs_are_done_once_and_failures_do_not_stop_the_rest(tmp_path, capsys):

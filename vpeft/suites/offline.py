@@ -253,6 +253,10 @@ def read_results(file: Path) -> dict[Key, OfflineResult]:
                 if set(row) != set(kinds):
                     raise ValueError("its columns are others")
                 result = OfflineResult(**{k: kinds[k](v) if kinds[k] is not str else v for k, v in row.items()})
+                if not all(math.isfinite(v) for v in (result.top1, result.lr, result.seconds)):
+                    raise ValueError("a number is none")
+                if result.key in found:
+                    raise ValueError("a second one of the same run")
             except (TypeError, ValueError) as error:
                 raise ConfigError(
                     f"{file}, line {number}: no result of the benchmark ({error}); remove it or the file"
