@@ -113,3 +113,13 @@ def test_a_run_that_names_no_classes_is_not_said_to_have_others(two, capsys):
     for order in (two, two[::-1]):
         (note,) = compare(order)["notes"]
         assert "has no predictions.csv" in note
+
+
+def test_names_of_files_break_no_line(two, capsys):
+    for folder in two:
+        heading, *rows = read_csv(folder / "predictions.csv")
+        write_csv(folder / "predictions.csv", [heading, *([row[0], f"a\n\x1b[2J{row[0]}.png", *row[2:]] for row in rows)])
+    found = compare(two)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert f"a\\n\\x1b[2J{(found['pairs'][0].first + found['pairs'][0].second)[0]}.png" in text

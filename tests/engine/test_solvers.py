@@ -73,6 +73,18 @@ def test_a_class_without_samples_is_never_the_answer_and_a_constant_feature_is_h
     assert torch.allclose(shares[:, :4], four.scores(x[:, :-1]).softmax(1), atol=1e-4)
 
 
+def test_what_is_constant_but_for_rounding_is_no_feature():
+    """Else the rounding of float32 gets weights of 1e5, and the head answers otherwise in another batch size."""
+    x, y = samples(count=200)
+    rounding = 5 + torch.randint(-1, 2, (200, 1), generator=torch.Generator().manual_seed(1)) * 2.0**-21
+    (solution,) = solutions(torch.cat([x, rounding.double()], 1), y, 4, [1e-5])
+    (plain,) = solutions(x, y, 4, [1e-5])
+    assert solution.weight[:, -1].abs().max() < 1
+    assert torch.allclose(
+        solution.scores(torch.cat([x, torch.full_like(rounding, 5).double()], 1)), plain.scores(x), atol=0.01
+    )
+
+
 def test_the_choice_is_that_of_the_held_out_samples():
     x, y = samples(count=200)
     kept, held = torch.arange(150), torch.arange(150, 200)

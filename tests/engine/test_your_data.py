@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import vpeft
 from tests.support.own_data import class_folders, mask_pairs
 from tests.support.places import ROOT
-from tests.support.runs import interrupted
+from tests.support.runs import TINY_MODEL, interrupted
 from vpeft.cli import main
 from vpeft.engine.config import load_config
 from vpeft.engine.test import test as evaluate
@@ -353,3 +353,13 @@ def test_models_that_timm_does_not_build_are_named(make, tmp_path):
     ):
         with pytest.raises(vpeft.ConfigError, match=words):
             train(make(*overrides))
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    root = class_folders(tmp_path / "data", {"train/circle": 3, "test/circle": 2})
+    (tmp_path / "a.yaml").write_text(TINY_MODEL + f"data: {{source: folder, root: {root}, val_split: null}}\n")
+    with pytest.raises(vpeft.DataError, match="has the one class circle; give samples of at least two"):
+        train(
+            load_config(tmp_path / "a.yaml", [f"output={tmp_path / 'runs'}", "train.epochs=1", "schedule.warmup_epochs=0"])
+        )
+    assert not (tmp_path / "runs").exists()

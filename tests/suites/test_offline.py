@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from vpeft.cli import main
@@ -126,6 +127,13 @@ def test_results_are_kept_and_told_from_those_of_other_settings(tmp_path):
     assert undone(harmless, found) == {}
     file.write_text(file.read_text().replace("91.25", "many"))
     with pytest.raises(ConfigError, match=r"results\.csv, line 3"):
+        read_results(file)
+    file.write_text(file.read_text().replace("many", "nan"))
+    with pytest.raises(ConfigError, match=r"line 3: .*a number is none"):
+        read_results(file)
+    lines = file.read_text().replace("nan", "91.25").splitlines()
+    file.write_text("\n".join([*lines, lines[-1].replace("91.25", "99.0")]) + "\n")  # of two, which?
+    with pytest.raises(ConfigError, match=r"line 4: .*a second one of the same run"):
         read_results(file)
 
 
@@ -301,3 +309,23 @@ def test_options_that_would_change_nothing_are_refused(given, said, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", *given])
     assert f"{said} would change nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_no_process_outlives_a_benchmark_that_was_ended(tmp_path, number, status):
+    """Also where the signal reaches the first process alone; it waits for no run, which the same command goes on with."""
+    command = [
+        sys.executable, "-m", "vpeft.cli", "benchmark", "--processes", "2", "--no-costs", "--out", str(tmp_path / "report"),
+        "--tasks", "digits", "--methods", "bitfit", "lora", "--set", "train.epochs=500", "data.num_samples=200",
+        f"output={tmp_path}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("vit/*/*/last.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(number)
+    assert len(workers) >= 2
+    assert first.wait(timeout=60) == status
+    assert psutil.wait_procs(workers, timeout=30)[1] == []

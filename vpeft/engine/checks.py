@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 from timm.optim import list_optimizers
 
 from ..data.splits import Datasets
-from ..errors import ConfigError, VpeftError, did_you_mean
+from ..errors import ConfigError, DataError, VpeftError, did_you_mean, some
 from ..fetching import is_source, local_file
+from ..tasks.labels import LabelStep
+from ..tasks.step import Step
 from .plan import why_no_extension
 from .settings import OPEN_ENDED
 from .setup import make_optimizer, make_schedule
@@ -70,12 +72,17 @@ def _check_training(config: DictConfig) -> None:
         raise ConfigError(f"schedule: {schedule.name} cannot be made: {_line(error)}") from error
 
 
-def check_data(config: DictConfig, data: Datasets) -> None:
-    """Refuse, once the data are open, what needs a validation split where there is none.
+def check_data(config: DictConfig, data: Datasets, task: Step | None = None) -> None:
+    """Refuse, once the data are open, what needs a validation split where there is none, and labels of one class alone.
 
     Raises:
         ConfigError: names the key.
+        DataError: there is nothing to tell apart.
     """
+    if isinstance(task, LabelStep) and len(data.classes) < 2:
+        raise DataError(
+            f"data.source: '{config.data.source}' has the one class {some(list(data.classes))}; give samples of at least two"
+        )
     if config.train.patience is not None and data.val is None:
         raise ConfigError("train.patience: stops by the validation metric; give data.val_split or data.val_size")
 

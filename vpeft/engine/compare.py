@@ -19,6 +19,7 @@ from ..reporting.pictures import figure, plain, save
 from ..reporting.tables import read_csv, write_csv
 from ..reporting.writing import PER_CLASS, PREDICTIONS
 from ..tasks.registry import task_class
+from .outputs import CONTROLS
 from .plan import BEST, FILES, holds_run
 from .settings import flat, stored_config
 
@@ -293,7 +294,7 @@ def _text(runs: list[Finished], settings, metrics, classes, pairs: list[Pair], i
         for run in runs:
             drawn.add_column(escape(f"[{run.label}]"), justify="right", overflow="fold")
         for name, values in rows:
-            drawn.add_row(escape(name), *(escape(_cell(v)) for v in values))
+            drawn.add_row(escape(name.translate(CONTROLS)), *(escape(_cell(v)) for v in values))
         if rows:
             console.print(drawn)
 
@@ -310,7 +311,7 @@ def _pair_lines(runs: list[Finished], pairs: list[Pair], most: int) -> Iterator[
         a, b = pair.runs
         yield f"[{a}] and [{b}]: McNemar's exact p = {pair.p:.3g} (not corrected for several pairs)"
         for one, other, found in ((a, b, pair.first), (b, a, pair.second)):
-            names = [runs[0].samples[i][1] for i in found[:most]]
+            names = [_name(runs, i) for i in found[:most]]
             more = f" and {len(found) - most} more" if len(found) > most else ""
             yield f"  only [{one}] is right, [{other}] is not: {len(found)}{': ' if found else ''}{', '.join(names)}{more}"
 
@@ -321,7 +322,12 @@ def _image_lines(runs: list[Finished], images, most: int) -> Iterator[str]:
         worse = sum(1 for _, difference in by if difference < 0)
         yield f"[{a}] has the higher mIoU on {better} of {len(by)} images, [{b}] on {worse}; they differ most on"
         for index, difference in by[:most]:
-            yield f"  {runs[0].samples[index][1]}: {difference:+.1f}"
+            yield f"  {_name(runs, index)}: {difference:+.1f}"
+
+
+def _name(runs: list[Finished], index: int) -> str:
+    """What a sample is called, on one line."""
+    return runs[0].samples[index][1].translate(CONTROLS)
 
 
 def _blocks(runs, settings, metrics, classes, pairs, images, notes) -> Iterator[Block]:

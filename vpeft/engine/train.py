@@ -87,7 +87,7 @@ def train(
     accelerator = make_accelerator(config)
     plan = looked(config, accelerator)
     data, stats = open_data(config, task)
-    check_data(config, data)
+    check_data(config, data, task)
     # Said either way: an earlier run of the same process may have wanted the other.
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     set_seed(config.seed)

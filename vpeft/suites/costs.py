@@ -24,6 +24,11 @@ class Cost:
     step: float
     memory: float
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others."""
+        return self.backbone, self.entry
+
 
 Costs = dict[tuple[str, str], tuple[float, float]]  # by backbone and entry: step and memory over full fine-tuning's
 

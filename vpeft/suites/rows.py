@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,20 +19,26 @@ def read_rows(file: Path, kind: type[RowT]) -> list[RowT]:
 
     Args:
         file: the table.
-        kind: of the rows, a dataclass of texts and numbers.
+        kind: of the rows, a dataclass of texts and numbers with a ``key`` that no two share.
 
     Raises:
         ConfigError: a file that is no such table, with the line.
     """
     if not file.is_file():
         return []
-    kinds, found = {f.name: f.type for f in fields(kind)}, []
+    kinds, found, seen = {f.name: f.type for f in fields(kind)}, [], set()
     with file.open(encoding="utf-8", newline="") as stream:
         for number, row in enumerate(csv.DictReader(stream), 2):
             try:
                 if set(row) != set(kinds):
                     raise ValueError("its columns are others")
-                found.append(kind(**{k: kinds[k](v) for k, v in row.items()}))
+                new = kind(**{k: kinds[k](v) for k, v in row.items()})
+                if not all(math.isfinite(v) for v in vars(new).values() if isinstance(v, float)):
+                    raise ValueError("a number is none")
+                if new.key in seen:
+                    raise ValueError("a second one of the same run")
+                seen.add(new.key)
+                found.append(new)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{file}, line {number}: no row of this table ({error}); remove it or the file") from None
     return found

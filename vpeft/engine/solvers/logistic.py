@@ -17,6 +17,7 @@ from torch import Tensor
 
 SMALL = 10**7  # multiplications of a step, below which threads do not pay
 STEPS = 10_000
+CONSTANT = 1e-6  # of a feature's size: what varies by less is the rounding of float32
 TOLERANCE = 1e-6  # of the largest entry of the gradient
 
 
@@ -46,7 +47,8 @@ class Solution:
 def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> Iterator[Solution]:
     """The minimiser of mean cross-entropy + l2 / 2 |W|², for each strength, from the strongest to the weakest.
 
-    W acts on standardised features (mean 0, variance 1 over these samples; a constant one is only centred), so that one
+    W acts on standardised features (mean 0, variance 1 over these samples; one that is constant but
+    for rounding is only centred), so that one
     grid of strengths serves all backbones; the biases are not penalised. What comes out acts on plain features.
 
     Args:
@@ -56,7 +58,7 @@ def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequenc
         strengths: of the penalty.
     """
     mean, std = features.mean(0), features.std(0, correction=0)
-    std = torch.where(std > 1e-8 * features.abs().amax(0).clamp(min=1e-12), std, torch.ones_like(std))
+    std = torch.where(std > CONSTANT * features.abs().amax(0).clamp(min=1e-12), std, torch.ones_like(std))
     x, start = (features - mean) / std, np.zeros(classes * (features.shape[1] + 1))
     for l2 in sorted(set(strengths), reverse=True):
         problem = _Problem(x, labels, classes, l2)
