@@ -434,3 +434,14 @@ def test_ids_of_flowers_that_are_none_are_refused(tmp_path, ids):
     savemat(tmp_path / "setid.mat", {"trnid": ids, "valid": np.array([[1]]), "tstid": np.array([[2]])})
     with pytest.raises(DataError, match=r"setid\.mat names images that imagelabels\.mat has not"):
         made("oxford_flowers102", tmp_path, tmp_path / "out", {"train": 1, "validation": 1, "test": 1})
+
+
+def test_where_nothing_can_be_written_and_what_a_killed_build_left(tmp_path, capsys):
+    cifar(tmp_path)
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(DataError, match=r"--out: .*file is a file; give a folder"):
+            made("cifar", tmp_path, tmp_path / out, {"train": 8, "test": 4})
+    picture(tmp_path / "out/.cifar.123-abc.tmp/images/test/000000.jpg")
+    made("cifar", tmp_path, tmp_path / "out", {"train": 8, "test": 4})
+    assert ".cifar.123-abc.tmp is of a build that was killed, if none is running; remove it" in capsys.readouterr().err

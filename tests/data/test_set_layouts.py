@@ -102,7 +102,7 @@ def test_vtab_refuses_what_is_missing_with_the_layout(tmp_path):
 def test_a_label_that_the_task_has_not_is_refused(tmp_path):
     """Lists that count from 1, or those of another task."""
     vtab(tmp_path, "kitti", {"train800val200": [1, 4], "test": [0]})
-    with pytest.raises(DataError, match=r"train800val200\.txt has the label 4, but vtab/kitti has 4 classes"):
+    with pytest.raises(DataError, match=r"train800val200\.txt has the label 4, but vtab/kitti has 4 classes, .*000001\.jpg"):
         opened(section(tmp_path, "vtab/kitti"))
 
 
@@ -371,3 +371,24 @@ def test_further_test_sets_lie_below_the_same_root(tmp_path):
         data.also_test = chosen
         with pytest.raises(DataError, match=words):
             check_also(data)
+
+
+def test_of_two_copies_the_whole_one_is_read_and_of_two_whole_ones_a_line_tells_which(tmp_path, caplog):
+    vtab(tmp_path, "cifar", {"train800": [0, 1]})
+    vtab(tmp_path, "cifar100", {"train800val200": [0, 1, 2], "test": [0]})
+    assert len(opened(section(tmp_path, "vtab/cifar")).files) == 3
+    assert "are there" not in caplog.text
+    vtab(tmp_path, "cifar_100", {"train800val200": [0, 1], "test": [0]})
+    opened(section(tmp_path, "vtab/cifar"))
+    assert "cifar100 is read" in caplog.text
+    (tmp_path / "links").mkdir()
+    caplog.clear()
+    vtab(tmp_path / "links", "pets", {"train800val200": [0, 1], "test": [0]})
+    (tmp_path / "links/oxford_pet").symlink_to(tmp_path / "links/pets")
+    opened(section(tmp_path / "links", "vtab/oxford_iiit_pet"))
+    assert "are there" not in caplog.text, "one copy under two names"
+
+
+def test_a_root_one_step_too_high_is_named(tmp_path):
+    vtab(tmp_path / "vtab-1k", "kitti", {"train800val200": [0], "test": [0]})
+    refused(section(tmp_path, "vtab/kitti"), "it seems to be in .*vtab-1k: give that")

@@ -73,3 +73,16 @@ def test_a_file_of_ids_that_is_none_is_refused(tmp_path, text, words):
     (tmp_path / "train.json").write_text(text)
     with pytest.raises(DataError, match=words):
         read_ids(tmp_path / "train.json")
+
+
+def test_one_image_has_one_label(tmp_path):
+    (tmp_path / "a.txt").write_text("a.jpg 1\nb.jpg 0\na.jpg 1\na.jpg 2\n")
+    with pytest.raises(DataError, match=r"line 4: 'a\.jpg' has the label 2, in a line before 1"):
+        read_labels(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["images\\a.jpg", "C:\\data\\a.jpg"])
+def test_a_list_with_backslashes_says_what_would_be_right(tmp_path, name):
+    (tmp_path / "a.txt").write_text(f"{name} 0\n")
+    with pytest.raises(DataError, match=r"1 of 1 images are not there.*between slashes"):
+        check_there(listed(tmp_path / "a.txt", read_labels(tmp_path / "a.txt"), [tmp_path]))

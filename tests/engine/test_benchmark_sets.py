@@ -9,6 +9,7 @@ import torch
 from tests.support.sets import few_shot, picture, pictures, vtab
 from vpeft import checkpoint
 from vpeft.data.presets import TfBilinear
+from vpeft.data.sets.checking import check_root
 from vpeft.data.sets.imagenet import wnids
 from vpeft.data.splits import Datasets
 from vpeft.engine.config import load_config
@@ -170,3 +171,19 @@ def test_shipped_configurations_of_benchmarks(name, tmp_path):
     else:
         with pytest.raises(DataError, match=r"num_shot_16\.seed_0 does not exist|imagenet-v2 .*does not exist"):
             get_task(config).check()
+
+
+def test_images_in_training_and_in_tests_are_refused(kitti, tmp_path):
+    """Whatever the lists are called: the same files in both."""
+    root = tmp_path / "vtab" / "kitti"
+    (root / "test.txt").write_text("images/test/000000.jpg 1\nimages/train800val200/000003.jpg 1\n")
+    words = r"data\.test_split: .*test\.txt holds 1 images of data\.train_split too, such as .*000003\.jpg"
+    with pytest.raises(DataError, match=words):
+        train(kitti())
+    (found,) = check_root(tmp_path / "vtab", ["vtab/kitti"])
+    assert any("train800val200 and test share 1 images" in fault for fault in found.faults)
+    (root / "test.txt").write_text("images/test/000000.jpg 1\n")
+    (root / "train800val200.txt").write_text("".join(f"images/train800val200/{i:06d}.jpg {i % 2}\n" * 2 for i in range(4)))
+    with pytest.raises(DataError, match=r"data\.val_size: the training list names .* twice"):
+        train(kitti("data.val_size=4"))
+    assert not folder(kitti()).exists()

@@ -1,13 +1,16 @@
 """What a benchmark's data set is: where its lists and images lie, which splits it has, how many classes and images."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from ...errors import DataError, did_you_mean
 from .lists import Listing
 
+logger = logging.getLogger(__name__)
 HELP = "docs/benchmarks-data.md tells how to get it"
 
 
@@ -94,15 +97,19 @@ class LabelledSet:
         return found
 
     def folder(self, root: Path, marks: Iterable[str] = ()) -> Path:
-        """Its folder below a root: that of the usual name, or one of the other names that is there.
+        """Its folder below a root: of the usual name and the other ones the one with most marks, the first of equals.
 
         Args:
             root: of all sets.
-            marks: files or folders by which it is known, where several names are there.
+            marks: files or folders by which it is known, where several names are there; of whole copies a line tells
+                which is read.
         """
         there = [root / name for name in self.folders if (root / name).is_dir()]
-        marked = [place for place in there if any((place / mark).exists() for mark in marks)]
-        return (marked or there or [root / self.folders[0]])[0]
+        counts = [sum((place / mark).exists() for mark in marks) for place in there]
+        best = [place for place, count in zip(there, counts, strict=True) if count == max(counts)]
+        if len({place.resolve() for place in best}) > 1 and max(counts):
+            _tell(f"{self.name}: {' and '.join(map(str, best))} are there, of which {best[0]} is read")
+        return (best or [root / self.folders[0]])[0]
 
     def check(self, asked: Asked, split: str) -> None:
         """Refuse a split whose lists or folders are not there, with the layout that is expected.
@@ -112,9 +119,22 @@ class LabelledSet:
         """
         for path in self.sources(asked, split):
             if not path.exists():
-                itself = asked.root.resolve().name in self.folders
-                hint = "give the folder that holds this one; " if itself else ""
+                hint = self._hint(asked.root)
                 raise DataError(
                     f"data.root: {self.name} ({split}): {path} does not exist; {hint}expected, with ROOT = {asked.root}: "
                     f"{self.layout()}; {HELP}"
                 )
+
+    def _hint(self, root: Path) -> str:
+        """Which root would be right, where the folder lies one step above or below."""
+        if root.resolve().name in self.folders:
+            return "give the folder that holds this one; "
+        inner = (p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in self.folders)
+        right = next((p for p in inner if any((p / name).is_dir() for name in self.folders)), None)
+        return f"it seems to be in {right}: give that; " if right else ""
+
+
+@cache
+def _tell(message: str) -> None:
+    """A warning, once."""
+    logger.warning("%s", message)

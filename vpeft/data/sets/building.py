@@ -120,6 +120,11 @@ def build_task(task: str, recipe: RawRecipe, slices: RankSlices, raw: Path, out:
     place = out / task
     if place.exists():
         raise DataError(f"--out: {place} is there already; remove it, or give another folder")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise DataError(f"--out: {above} is a file; give a folder")
+    for left in sorted(out.glob(f".{task}.*.tmp")):
+        print(f"{left} is of a build that was killed, if none is running; remove it", file=sys.stderr, flush=True)
     splits, ranks = _opened(recipe, slices, raw)
     for name in LISTS:  # before any image is written, which takes long
         for split, index in _examples(slices, name, splits, ranks):

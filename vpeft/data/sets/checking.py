@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from ...errors import DataError
 from .base import Asked, LabelledSet
 from .fewshot import SEEDS, SHOTS
+from .fgvc import OFFICIAL
 from .imagenet import ImageNetSet
 from .lists import Listing, missing
 from .registry import SETS, check_labels, get_set
@@ -100,6 +102,7 @@ def _check(found: LabelledSet, root: Path) -> Found:
     said = [*state.splits, *state.faults]
     if isinstance(found, VtabSet):
         state.faults += _disagreement(listings)
+    state.faults += _shared(found, listings)
     state.absent = _needed(found, state)
     if isinstance(found, ImageNetSet) and found.name.startswith("fewshot/") and not any(s.startswith("train") for s in said):
         return Found(found.name)  # ImageNet's own images are no lists of shots
@@ -132,7 +135,7 @@ def _faults(found: LabelledSet, split: str, asked: Asked, listing: Listing) -> I
     if lost:
         yield f"{len(lost)} of {len(listing.files)} images are not there, the first: {lost[0]}"
     try:
-        check_labels(found, listing.labels, str(listing.file))
+        check_labels(found, listing)
     except DataError as error:
         yield str(error)
     classes = len(set(listing.labels))
@@ -150,3 +153,13 @@ def _disagreement(listings: dict[str, Listing]) -> list[str]:
     parts = Counter(listings["train800"].labels) + Counter(listings["val200"].labels)
     same = parts == Counter(listings["train800val200"].labels)
     return [] if same else ["train800val200 has other labels than train800 and val200 together"]
+
+
+def _shared(found: LabelledSet, listings: dict[str, Listing]) -> Iterator[str]:
+    """Splits that hold images of each other, though neither is a part of the other."""
+    for first, second in combinations(listings, 2):
+        kinds = {name.startswith(OFFICIAL) for name in (first, second)}
+        holds = {first, *found.parts.get(first, ())} & {second, *found.parts.get(second, ())}
+        both = set(listings[first].files) & set(listings[second].files)
+        if both and len(kinds) == 1 and not holds:
+            yield f"{first} and {second} share {len(both)} images, such as {min(both)}"

@@ -81,17 +81,22 @@ def read_labels(file: Path) -> list[tuple[str, int]]:
     The label stands behind the last white space. A byte-order mark, blank lines and any line ends are taken.
 
     Raises:
-        DataError: the file cannot be read, is empty, or has a line without a path or a label; names the line.
+        DataError: the file cannot be read, is empty, has a line without a path or a label, or gives an image a second
+            label; names the line.
     """
     text = read_text(file).replace("\r\n", "\n").replace("\r", "\n")
-    found = []
+    found: list[tuple[str, int]] = []
+    known: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         parts = line.strip().rsplit(None, 1)
         if not parts:
             continue
         if len(parts) < 2 or not (parts[1].isascii() and parts[1].isdecimal()) or len(parts[1]) > 9:
             raise DataError(f"{file}: line {number}: expected a path, a space and a label from 0, got {shown(line.strip())}")
-        found.append((parts[0], int(parts[1])))
+        name, label = parts[0], int(parts[1])
+        if known.setdefault(name, label) != label:
+            raise DataError(f"{file}: line {number}: {shown(name)} has the label {label}, in a line before {known[name]}")
+        found.append((name, label))
     if not found:
         raise DataError(f"{file} names no image")
     return found
@@ -193,7 +198,29 @@ def check_there(listing: Listing, elsewhere: str = "") -> None:
     """
     lost = missing(listing)
     if lost:
+        advice = f"bring them{elsewhere}"
+        if "\\" in str(lost[0]):
+            advice = "folders in a list stand between slashes (/), not backslashes"
         raise DataError(
-            f"{listing.file}: {len(lost)} of {len(listing.files)} images are not there, the first: {lost[0]}; "
-            f"bring them{elsewhere}"
+            f"{listing.file}: {len(lost)} of {len(listing.files)} images are not there, the first: {lost[0]}; {advice}"
         )
+
+
+def check_apart(parts: Mapping[str, ListedImages]) -> None:
+    """Refuse parts of a data set that hold the same image file.
+
+    Args:
+        parts: by the key that names each, such as ``data.test_split``.
+
+    Raises:
+        DataError: counts such files and names one.
+    """
+    seen: dict[Path, str] = {}
+    for key, part in parts.items():
+        shared = [path for path in part.files if path in seen]
+        if shared:
+            raise DataError(
+                f"{key}: {part.listing.file} holds {len(shared)} images of {seen[shared[0]]} too, such as {shared[0]}; a "
+                "result on images that were trained on says nothing"
+            )
+        seen |= dict.fromkeys(part.files, key)

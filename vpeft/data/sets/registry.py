@@ -11,7 +11,7 @@ from .base import HELP, Asked, LabelledSet
 from .fewshot import FEW_SHOT, SEEDS, SHOTS
 from .fgvc import FGVC, FGVC_NAMES, OFFICIAL
 from .imagenet import IMAGENET
-from .lists import ListedImages, check_there
+from .lists import ListedImages, Listing, check_there
 from .vtab import TASKS, VtabSet
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _of(data: Any, found: LabelledSet) -> Any:
 def _opened(found: LabelledSet, what: Asked, split: str, transform: Callable | None) -> ListedImages:
     found.check(what, split)
     listing = found.read(what, split)
-    check_labels(found, listing.labels, str(listing.file))
+    check_labels(found, listing)
     check_there(listing, ", or say where they are (data.image_root)" if found.takes_image_root else "")
     count = listing.count or found.classes
     if count != found.classes:
@@ -212,13 +212,16 @@ def _opened(found: LabelledSet, what: Asked, split: str, transform: Callable | N
     return ListedImages(listing, found.names, count, found.notes(what, listing), transform)
 
 
-def check_labels(found: LabelledSet, labels: list[int], where: str) -> None:
+def check_labels(found: LabelledSet, listing: Listing) -> None:
     """Refuse labels that a set has not.
 
     Raises:
-        DataError: names the label.
+        DataError: names the label and an image that has it.
     """
-    if max(labels) >= found.classes:
+    highest = max(listing.labels)
+    if highest >= found.classes:
+        image = listing.files[listing.labels.index(highest)]
         raise DataError(
-            f"{where} has the label {max(labels)}, but {found.name} has {found.classes} classes, labelled from 0"
+            f"{listing.file} has the label {highest}, but {found.name} has {found.classes} classes, labelled from 0; it "
+            f"is that of {image}"
         )

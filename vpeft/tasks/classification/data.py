@@ -13,7 +13,7 @@ from ...data.embedded import check_fashion_mnist
 from ...data.images import open_image
 from ...data.pixels import to_rgb
 from ...data.sets import FAMILIES, SETS, check_also, check_set, check_unused, is_set, open_also, open_set
-from ...data.sets.lists import ListedImages
+from ...data.sets.lists import ListedImages, check_apart
 from ...data.sources import BUILT_IN
 from ...data.splits import (
     Datasets,
@@ -98,6 +98,8 @@ def build_datasets(data: Any, augment: Any, stats: dict, *, seed: int = 0, order
         split: _open(data, name, split, train_transform if split == "train" else eval_transform)
         for split, name in named_splits(data).items()
     }
+    if is_set(data.source):
+        check_apart({f"data.{split}_split": dataset for split, dataset in found.items()})
     first = next(iter(found.values()))
     classes = _classes(data, first, order)
     for split, dataset in found.items():
@@ -216,6 +218,12 @@ def _cut(train: Dataset, size: int, eval_transform: Callable, seed: int) -> tupl
         raise DataError("data.val_size: a streamed data set cannot be cut; name a validation split (data.val_split)")
     kept, held = cut_validation(len(train), size, seed, "images")
     whole, rows = (train.dataset, train.indices) if isinstance(train, Subset) else (train, range(len(train)))
+    files = getattr(whole, "files", None)
+    if files is not None and (both := {files[rows[i]] for i in kept} & {files[rows[i]] for i in held}):
+        raise DataError(
+            f"data.val_size: the training list names {min(both)} twice, which would be trained and validated on; name a "
+            "validation split (data.val_split)"
+        )
     transform = Shown(eval_transform) if isinstance(getattr(whole, "transform", None), Shown) else eval_transform
     seen = copy.copy(whole)
     if getattr(whole, "transforms", None) is not None:  # else the copy's would be the training split's too
