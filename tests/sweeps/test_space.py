@@ -69,6 +69,24 @@ REFUSED = {
     "space.seed: trials that differ in it cannot be compared": "space: {seed: [0, 1]}",
     "space.data.val_size: trials that differ": "space: {data.val_size: [10, 20]}",
     "space.data.test_split: trials that differ": "space: {data.test_split: [test]}",
+    **{
+        f"space.{key}: trials that differ in it": f"space: {{{key}: [{values}]}}"
+        for key, values in {
+            "data.shots": "1, 2",
+            "data.list_seed": "0, 1",
+            "data.image_root": "a, b",
+            "data.also_test": "[], [x]",
+            "report": "full, none",
+            "tensorboard": "true, false",
+            "origin": "a, b",
+            "recipe": "a, b",
+            "seg.scenes.objects": "[1, 2], [2, 3]",
+            "video.motion.turn": "1, 2",
+            "video.fold": "1, 2",
+        }.items()
+    },
+    "space.data: trials that differ in data.source cannot": "space: {data: [{source: digits}, {source: pretext}]}",
+    "final.seed: the winner's runs have the sweep's own": "space: {optim.lr: [1]}\nfinal: {seed: 4}",
     "final: 'a b' is no key": "space: {optim.lr: [1]}\nfinal: {a b: 4}",
 }
 

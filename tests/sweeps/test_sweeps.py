@@ -117,6 +117,7 @@ REFUSED = {
     "space.optim.lrr: no value can be had: optim.lrr: unknown key; did you mean 'lr'": ("space: {optim.lrr: [1, 2]}", []),
     "space.method.options.rnk: no value can be had: .*rnk": ("space: {method.options.rnk: [1, 2]}", []),
     "space.optim.lr: no value can be had: optim.lr: -1": ("space: {optim.lr: [-1, -2]}", []),
+    "final.data.test_split: the winner is tested": (f"{LR}\nfinal: {{data.test_split: null}}", []),
     "train.patience": (f"{LR}\nfinal: {{train.patience: 3, train.select: last}}", []),
     "final|unknown key": (f"{LR}\nfinal: {{train.epoch: 3}}", []),
 }

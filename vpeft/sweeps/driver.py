@@ -1,7 +1,6 @@
 """A sweep from its two files to the winner's test results; any number of processes may work on it."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from ..engine.checks import check_files
 from ..engine.config import load_config
 from ..engine.opening import open_data
 from ..engine.plan import holds_run, place
-from ..engine.settings import differences, harmful, stored_config
-from ..engine.train import check, train
+from ..engine.train import check
 from ..errors import ConfigError, VpeftError
 from ..tasks.registry import get_task
 from .results import write_results
 from .space import Space, as_overrides, load_space
 from .study import SharedStudy, default_storage, optuna
-from .trial import run_trial
+from .trial import metrics_of, run_trial
 
 HOPELESS = 5  # trials that fail for one and the same reason, with none that did not
 
@@ -35,15 +33,23 @@ class Sweep:
         space: what is chosen.
         overrides: ``key.sub=value`` for all trials and the winner.
         seeds: of the winner's runs.
+        study: its name; ``NAME-sweep`` where None. Each study has a folder of its own.
 
     Raises:
         VpeftError: an experiment that cannot be swept, or a setting that none of its values makes possible.
     """
 
-    def __init__(self, file: str | Path, space: Space, overrides: Sequence[str], seeds: Sequence[int]):
+    def __init__(
+        self, file: str | Path, space: Space, overrides: Sequence[str], seeds: Sequence[int], study: str | None = None
+    ):
         self.file, self.space, self.overrides, self.seeds = file, space, list(overrides), list(seeds)
         self.base = load_config(file, self.overrides)
         self.name = f"{self.base.name}-sweep"
+        self.study = self.name if study is None else study
+        if self.study != self.name:
+            if any(part.strip() in ("", ".", "..") for part in self.study.split("/")):
+                raise ConfigError(f"--study: '{self.study}' is no name for a study's folder; choose one such as second")
+            self.name = f"{self.name}-{self.study}"
         self.path = place(self._named(copy.deepcopy(self.base), ""))
         self.task = get_task(self.base)
         self.monitor = self.task.monitor
@@ -62,7 +68,10 @@ class Sweep:
         for part in self.space.parts:
             self._check_part(part.key, part.examples)
         if self.seeds:
-            check(self.final({}, self.seeds[0]))
+            final = self.final({}, self.seeds[0])
+            if not final.data.test_split:
+                raise ConfigError("final.data.test_split: the winner is tested at the end; leave it out, or give no --seeds")
+            check(final)
         self._check_data()
 
     def _check_data(self) -> None:
@@ -74,8 +83,8 @@ class Sweep:
         opened, _ = open_data(config, get_task(config))
         if opened.val is None:
             raise ConfigError("data.val_size: trials are compared on validation data; give data.val_split or data.val_size")
-        if opened.test is not None:
-            raise ConfigError("data.test_split: this task tests whatever it says, and no trial may see the test split")
+        if opened.test is not None or opened.also:
+            raise ConfigError("data.test_split: this task tests whatever it says, and no trial may see a test split")
 
     def _check_part(self, key: str, examples: Sequence[Any]) -> None:
         """Refuse a key of which no value can be had: then the key is wrong, and not a value."""
@@ -93,15 +102,21 @@ class Sweep:
         return config
 
     def trial(self, settings: Mapping[str, Any], name: str) -> DictConfig:
-        """The experiment of some settings; it does not know the test split."""
-        given = [*self.overrides, *as_overrides(settings), "data.test_split=null"]
+        """The experiment of some settings; it knows no test split."""
+        given = [*self.overrides, *as_overrides(settings), "data.test_split=null", "data.also_test=[]"]
         return self._named(load_config(self.file, given), name)
 
     def final(self, settings: Mapping[str, Any], seed: int) -> DictConfig:
-        """The winner's experiment: it learns from what trials had held out of training too, and is tested."""
+        """The winner's experiment: it learns from what trials had held out of training too, and is tested.
+
+        That is so where the samples were cut from training, and where ``final`` names another training split;
+        then nothing is left to validate it on, unless ``final`` names that too.
+        """
         final = dict(self.space.config.final)
-        if self.base.data.val_size:
-            final = {"data.val_size": 0, "train.patience": None} | final
+        if self.base.data.val_size or "data.train_split" in final:
+            validates = final.get("data.val_split") or final.get("data.val_size")
+            nothing = {"data.val_split": None, "data.val_size": 0}
+            final = nothing | ({} if validates else {"train.patience": None}) | final
         given = [*self.overrides, *as_overrides(settings), *as_overrides(final), f"seed={seed}"]
         return self._named(load_config(self.file, given), f"winner-seed{seed}")
 
@@ -118,8 +133,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Try settings on validation data, and train and test the best ones; returns what ``sweep.json`` holds.
 
-    The sweep's folder is ``OUTPUT/NAME-sweep``. The same command goes on where it was, and may be started several times,
-    also on several machines with one ``storage``; the last worker trains the winner.
+    The sweep's folder is ``OUTPUT/NAME-sweep``, that of another ``study`` ``OUTPUT/NAME-sweep-STUDY``. The same command goes
+    on where it was, and may be started several times, also on several machines with one ``storage``; the last worker trains
+    the winner.
 
     Args:
         file: YAML of the experiment.
@@ -135,8 +151,8 @@ def sweep(
     """
     optuna()
     chosen = load_space(space, () if trials is None else (f"trials={trials}",))
-    work = Sweep(file, chosen, overrides, seeds)
-    shared = SharedStudy(storage or default_storage(work.path), study or work.name, work.base, chosen)
+    work = Sweep(file, chosen, overrides, seeds, study)
+    shared = SharedStudy(storage or default_storage(work.path), work.study, work.base, chosen)
     work.path.mkdir(parents=True, exist_ok=True)
     while (trial := shared.ask()) is not None:
         done = sum(t.state.is_finished() for t in shared.trials())
@@ -170,7 +186,7 @@ def _finished(work: Sweep, shared: SharedStudy) -> dict[str, Any]:
         return result
     try:
         with FileLock(work.path / "winner.lock", timeout=0):
-            tested = {seed: _winner(work.final(result["settings"], seed)) for seed in work.seeds}
+            tested = {seed: metrics_of(work.final(result["settings"], seed)) for seed in work.seeds}
     except Timeout:
         print("another worker trains the winner")
         return result
@@ -181,14 +197,3 @@ def _finished(work: Sweep, shared: SharedStudy) -> dict[str, Any]:
     text = f"{mean(scores):.2f}{f' ± {spread:.2f}' if spread is not None else ''}"
     print(f"test {work.task.title} of the winner: {text}; {work.path / 'sweep.md'}")
     return result
-
-
-def _winner(config: DictConfig) -> dict[str, Any]:
-    """The metrics of a run of these settings, which is trained where it is not there; another winner's gives way."""
-    path = place(config)
-    if holds_run(path):
-        changes = harmful(differences(stored_config(path), config), finished=True, config=config)
-        if not changes and (path / "metrics.json").is_file():
-            return json.loads((path / "metrics.json").read_text())
-        config.overwrite = bool(changes)
-    return train(config)

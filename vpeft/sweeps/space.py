@@ -12,14 +12,19 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..engine.config import check_options, read_config
+from ..engine.settings import flat
 from ..errors import ConfigError, did_you_mean, shown
 from ..options import SEED, option
 
 # What would change the question instead of the answer: other data have other accuracies, and a seed is no setting.
 FIXED = re.compile(
-    r"name|output|task|seed|resume|overwrite|train\.extend|(wandb|cache)(\..*)?|"
-    r"data\.(source|root|fashion_mnist|train_split|val_split|val_size|test_split|num_samples|num_classes|classes|skip_broken)"
+    r"name|output|task|suite|seed|resume|overwrite|origin|report|tensorboard|train\.extend|(wandb|cache)(\..*)?|recipe|shots|"
+    r"data\.(source|root|image_root|fashion_mnist|train_split|val_split|val_size|test_split|also_test|shots|list_seed|"
+    r"num_samples|num_classes|classes|skip_broken|download)|"
+    r"(seg\.scenes|video\.motion)(\..*)?|video\.(lists|fold|min_frames|skip_broken)"
 )
+# What the winner's runs have from the sweep.
+OWN = ("name", "output", "task", "suite", "seed", "resume", "overwrite", "train.extend")
 TRIALS = 30  # where none are asked for
 
 
@@ -28,7 +33,8 @@ class SweepConfig:
     """One sweep: ``space`` has for each key of the configuration a list of values or a range.
 
     A range is ``{low: …, high: …}``, with ``log: true`` for equal chances of every factor and ``int: true`` for whole
-    numbers. ``final`` are settings of the winner's runs alone, such as a training split that has the validation samples.
+    numbers. ``final`` are settings of the winner's runs alone, such as a training split that has the validation samples:
+    with a ``data.train_split`` of its own the winner has no validation data, unless ``final`` names these too.
     """
 
     sampler: str = option("tpe", choices=("tpe", "random", "grid"), help="of Optuna; `grid` tries every combination once")
@@ -113,6 +119,8 @@ class Space:
             raise ConfigError(f"trials: the grid has {self.size} combinations; leave trials out, or choose sampler: random")
         for key in config.final:
             _check_key(key, "final")
+            if key in OWN:
+                raise ConfigError(f"final.{key}: the winner's runs have the sweep's own; set it in the configuration")
 
     @property
     def size(self) -> int:
@@ -175,6 +183,9 @@ def _part(key: str, value: Any) -> Listed | Range:
         texts = [json.dumps(v) for v in value]
         if not value or len(set(texts)) < len(texts):
             raise ConfigError(f"{where}: {shown(value)} must have at least one value, and none twice")
+        inner = next((k for v in value for k, _ in flat(v, key) if FIXED.fullmatch(k)), None)
+        if inner is not None:
+            raise ConfigError(f"{where}: trials that differ in {inner} cannot be compared; set it in the configuration")
         return Listed(key, tuple(value))
     if not isinstance(value, dict) or "low" not in value:
         raise ConfigError(

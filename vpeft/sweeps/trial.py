@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, place
+from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, holds_run, place
+from ..engine.settings import differences, harmful, stored_config
 from ..engine.train import train
 from ..errors import VpeftError, WriteError
 from .study import GOES_ON, SharedStudy
@@ -43,7 +44,7 @@ def run_trial(shared: SharedStudy, trial: Any, made: Callable[[dict[str, Any], s
     try:
         config = made(settings, name)
         path = place(config)
-        value = _metrics(config, path, report)[f"val_{monitor}"]
+        value = metrics_of(config, report)[f"val_{monitor}"]
         if math.isfinite(value):
             state = "COMPLETE"
         else:
@@ -60,11 +61,18 @@ def run_trial(shared: SharedStudy, trial: Any, made: Callable[[dict[str, Any], s
     return f"{monitor} {value:.2f}" if state == "COMPLETE" else f"{state.lower()}: {facts['reason']}"
 
 
-def _metrics(config: DictConfig, path: Path, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Those of a run that a killed worker had finished, or else of the run now."""
-    if (path / "metrics.json").is_file():
-        return json.loads((path / "metrics.json").read_text())
-    return train(config, after_epoch=report)
+def metrics_of(config: DictConfig, after_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """The metrics of a run of these settings, which is trained where it is not there yet; a run of others gives way.
+
+    A worker that was killed may have finished it. Of another study, or of another winner, there may be other runs.
+    """
+    path = place(config)
+    if holds_run(path):
+        changes = harmful(differences(stored_config(path), config), finished=True, config=config)
+        if not changes and (path / "metrics.json").is_file():
+            return json.loads((path / "metrics.json").read_text())
+        config.overwrite = bool(changes)
+    return train(config, after_epoch=after_epoch)
 
 
 def _lighten(path: Path) -> None:

@@ -5,7 +5,7 @@ the splits of VTAB-1k (Zhai et al., 2019, arXiv 1910.04867): ``train800`` and ``
 ``train800val200`` for the final run, and ``test`` with 1,000 images (digits: 797).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -268,15 +268,38 @@ def offline(task: str) -> Callable[[str | None, str], ArrayDataset]:
     """
 
     def opened(root: str | None, split: str) -> ArrayDataset:
-        if split not in SPLITS:
-            raise DataError(
-                f"offline/{task}: no split '{split}'{did_you_mean(split, SPLITS)}; there are {', '.join(SPLITS)}"
-            )
+        _check_split(task, split)
         images, labels = _images(task, root, "test" if split == "test" else "train")
         first, last = SPLITS[split]
         return ArrayDataset(images[first:last], labels[first:last])
 
     return opened
+
+
+def check_apart(task: str, splits: Mapping[str, str]) -> None:
+    """Refuse splits of a task that there are not, and those that share images.
+
+    Args:
+        task: of ``TASKS``.
+        splits: ``train``, ``val`` and ``test`` to the names that they are given.
+
+    Raises:
+        DataError: names the key.
+    """
+    for number, (part, name) in enumerate(splits.items()):
+        _check_split(task, name)
+        for other, second in list(splits.items())[:number]:
+            (first, end), (begin, last) = SPLITS[name], SPLITS[second]
+            if (name == "test") == (second == "test") and first < last and begin < end:
+                raise DataError(
+                    f"data.{part}_split: {name} shares images with the {other} split, {second}; offline/{task} has "
+                    "train800 beside val200, or train800val200 alone, and test"
+                )
+
+
+def _check_split(task: str, split: str) -> None:
+    if split not in SPLITS:
+        raise DataError(f"offline/{task}: no split '{split}'{did_you_mean(split, SPLITS)}; there are {', '.join(SPLITS)}")
 
 
 @lru_cache(maxsize=4)
