@@ -27,7 +27,7 @@ from .config import why_no_cache
 from .opening import count_skipped
 from .plan import STATE
 from .progress import Bar, GradientWatch, Pace, TimedBatches, epoch_line, peak_memory
-from .rates import by_layer, told
+from .layer_rates import by_layer, rate_lines
 from .report import draw_curves
 from .results import gathered, make_record, write_results
 from .run import RunFolder
@@ -67,7 +67,7 @@ class Trainer:
         self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         groups = by_layer(config, handle, groups)
-        for line in told(handle, groups):
+        for line in rate_lines(handle, groups):
             run.logger.info("%s", line)
         self.params = [p for g in groups for p in g["params"]]
         optimizer = make_optimizer(config, groups)

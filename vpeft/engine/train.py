@@ -26,7 +26,7 @@ from .checks import building, check_data, check_files, check_parts
 from .loop import Trainer
 from .opening import open_data
 from .plan import STATE, Plan, look, place
-from .rates import scales_of
+from .layer_rates import scales_of
 from .report import report, show
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking

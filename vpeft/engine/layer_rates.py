@@ -86,7 +86,7 @@ def by_layer(config: DictConfig, handle: Handle, groups: list[dict[str, Any]]) -
     return found
 
 
-def told(handle: Handle, groups: list[dict[str, Any]]) -> list[str]:
+def rate_lines(handle: Handle, groups: list[dict[str, Any]]) -> list[str]:
     """A line for each rate of groups that were cut: the rate, how many tensors and which; nothing where none were."""
     if not any("lr_scale" in group for group in groups):
         return []
