@@ -54,6 +54,10 @@ class Finished:
     heading: list[str] = field(default_factory=list)
     per_class: list[list[str]] = field(default_factory=list)
 
+    def names(self) -> list[str]:
+        """Its classes, as per_class.csv or its checkpoint names them; none where neither is there (nearest neighbours)."""
+        return [row[0] for row in self.per_class[1:]] or self.classes or []
+
     def right(self, index: int) -> bool:
         """Whether it found a sample's class."""
         true, predicted = (self.heading.index(k) for k in ("true", "predicted"))
@@ -92,7 +96,6 @@ def compare(paths: Sequence[str | Path], *, html: str | Path | None = None, csv:
     tasks = {run.config.task for run in runs}
     if len(tasks) > 1:
         raise ConfigError(f"compare: runs of different tasks ({', '.join(sorted(tasks))}), which have no metric in common")
-    outputs = _outputs(paths, html, csv)
     outputs = _outputs(paths, html, csv)
     notes = list(_hindrances(runs))
     settings, metrics = _settings(runs), _metrics(runs)
@@ -185,15 +188,16 @@ def _class_names(path: Path) -> list[str] | None:
 
 def _hindrances(runs: list[Finished]) -> Iterator[str]:
     """Why classes and samples cannot be compared; nothing where they can."""
-    first = runs[0]
-    for run in runs[1:]:
-        if run.classes != first.classes or [r[0] for r in run.per_class] != [r[0] for r in first.per_class or run.per_class]:
+    first, *others = [run for run in runs if run.names()] or runs
+    for run in others:
+        if run.names() != first.names():
             yield f"[{first.label}] and [{run.label}] have other classes: their metrics are not of the same thing"
     without = [run for run in runs if run.samples is None]
     if without:
         which = ", ".join(f"[{run.label}]" for run in without)
         yield f"{which} has no {PREDICTIONS} (report=none, no test split, or an older run): samples are not compared"
         return
+    first = runs[0]
     for run in runs[1:]:
         if _asked(run) != _asked(first):
             yield (
