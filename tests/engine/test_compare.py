@@ -83,6 +83,46 @@ def test_other_test_sets_and_classes_are_said(two, tmp_path, capsys):
     assert any("have other classes" in note for note in compare([two[0], tmp_path / "third"])["notes"])
 
 
+def test_classes_that_are_not_known_are_no_other_classes(two, tmp_path):
+    """Nearest neighbours have no checkpoint, which would name them; report=none leaves no per_class.csv."""
+    (two[1] / "best.safetensors").unlink()
+    assert compare(two)["notes"] == []
+    for name in ("predictions.csv", "per_class.csv"):
+        (two[1] / name).unlink()
+    (note,) = compare(two)["notes"]
+    assert "[2] has no predictions.csv" in note
+    third = shutil.copytree(two[0], tmp_path / "third")
+    (third / "predictions.csv").unlink()
+    (note,) = compare([two[1], third, two[0]])["notes"]
+    assert "[1], [2] has no predictions.csv" in note
+    table = read_csv(two[0] / "per_class.csv")
+    write_csv(two[0] / "per_class.csv", [table[0], ["zero", *table[1][1:]], *table[2:]])
+    assert any("[2] and [3] have other classes" in note for note in compare([two[1], third, two[0]])["notes"])
+
+
+def test_runs_of_masks(tmp_path, trained, capsys):
+    """Which images which run finds better, and classes by their IoU; of two made-up runs."""
+    config = (trained / "lr0.005" / "config.yaml").read_text().replace("task: classification", "task: segmentation")
+    for name, mious, ious in (("a", (50.0, 70.0), (40.0, "")), ("b", (20.0, 80.0), (60.0, 30.0))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config)
+        (folder / "metrics.json").write_text(json.dumps({"epoch": 1, "test_miou": 50.0}))
+        samples = [(i, f"{i}.png", 9, 90.0, miou) for i, miou in enumerate(mious)]
+        unlabelled = (2, "2.png", 0, "nan", "nan")
+        write_csv(folder / "predictions.csv", [("index", "file", "pixels", "accuracy", "miou"), *samples, unlabelled])
+        rows = [(c, 9, iou, 90.0) for c, iou in zip(("sky", "sea"), ious, strict=True)]
+        write_csv(folder / "per_class.csv", [("class", "pixels", "iou", "accuracy"), *rows])
+    found = compare([tmp_path / "a", tmp_path / "b"], html=tmp_path / "c.html")
+    assert (found["notes"], found["pairs"]) == ([], [])
+    text = capsys.readouterr().out
+    assert "[1] has the higher mIoU on 1 of 2 images, [2] on 1; they differ most on" in text
+    assert text.index("0.png: +30.0") < text.index("1.png: -10.0")
+    assert "2.png" not in text
+    assert next(line.split() for line in text.splitlines() if " sky " in line)[3:6:2] == ["40.00", "60.00"]
+    assert "0.png: +30.0" in (tmp_path / "c.html").read_text()
+
+
 def test_what_cannot_be_compared_is_refused(two, tmp_path):
     one, other = two
     with pytest.raises(vpeft.ConfigError, match="at least two"):

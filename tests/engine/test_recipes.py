@@ -214,6 +214,9 @@ def test_what_the_user_sets_goes_before_the_recipe(tmp_path, capsys):
     assert config.data.source == "vtab/dsprites_loc"
     assert config.method == {"name": "fact_tk", "options": {"rank": 32, "scale": 3}}
     assert config.origin.endswith("; other than there: method.options.scale")
+    for more in ("data.num_samples=100", "init=runs/a/best.safetensors"):
+        assert vtab(f"ssf cifar {more}").origin.endswith(f"; other than there: {more.partition('=')[0]}")
+    assert "other than there" not in vtab("ssf cifar data.workers=3 report=none").origin
     capsys.readouterr()
     config = load_config(mine, ["method.name=ssf"])  # whose options the file's are not
     assert config.method == {"name": "ssf", "options": {}}

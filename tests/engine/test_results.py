@@ -146,8 +146,8 @@ def test_what_cannot_be_written_at_the_end_does_not_cost_the_run(tiny, tmp_path)
     assert json.loads((folder / "metrics.json").read_text())["test_top1"] == metrics["test_top1"]
     assert evaluate(tiny(*FEW), folder / "best.safetensors")["top1"] == pytest.approx(metrics["test_top1"])
     log = " ".join((folder / "console.log").read_text().split())
-    assert "curves.png cannot be written" in log
-    assert "vpeft test --out DIR tries the rest again" in log
+    assert "curves.png could not be written" in log
+    assert "vpeft test --out DIR tries it again" in log
 
 
 def test_a_test_says_its_numbers_before_it_writes(tiny, tmp_path, capsys):
@@ -156,6 +156,7 @@ def test_a_test_says_its_numbers_before_it_writes(tiny, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/report.html").mkdir()  # as good as a disk that is full
     capsys.readouterr()
-    with pytest.raises(vpeft.VpeftError, match=r"report\.html cannot be written"):
-        evaluate(tiny(*FEW), folder_of(config) / "best.safetensors", out=tmp_path / "out")
-    assert '"test_top1"' in capsys.readouterr().out
+    evaluate(tiny(*FEW), folder_of(config) / "best.safetensors", out=tmp_path / "out")
+    told = capsys.readouterr()
+    assert '"test_top1"' in told.out
+    assert "report.html could not be written" in told.err

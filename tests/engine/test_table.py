@@ -37,6 +37,9 @@ def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path
     assert out.with_suffix(".png").stat().st_size > 1000
     monkeypatch.setattr(module, "train", lambda config: pytest.fail("a finished run was repeated"))
     assert module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out) == rows
+    (tmp_path / "runs" / "t" / "low-seed0" / "best.safetensors").unlink()
+    with pytest.raises(vpeft.CheckpointError, match=r"low-seed0/best\.safetensors"):
+        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
 
 
 def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_path, monkeypatch):

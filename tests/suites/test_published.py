@@ -128,6 +128,26 @@ def test_what_is_missing_or_otherwise_is_said(own):
     assert all(len(line) <= 80 for line in page.splitlines())
 
 
+def test_runs_that_are_not_alike_are_told(tmp_path):
+    """Another test split, another rank and another recipe in one folder, and a run that no recipe made."""
+    for task, more in (
+        ("cifar", ["data.test_split=val200"]), ("svhn", ["method.options.rank=4"]), ("dtd", ["recipe=osu", "optim.lr=0.5"]),
+    ):  # fmt: skip
+        made_up_run(tmp_path / "mixed" / task, [f"task={task}", "method.name=lora", *more], 50.0)
+    made_up_run(tmp_path / "plain" / "cifar", ["task=cifar", "method.name=lora"], 50.0)
+    made_up_run(tmp_path / "mine" / "cifar", ["task=cifar", "method.name=lora"], 50.0)
+    file = tmp_path / "mine" / "cifar" / "config.yaml"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("origin: ")))
+    found = {row.name: row.remarks for row in measured(tmp_path, VTAB)}
+    assert found["plain"] == set()
+    assert found["mine"] == {"made from no recipe of the suite"}
+    assert found["mixed"] == {
+        "tested on val200",
+        "runs of several recipes: recipe 'noah', recipe 'osu'",
+        "other than the recipe: data.test_split val200, method.options.rank 4, optim.lr 0.5",
+    }
+
+
 def test_csv(own):
     rows = list(csv.DictReader(table(VTAB, published(VTAB, "bitfit"), own[1:]).splitlines()))
     assert [r["kind"] for r in rows] == ["quoted", "quoted", "released results", "released results", "measured here"]
@@ -140,7 +160,7 @@ def test_csv(own):
 def test_other_benchmarks_fit_the_page(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--method", "lora"]):
-        main(["published", "--benchmark", name, *more])
+        main(["published", "--suite" if more else "--benchmark", name, *more])
         page = capsys.readouterr().out
         assert "no finished run" in page
         assert all(len(line) <= 80 for line in page.splitlines())
@@ -150,7 +170,7 @@ def test_other_benchmarks_fit_the_page(name, capsys, tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["--method", "lroa"], "nothing is published of 'lroa' on VTAB-1k here; did you mean 'lora'?"),
-        (["--benchmark", "vtb"], "there is no 'vtb'; did you mean 'vtab'?"),
+        (["--suite", "vtb"], "--suite: there is no 'vtb'; did you mean 'vtab'?"),
         (["--runs", "nowhere"], "--runs: folder 'nowhere' does not exist"),
     ],
 )

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from tests.support.runs import interrupted
 from tests.support.sets import vtab
 from vpeft.cli import main
 from vpeft.engine import recipes
+from vpeft.engine.config import load_config
+from vpeft.engine.shipped import find
 from vpeft.errors import ConfigError
 from vpeft.suites.whole import jobs
 
@@ -47,6 +50,27 @@ def test_tasks_are_run_once_and_told(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "finished runs have other settings than those asked for" in error
     assert "optim.lr 0.001 -> 0.5" in error
+
+
+def test_the_table_has_earlier_runs_and_what_was_interrupted_goes_on(tmp_path, capsys):
+    where = data(tmp_path / "data", "kitti", "dmlab")
+    folder = tmp_path / "runs" / "vtab" / "lora"
+    command = ["suite", "vtab", "lora", *TINY, *where]
+    main([*command, "--tasks", "dmlab"])
+    main([*command, "--tasks", "kitti"])
+    (row,) = json.loads((folder / "table.json").read_text())["measured"]
+    assert set(row["scores"]) == {"kitti", "dmlab"}
+    others = [*TINY, *where, "train.epochs=2", "task=kitti", "method.name=lora", "overwrite=true"]
+    interrupted(load_config(find("vtab"), others, tell=False))
+    dmlab = (folder / "dmlab" / "metrics.json").stat().st_mtime_ns
+    capsys.readouterr()
+    main([*command, "train.epochs=2", "overwrite=true", "--tasks", "kitti"])
+    assert "after epoch 1" in (folder / "kitti" / "console.log").read_text()
+    assert len((folder / "kitti" / "log.jsonl").read_text().splitlines()) == 2
+    assert (folder / "dmlab" / "metrics.json").stat().st_mtime_ns == dmlab
+    (row,) = json.loads((folder / "table.json").read_text())["measured"]
+    (remark,) = (r for r in row["remarks"] if r.startswith("other than the recipe"))
+    assert "train.epochs 1 or 2" in remark
 
 
 def test_missing_data_are_told_before_anything_is_trained(tmp_path, capsys):

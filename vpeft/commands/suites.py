@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 
 def published(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    parser.add_argument("--benchmark", default="vtab", metavar="NAME", help="vtab, fgvc, fewshot, imagenet_dg or cifar100")
+    names = "vtab, fgvc, fewshot, imagenet_dg or cifar100"
+    parser.add_argument("--suite", "--benchmark", default="vtab", metavar="NAME", help=f"{names}; --benchmark is the same")
     parser.add_argument("--method", metavar="NAME", help="only rows of this one, with each task and the sources")
     parser.add_argument("--runs", metavar="DIR", help="of your runs, which are shown beside them (default: runs)")
     form = parser.add_mutually_exclusive_group()
@@ -21,7 +22,7 @@ def published(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         from ..suites.published import benchmark
         from ..suites.published import published as rows_of
 
-        suite = benchmark(args.benchmark)
+        suite = benchmark(args.suite)
         rows = rows_of(suite, args.method)
         own = measured(args.runs or "runs", suite) if args.runs or Path("runs").is_dir() else []
         if args.method:

@@ -55,10 +55,9 @@ class Finished:
     heading: list[str] = field(default_factory=list)
     per_class: list[list[str]] = field(default_factory=list)
 
-    @property
-    def told(self) -> list[list[str]]:
-        """The names of its classes, from each file that has them."""
-        return [names for names in (self.classes, [row[0] for row in self.per_class[1:]]) if names]
+    def names(self) -> list[str]:
+        """Its classes, as per_class.csv or its checkpoint names them; none where neither is there (nearest neighbours)."""
+        return [row[0] for row in self.per_class[1:]] or self.classes or []
 
     def right(self, index: int) -> bool:
         """Whether it found a sample's class."""
@@ -190,15 +189,16 @@ def _class_names(path: Path) -> list[str] | None:
 
 def _hindrances(runs: list[Finished]) -> Iterator[str]:
     """Why classes and samples cannot be compared; nothing where they can."""
-    first = runs[0]
-    for run in runs[1:]:
-        if any(own != other for own in run.told for other in first.told):
+    first, *others = [run for run in runs if run.names()] or runs
+    for run in others:
+        if run.names() != first.names():
             yield f"[{first.label}] and [{run.label}] have other classes: their metrics are not of the same thing"
     without = [run for run in runs if run.samples is None]
     if without:
         which = ", ".join(f"[{run.label}]" for run in without)
         yield f"{which} has no {PREDICTIONS} (report=none, no test split, or an older run): samples are not compared"
         return
+    first = runs[0]
     for run in runs[1:]:
         if _asked(run) != _asked(first):
             yield (

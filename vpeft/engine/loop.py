@@ -24,12 +24,12 @@ from ..tuning.handle import Handle
 from .best import keep_training_form, read_best
 from .cache import CacheError
 from .config import why_no_cache
+from .layer_rates import by_layer, rate_lines
 from .opening import count_skipped
 from .plan import STATE
 from .progress import Bar, GradientWatch, Pace, TimedBatches, epoch_line, peak_memory
-from .rates import by_layer, told
 from .report import draw_curves
-from .results import gathered, make_record, spared, write_results
+from .results import gathered, make_record, sparing, write_results
 from .run import RunFolder
 from .setup import make_loaders, make_optimizer, make_schedule
 from .state import Average, RunState
@@ -67,7 +67,7 @@ class Trainer:
         self.loaders = make_loaders(config, data, accelerator)
         groups = handle.param_groups(config.optim.lr, config.optim.weight_decay, head_lr=config.optim.head_lr)
         groups = by_layer(config, handle, groups)
-        for line in told(handle, groups):
+        for line in rate_lines(handle, groups):
             run.logger.info("%s", line)
         self.params = [p for g in groups for p in g["params"]]
         optimizer = make_optimizer(config, groups)
@@ -250,8 +250,9 @@ class Trainer:
             # The inner module: DDP's forward would broadcast buffers, and uneven shards would then hang.
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True)
             with torch.no_grad(), self.accelerator.autocast():
-                told = {} if record is None else {"record": record}
-                return self.task.evaluate(model, record or loader, self.accelerator.device, **told)
+                if record is None:
+                    return self.task.evaluate(model, loader, self.accelerator.device)
+                return self.task.evaluate(model, record, self.accelerator.device, record=record)
         finally:
             if self.average:
                 self.average.swap()
@@ -281,9 +282,10 @@ class Trainer:
             self.notes["changed_settings"] = self.changes
         if self.run.main:
             self._keep(metrics)
-            with spared(self.run, "curves.png"):
+            # What people look at may fail; the run is done, and its test is not to be read again.
+            with sparing("curves.png", self.run.logger.warning):
                 draw_curves(self.run, self.task)
-            with spared(self.run, "what the test leaves"):
+            with sparing("predictions.csv and what is made of it", self.run.logger.warning):
                 write_results(self.run.folder, self.record)
             self.run.finish(metrics | self.notes | self.data.notes)
         self.accelerator.log(

@@ -1,8 +1,9 @@
 """What a test leaves in a folder beside its numbers; see ``vpeft/reporting``."""
 
+import inspect
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from ..reporting.page import Block, bars, code, folded, picture, table, write_pa
 from ..reporting.record import RECORDS, Record
 from ..reporting.tables import read_csv
 from ..reporting.writing import CONFUSION_PICTURE, FILES, PAGE, PER_CLASS, RELIABILITY, WORST, write_record
+from ..stopping import asked_to_stop
 from ..tasks.step import Step
-from .run import RunFolder
 
 # Pictures that a run may hold, in the order in which its page shows them.
 PICTURES = {
@@ -28,6 +29,23 @@ PICTURES = {
     "clips.png": "Examples",
 }
 ROWS = 300  # classes that a page lists
+
+
+def why_no_record(task: Step) -> str:
+    """Why nothing is kept of each test sample of a task; empty where it is.
+
+    Raises:
+        ConfigError: the task says that it records something that there is not.
+    """
+    kind = getattr(task, "records", None)
+    if kind is None:
+        return "the task does not say what it records"
+    if kind not in RECORDS:
+        raise ConfigError(f"{type(task).__name__}.records: {kind!r} is none of {', '.join(RECORDS)}; leave it out, or None")
+    takes = inspect.signature(task.evaluate).parameters
+    if "record" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return ""
+    return f"{type(task).__name__}.evaluate has no parameter record=None, which it would tell of each batch"
 
 
 def make_record(
@@ -43,11 +61,26 @@ def make_record(
         stats: of the normalisation, as the task's data give them.
         accelerator: of this process.
     """
-    kind = getattr(task, "records", None)
-    if loader is None or kind is None or config.report == "none":
+    if loader is None or config.report == "none" or why_no_record(task):
         return None
     rank, world = accelerator.process_index, accelerator.num_processes
-    return RECORDS[kind](loader, classes, stats or {}, rank=rank, world=world)
+    return RECORDS[task.records](loader, classes, stats or {}, rank=rank, world=world)
+
+
+@contextmanager
+def sparing(what: str, warn: Callable[[str], Any]) -> Iterator[None]:
+    """Under here an error is told, in one line, and costs a page or a picture alone; an interruption ends the command.
+
+    Args:
+        what: is written.
+        warn: called with the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if asked_to_stop():  # such as a loader whose workers got the signal first
+            raise
+        warn(f"{what} could not be written ({type(error).__name__}: {error}); vpeft test --out DIR tries it again")
 
 
 def gathered(record: Record | None) -> dict[str, float]:
@@ -58,26 +91,19 @@ def gathered(record: Record | None) -> dict[str, float]:
     return record.numbers()
 
 
-@contextmanager
-def spared(run: RunFolder, what: str) -> Iterator[None]:
-    """Under here a run writes what it can do without: no failure, whatever it is, costs the run itself."""
-    try:
-        yield
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}" if not isinstance(error, VpeftError) else error
-        run.logger.warning(
-            "%s cannot be written (%s); checkpoints and metrics.json are, and vpeft test --out DIR tries the rest again",
-            what, said,
-        )  # fmt: skip
-
-
 def write_results(folder: Path, record: Record | None) -> None:
-    """The files of a record, which was gathered; those of an earlier one go."""
+    """The files of a record, which was gathered; those of an earlier one go.
+
+    Raises:
+        VpeftError: the record could not be kept.
+    """
     for name in FILES:
         try:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise WriteError(f"{folder / name} cannot be written: {error.strerror}") from error
+    if record is not None and record.failed:
+        raise VpeftError(f"what the test said of each sample could not be kept ({record.failed})")
     if record is not None:
         write_record(folder, record)
 

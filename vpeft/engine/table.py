@@ -1,6 +1,5 @@
 """One table from many experiments: configurations x seeds, run where not yet run, as Markdown, JSON and a picture."""
 
-import copy
 import json
 import math
 import os
@@ -24,9 +23,8 @@ from ..tuning.loading import load
 from .checks import check_files
 from .config import load_config
 from .opening import open_split
-from .plan import look, place
-from .run import settle
-from .settings import differences, harmful, said, stored_config
+from .plan import place
+from .replacing import to_replace
 from .train import check, train
 
 
@@ -58,7 +56,7 @@ def table(
     if not plans:
         raise ConfigError("table: no configuration given")
     _check_distinct(plans)
-    again = _to_replace([config for _, configs in plans for config in configs])
+    again = to_replace([config for _, configs in plans for config in configs], "table: ")
     rows = []
     for number, (file, configs) in enumerate(plans, 1):
         for config in configs:
@@ -103,48 +101,6 @@ def _check_distinct(plans: list[tuple[Path, list[DictConfig]]]) -> None:
         seen[path] = file
 
 
-def _to_replace(configs: list[DictConfig]) -> set[str]:
-    """Names of finished runs that are to be trained anew (``overwrite=true``), since their settings are others.
-
-    Raises:
-        ConfigError: finished runs with other settings than those that are asked for, or runs that cannot go on.
-    """
-    again, other = set(), []
-    for config in configs:
-        path = place(config)
-        settle(path)
-        if not _metrics(config).exists():
-            again |= _unfinished(config)
-            continue
-        changes = harmful(differences(stored_config(path), config), finished=True, config=config)
-        if changes and config.overwrite:
-            again.add(config.name)
-        elif changes:
-            other.append(f"{path} ({said(changes)})")
-    if other:
-        raise ConfigError(
-            f"table: finished runs have other settings than those asked for: {'; '.join(other)}; give these another name=… "
-            "or output=…, or overwrite=true to train them anew"
-        )
-    for config in configs:
-        config.overwrite = config.overwrite and config.name in again
-    return again
-
-
-def _unfinished(config: DictConfig) -> set[str]:
-    """The name of a run that is replaced since it cannot go on with these settings."""
-    plain = copy.deepcopy(config)
-    plain.overwrite = False
-    try:
-        look(plain)
-    except ConfigError:
-        if not config.overwrite:
-            raise
-        look(copy.deepcopy(config))
-        return {config.name}
-    return set()
-
-
 def _metrics(config: DictConfig) -> Path:
     return Path(config.output) / config.name / "metrics.json"
 
@@ -155,7 +111,8 @@ def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
     split = next((s for s in ("test", "val") if all(f"{s}_{task.monitor}" in m for m in found)), None)
     scores = [m[f"{split}_{task.monitor}"] for m in found] if split else []
     best = Path(configs[0].output) / configs[0].name / "best.safetensors"
-    own, error = merge_error(configs[0], best) if best.exists() else (0, None)  # nearest neighbours train nothing
+    # Nearest neighbours train nothing, and have no checkpoint.
+    own, error = (0, None) if found[0]["trainable"] == 0 and not best.exists() else merge_error(configs[0], best)
     return {
         "config": str(file),
         "experiment": configs[0].name.rpartition("-seed")[0],

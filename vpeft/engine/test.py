@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ from ..tasks.protocol import Task
 from ..tuning.loading import load
 from .checks import building, check_files
 from .opening import open_split, skipped
-from .results import check_folder, gathered, make_record, write_report, write_results
+from .results import check_folder, gathered, make_record, sparing, why_no_record, write_report, write_results
 from .run import environment
 from .setup import make_accelerator
 
@@ -89,11 +90,16 @@ def test(
         # Before anything that may not be written; the rest is in metrics.json.
         print(json.dumps({k: v for k, v in said.items() if not isinstance(v, dict)}, indent=1))
         if folder is not None:
-            write_results(folder, record)
+            warn = partial(print, file=sys.stderr)
+            if record is None:
+                warn(f"no predictions.csv: {why_no_record(task)}")
             write_text(folder / "metrics.json", json.dumps(said, indent=1))
+            with sparing("predictions.csv and what is made of it", warn):
+                write_results(folder, record)
             facts = {"checkpoint": str(ckpt), "method": handle.method.name, "split": split} | said
             again = ["vpeft", "test", *sys.argv[2:]] if Path(sys.argv[0]).name == "vpeft" else sys.argv
-            write_report(folder, f"{ckpt} on {split}", config, facts, environment(), again)
+            with sparing("report.html", warn):
+                write_report(folder, f"{ckpt} on {split}", config, facts, environment(), again)
     return values
 
 

@@ -23,12 +23,12 @@ from ..tasks.registry import get_task
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
 from .checks import building, check_data, check_files, check_parts
+from .layer_rates import scales_of
 from .loop import Trainer
 from .opening import open_data
 from .plan import STATE, Plan, look, place
-from .rates import scales_of
 from .report import report, show
-from .results import spared
+from .results import sparing, why_no_record
 from .run import RunFolder, settle
 from .setup import make_accelerator, start_tracking
 from .solvers.checks import check_head, check_solver
@@ -58,6 +58,7 @@ def check(config: DictConfig, task: Task | None = None) -> Method:
     method = make_method(config)
     task = task or get_task(config)
     task.check(method)
+    why_no_record(task)
     check_solver(config, method, task)
     check_weights(config)
     return method
@@ -100,6 +101,9 @@ def train(
         again = _calibrated(config, built, handle, data, run)
         if run.main:
             run.logger.info("%s", handle.summary())
+            unrecorded = config.report != "none" and data.test is not None and why_no_record(task)
+            if unrecorded:
+                run.logger.info("no predictions.csv: %s", unrecorded)
         start_tracking(config, accelerator)
         # Of a task of one's own the outputs may be something else than classes.
         names = data.classes if handle.root.outputs in (None, len(data.classes)) else None
@@ -113,9 +117,9 @@ def train(
             for tracker in accelerator.trackers:
                 tracker.finish()
         if run.main:
-            with spared(run, "the task's pictures"):
+            with sparing("the task's pictures", run.logger.warning):
                 task.finish(built, data, run.path)
-            with spared(run, "report.html"):
+            with sparing("report.html", run.logger.warning):
                 report(run, handle, task, metrics)
             show(run, handle, task, metrics)
     return metrics

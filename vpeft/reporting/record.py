@@ -4,7 +4,8 @@ Of 50,000 images of 1,000 classes these are 5 MB: of each its number, its true c
 with their probabilities, and small copies of the few that were most confidently wrong.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,8 +24,25 @@ WORST = 24  # pictures that are kept
 SIDE = 144  # pixels of their longer side
 
 
+def sparing(add: Callable[..., None]) -> Callable[..., None]:
+    """An ``add`` whose errors end the record and not the test: the metrics do not need it."""
+
+    @wraps(add)
+    def spared(self: "Record", *args: Any, **kwargs: Any) -> None:
+        if self.failed:
+            return
+        try:
+            add(self, *args, **kwargs)
+        except Exception as error:
+            self.failed, self.parts, self.worst = f"{type(error).__name__}: {error}", [], []
+
+    return spared
+
+
 class Record:
     """A loader whose batches are gone through once, and what a task tells of them; see ``LabelRecord`` and ``MaskRecord``.
+
+    For tasks of one's own it has the loader's length and attributes too, such as ``dataset``.
 
     Args:
         loader: of the split, this process's share.
@@ -35,6 +53,7 @@ class Record:
     Attributes:
         columns: by name, one entry for each sample, sorted by the samples' numbers; there after ``gather``.
         worst: ``(badness, number, pictures)`` of the samples to show, the worst first.
+        failed: why a batch could not be taken in, after which nothing is kept; else empty.
     """
 
     worst_count: ClassVar[int] = WORST
@@ -49,7 +68,15 @@ class Record:
         self.reliability = Reliability()
         self.worst: list[tuple[float, int, Any]] = []
         self.now: list[int] = []
-        self.seen = 0
+        self.seen, self.failed = 0, ""
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):  # not made yet, or asked for by copy and pickle
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for inputs, targets in self.loader:
@@ -74,6 +101,10 @@ class Record:
 
     def gather(self) -> None:
         """Bring together what all processes have seen; each of them must call it."""
+        failed = [reason for reason in gather_object([self.failed]) if reason]
+        if failed:
+            self.failed, self.parts = failed[0], []
+            return
         held = gather_object([(self.parts, self.reliability.counts, self.worst, *self._more())])
         parts = [part for mine, *_ in held for part in mine]
         if parts:
@@ -102,7 +133,7 @@ class Record:
 
     def numbers(self) -> dict[str, float]:
         """What goes beside the metrics: ``ece``, the expected calibration error in percent."""
-        error = self.reliability.error()
+        error = None if self.failed else self.reliability.error()
         return {} if error is None else {"ece": error}
 
     def thumbnail(self, inputs: Tensor) -> np.ndarray:
@@ -127,8 +158,14 @@ class LabelRecord(Record):
 
     Columns: ``index``, ``true``, ``predicted``, ``confidence``; ``shares`` (N, classes) of at most ``ALL`` classes, else
     ``best`` (N, TOP) and ``best_shares``.
+    A model with more or fewer outputs than there are classes has its outputs called by their numbers, in ``classes`` too.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.width = 0  # of the outputs
+
+    @sparing
     def add(self, inputs: Tensor, scores: Tensor, shares: Tensor, labels: Tensor) -> None:
         """Take in the present batch.
 
@@ -138,6 +175,7 @@ class LabelRecord(Record):
             shares: probabilities (B, classes).
             labels: (B,).
         """
+        self.width = max(self.width, shares.shape[1])
         # Stable: of equal scores the first class counts, as in the metrics.
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :TOP]
         predicted = best[:, 0]
@@ -159,6 +197,14 @@ class LabelRecord(Record):
             ]
         )
 
+    def _more(self) -> tuple:
+        return (self.width,)
+
+    def _take(self, held: list) -> None:
+        width = max(width for (width,) in held)
+        if width and width != len(self.classes):
+            self.classes = [str(i) for i in range(width)]
+
     def confusion(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs (true class, predicted class) that occur, and how often each does: three arrays."""
         width = len(self.classes)
@@ -178,6 +224,7 @@ class MaskRecord(Record):
         super().__init__(*args, **kwargs)
         self.matrix = np.zeros((len(self.classes), len(self.classes)), np.int64)
 
+    @sparing
     def add(
         self, images: Tensor, scores: Tensor, masks: Tensor, rows: Sequence[int], colours: list, *, logits: bool = True
     ) -> None:

@@ -1,20 +1,23 @@
 """A suite's finished runs in a folder: their scores by task, and in what they are no runs of the protocol."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
 from ..engine.plan import BEST, holds_run
 from ..engine.recipes import Suite
-from ..engine.settings import stored_config
+from ..engine.settings import flat, stored_config
 from ..errors import ConfigError, VpeftError
 from ..tasks.models import make_method
+
+NO_RECIPE = "none of the suite"
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Measured:
             that of its lists where a set has several.
         parameters: trained ones without the head, of each run.
         models, images, epochs: backbones, presets and which epoch was tested.
+        recipes: of the suite, which the runs were made from.
+        changed: what some runs have otherwise than their recipe: values by key.
         remarks: in what some runs are not the suite's protocol.
     """
 
@@ -38,6 +43,8 @@ class Measured:
     models: set[str] = field(default_factory=set)
     images: set[str] = field(default_factory=set)
     epochs: set[str] = field(default_factory=set)
+    recipes: set[str] = field(default_factory=set)
+    changed: dict[str, set[str]] = field(default_factory=dict)
     remarks: set[str] = field(default_factory=set)
 
     def values(self, suite: Suite, draw: str | None = None) -> dict[str, float]:
@@ -73,8 +80,13 @@ def measured(folder: str | Path, suite: Suite) -> list[Measured]:
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"--runs: folder '{folder}' does not exist; give the folder of your runs, such as runs")
+    return gathered(below(root), root, suite)
+
+
+def below(root: Path) -> list[Path]:
+    """The folders below one that hold what finished runs hold; hidden ones are left out."""
     files = sorted(root.rglob("metrics.json"))
-    return gathered([f.parent for f in files if not any(p.startswith(".") for p in f.relative_to(root).parts)], root, suite)
+    return [f.parent for f in files if not any(p.startswith(".") for p in f.relative_to(root).parts)]
 
 
 def gathered(folders: Iterable[Path], root: Path, suite: Suite) -> list[Measured]:
@@ -94,6 +106,14 @@ def gathered(folders: Iterable[Path], root: Path, suite: Suite) -> list[Measured
         name = path.parent.relative_to(root).as_posix() if path.parent != root else config.method.name
         row = found.setdefault((path.parent, config.method.name), Measured(name, config.method.name))
         _add(row, suite, task, config, metrics, path)
+    for row in found.values():
+        if len(row.recipes) > 1:
+            row.remarks.add(f"runs of several recipes: {', '.join(sorted(row.recipes))}")
+        elif NO_RECIPE in row.recipes:
+            row.remarks.add("made from no recipe of the suite")
+        if row.changed:
+            changes = (f"{key} {' or '.join(sorted(values))}" for key, values in sorted(row.changed.items()))
+            row.remarks.add(f"other than the recipe: {', '.join(changes)}")
     return list(found.values())
 
 
@@ -112,6 +132,8 @@ def task_of(suite: Suite, config: DictConfig) -> str | None:
 
 def own_parameters(path: Path, config: DictConfig, metrics: dict[str, Any]) -> int | None:
     """What a finished run trained without its head; None where its checkpoint cannot be read."""
+    if metrics["trainable"] == 0:  # nearest neighbours, which have no checkpoint
+        return 0
     try:
         file = checkpoint.read_header(path / BEST)
         trains_head = make_method(config).trains_head
@@ -149,16 +171,29 @@ def _add(row: Measured, suite: Suite, task: str, config: DictConfig, metrics: di
     row.models.add(config.model.name)
     row.images.add(str(metrics.get("preset") or config.data.preset or "the model's own"))
     row.epochs.add("last" if config.train.select == "last" else "best on validation")
-    if config.data.train_split not in _training(suite):
+    if config.data.train_split not in _splits(suite, "data.train_split"):
         row.remarks.add(f"trained on {config.data.train_split}")
+    if config.data.test_split not in _splits(suite, "data.test_split"):
+        row.remarks.add(f"tested on {config.data.test_split}")
+    _add_recipe(row, config)
     if config.data.num_samples is not None:
         row.remarks.add(f"{config.data.num_samples} samples of each split")
 
 
-def _training(suite: Suite) -> set[Any]:
-    """The training splits of the suite's protocols."""
+def _add_recipe(row: Measured, config: DictConfig) -> None:
+    """Which recipe a run was made from, and what it has otherwise; ``vpeft/engine/layers.py`` wrote both into its origin."""
+    origin, _, other = (config.origin or "").partition("; other than there: ")
+    found = re.search(r": (recipe '[^']*'|the stated default)", origin)
+    row.recipes.add(found[1] if found else NO_RECIPE)
+    values = dict(flat(OmegaConf.to_container(config)))
+    for key in other.split(", ") if other else ():
+        row.changed.setdefault(key, set()).add(str(values.get(key)))
+
+
+def _splits(suite: Suite, key: str) -> set[Any]:
+    """The training or test splits of the suite's protocols."""
     of = [recipe.settings for some in suite.recipes.values() for recipe in some]
-    return {settings["data.train_split"] for settings in (suite.settings, *of) if "data.train_split" in settings}
+    return {settings[key] for settings in (suite.settings, *of) if key in settings}
 
 
 def _columns(suite: Suite, task: str, config: DictConfig, metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:

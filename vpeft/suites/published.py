@@ -50,7 +50,7 @@ def benchmark(name: str) -> Suite:
         VpeftError: there is none of this name; names the nearest.
     """
     if name not in benchmarks():
-        raise VpeftError(f"--benchmark: there is no '{name}'{did_you_mean(name, benchmarks())}")
+        raise VpeftError(f"--suite: there is no '{name}'{did_you_mean(name, benchmarks())}")
     return suite(name)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from ..engine.config import load_config
 from ..engine.opening import open_data
 from ..engine.plan import place
 from ..engine.recipes import Suite
-from ..engine.settings import differences, harmful, said, stored_config
+from ..engine.replacing import to_replace
 from ..engine.shipped import find
 from ..engine.train import check
 from ..errors import ConfigError, DataError, VpeftError
 from ..files import write_text
 from ..tasks.registry import get_task
-from .measured import gathered
+from .measured import below, gathered
 from .page import plain, table, text
 from .published import PublishedRow, benchmarks, published
 from .runner import Job, finished, run_all
@@ -74,7 +75,9 @@ def jobs(
 def run_suite(of: Suite, todo: Sequence[Job], *, processes: int = 1, say: Callable[[str], Any] = print) -> Path:
     """Do all runs that are not finished, and write the table of all; returns its path without suffix.
 
-    The table has both means, the parameters without the head, the trade-off and the published rows of the method.
+    The table is of all finished runs in the folder of these, earlier ones too. It has both means, the parameters without the
+    head, the trade-off and the published rows of the methods. ``overwrite=true`` replaces runs of other settings; an
+    interrupted one goes on.
 
     Args:
         of: the suite.
@@ -87,8 +90,9 @@ def run_suite(of: Suite, todo: Sequence[Job], *, processes: int = 1, say: Callab
             anything is trained; or runs that failed, after all others are done.
     """
     configs = {job.name: load_config(job.file, [*job.overrides, f"name={job.name}"], tell=False) for job in todo}
+    again = to_replace(list(configs.values()))
+    todo = [job if job.name in again else replace(job, overrides=(*job.overrides, "overwrite=false")) for job in todo]
     left = [job for job in todo if not finished(job, configs[job.name])]
-    _check_settings([configs[job.name] for job in left])
     _check_data(of, [configs[job.name] for job in left], say)
     say(f"{of.title}: {len(todo)} runs, {len(todo) - len(left)} of them finished")
     failed = []
@@ -96,26 +100,11 @@ def run_suite(of: Suite, todo: Sequence[Job], *, processes: int = 1, say: Callab
         failed = [outcome for outcome in outcomes if outcome.error]
     first = configs[todo[0].name]
     out = place(first).parent / "table"
-    _write(of, [place(c) for c in configs.values()], first, out, say)
+    _write(of, first, out, say)
     if failed:
         names = ", ".join(f"{outcome.job.name} ({outcome.error})" for outcome in failed)
         raise VpeftError(f"{len(failed)} of {len(todo)} runs failed: {names}; the same command tries them again")
     return out
-
-
-def _check_settings(configs: Sequence[DictConfig]) -> None:
-    """Refuse finished runs that were trained with other settings than those asked for."""
-    other = []
-    for config in configs:
-        path = place(config)
-        if (path / "metrics.json").is_file() and not config.overwrite:
-            changes = harmful(differences(stored_config(path), config), finished=True, config=config)
-            other.append(f"{path} ({said(changes)})")
-    if other:
-        raise ConfigError(
-            f"finished runs have other settings than those asked for: {'; '.join(other)}; give these another name=… or "
-            "output=…, or overwrite=true to train them anew"
-        )
 
 
 def _check_data(of: Suite, configs: Sequence[DictConfig], say: Callable[[str], Any]) -> None:
@@ -141,11 +130,11 @@ def _check_data(of: Suite, configs: Sequence[DictConfig], say: Callable[[str], A
         )
 
 
-def _write(of: Suite, folders: Sequence[Path], config: DictConfig, out: Path, say: Callable[[str], Any]) -> None:
-    rows: list[PublishedRow] = []
+def _write(of: Suite, config: DictConfig, out: Path, say: Callable[[str], Any]) -> None:
+    own, rows = gathered(below(out.parent), Path(config.output), of), list[PublishedRow]()
     if of.name in benchmarks():
-        rows = [row for row in published(of) if row.about["vpeft"] == config.method.name]
-    own = gathered(folders, Path(config.output), of)
+        methods = {config.method.name, *(row.method for row in own)}
+        rows = [row for row in published(of) if row.about["vpeft"] in methods]
     page = text(of, rows, own, details=True)
     write_text(out.with_suffix(".txt"), page)
     write_text(out.with_suffix(".csv"), table(of, rows, own))

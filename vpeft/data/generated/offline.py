@@ -276,7 +276,7 @@ def offline(task: str) -> Callable[[str | None, str], ArrayDataset]:
     return opened
 
 
-def check_apart(task: str, splits: Mapping[str, str]) -> None:
+def check_offline_splits(task: str, splits: Mapping[str, str]) -> None:
     """Refuse splits of a task that there are not, and those that share images.
 
     Args:

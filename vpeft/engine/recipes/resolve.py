@@ -15,8 +15,9 @@ SUITE_KEYS = ("suite", "recipe", "shots")
 
 
 # What a run may have otherwise than the recipe and still be its run.
-_BESIDE = ("data.root", "data.workers", "data.batch_size", "data.download", "data.skip_broken", "data.num_samples")
+_BESIDE = ("data.root", "data.workers", "data.batch_size", "data.download", "data.skip_broken")
 _SECTIONS = ("model.", "method.options", "data.", "augment.", "optim.", "schedule.", "train.", "solve.")
+_KEYS = ("init", "cache.dtype")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def changed(recipe: DictConfig, config: DictConfig) -> list[str]:
     """
     old, new = (dict(_flat(OmegaConf.to_container(c))) for c in (recipe, config))
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    return [k for k in keys if k.startswith(_SECTIONS) and k not in _BESIDE]
+    return [k for k in keys if (k.startswith(_SECTIONS) and k not in _BESIDE) or k in _KEYS]
 
 
 def _method(name: Any) -> str:

@@ -1,4 +1,8 @@
-"""k nearest neighbours on frozen features, by cosine, as a model that the task evaluates like any other."""
+"""k nearest neighbours on frozen features, by cosine, as a model that the task evaluates like any other.
+
+A neighbour's vote grows as exp(cosine / temperature): Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance
+Discrimination", CVPR 2018, arXiv 1805.01978.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -49,7 +53,7 @@ def compared(
     neighbours: Sequence[int],
     temperature: Sequence[float],
 ) -> dict[tuple[int, float], tuple[float, float]]:
-    """Accuracy (%) and mean cross-entropy for each pair (k, temperature); a k that the bank does not have is left out.
+    """Accuracy (%) and mean cross-entropy for each pair (k, temperature); of a larger k than the bank, all of it vote.
 
     Args:
         bank, labels: (M, width) of norm 1, and (M,).

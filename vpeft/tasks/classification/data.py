@@ -10,7 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ...data.embedded import check_fashion_mnist
-from ...data.generated.offline import check_apart
+from ...data.generated.offline import check_offline_splits
 from ...data.images import open_image
 from ...data.pixels import to_rgb
 from ...data.sets import FAMILIES, SETS, check_also, check_set, check_unused, is_set, open_also, open_set
@@ -62,7 +62,7 @@ def _check_own(data: Any) -> None:
         if source == "fashion_mnist":
             check_fashion_mnist(data.fashion_mnist or data.root)
         elif source.startswith("offline/"):
-            check_apart(source.removeprefix("offline/"), named_splits(data))
+            check_offline_splits(source.removeprefix("offline/"), named_splits(data))
     elif source == "folder":
         check_root(
             data,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 
 import vpeft
-from vpeft.engine.rates import by_layer
+from vpeft.engine.layer_rates import by_layer
 from vpeft.engine.setup import make_optimizer, make_schedule
 from vpeft.engine.train import train
 from vpeft.tasks.models import build_model

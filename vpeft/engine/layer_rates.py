@@ -2,6 +2,9 @@
 
 ``optim.layer_decay`` multiplies the rate once for each layer below the classifier, as timm groups them; ``optim.lr_scales``
 multiplies it for what lies under a path. The schedule's first and lowest rates are multiplied too (timm's ``lr_scale``).
+
+Rates that fall by a factor from layer to layer: ULMFiT, ACL 2018, arXiv 1801.06146; under this name, for transformers:
+ELECTRA, ICLR 2020, arXiv 2003.10555; for ViTs: BEiT, ICLR 2022, arXiv 2106.08254.
 """
 
 from typing import Any
@@ -86,7 +89,7 @@ def by_layer(config: DictConfig, handle: Handle, groups: list[dict[str, Any]]) -
     return found
 
 
-def told(handle: Handle, groups: list[dict[str, Any]]) -> list[str]:
+def rate_lines(handle: Handle, groups: list[dict[str, Any]]) -> list[str]:
     """A line for each rate of groups that were cut: the rate, how many tensors and which; nothing where none were."""
     if not any("lr_scale" in group for group in groups):
         return []
