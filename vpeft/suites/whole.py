@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 from ..engine.config import load_config
 from ..engine.opening import open_data
-from ..engine.plan import place
+from ..engine.plan import STATE, holds_run, place
 from ..engine.recipes import Suite
-from ..engine.settings import differences, harmful, said, stored_config
+from ..engine.settings import adjustable, differences, harmful, said, stored_config
 from ..engine.shipped import find
 from ..engine.train import check
 from ..errors import ConfigError, DataError, VpeftError
@@ -103,13 +103,25 @@ def run_suite(of: Suite, todo: Sequence[Job], *, processes: int = 1, say: Callab
 
 
 def _check_settings(configs: Sequence[DictConfig]) -> None:
-    """Refuse finished runs that were trained with other settings than those asked for."""
-    other = []
+    """Refuse runs that were trained, or begun, with other settings than those asked for."""
+    other, begun, fixed = [], [], False
     for config in configs:
         path = place(config)
-        if (path / "metrics.json").is_file() and not config.overwrite:
-            changes = harmful(differences(stored_config(path), config), finished=True, config=config)
+        if config.overwrite or not holds_run(path):
+            continue
+        finished_one = (path / "metrics.json").is_file()
+        changes = harmful(differences(stored_config(path), config), finished=finished_one, config=config)
+        if finished_one:
             other.append(f"{path} ({said(changes)})")
+        elif changes.keys() - {"train.extend"} and config.resume == "auto" and (path / STATE).is_file():
+            begun.append(f"{path} ({said(changes)})")
+            fixed = fixed or not all(map(adjustable, changes))
+    if begun:
+        on = "" if fixed else ", resume=changed to go on with the new ones"
+        raise ConfigError(
+            f"unfinished runs have other settings than those asked for: {'; '.join(begun)}; give these another name=… or "
+            f"output=…{on}, or overwrite=true to train them anew"
+        )
     if other:
         raise ConfigError(
             f"finished runs have other settings than those asked for: {'; '.join(other)}; give these another name=… or "
