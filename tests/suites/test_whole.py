@@ -123,3 +123,16 @@ def test_a_whole_suite_has_both_means(tmp_path, capsys):
     groups = [sum(row["scores"][t] for t in tasks) / len(tasks) for tasks in VTAB.groups.values()]
     assert row["means"]["of_groups"] == pytest.approx(sum(groups) / 3)
     assert row["ppt"] == pytest.approx(row["means"]["tasks"] / 100, rel=1e-4)
+
+
+def test_an_unfinished_run_with_other_settings_is_told_before_anything_is_trained(tmp_path, capsys):
+    where = data(tmp_path / "data", "kitti", "dmlab")
+    command = ["suite", "vtab", "lora", *TINY, *where, "--tasks", "dmlab", "kitti"]
+    main([*command[:-1]])
+    (tmp_path / "runs" / "vtab" / "lora" / "dmlab" / "metrics.json").unlink()  # as of a run that was stopped
+    with pytest.raises(SystemExit):
+        main([*command, "recipe=adapter_plus", "name=vtab/lora"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "unfinished runs have other settings than those asked for: " in error
+    assert "lora/dmlab (" in error
+    assert not (tmp_path / "runs" / "vtab" / "lora" / "kitti").exists()
