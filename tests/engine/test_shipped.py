@@ -20,6 +20,22 @@ def test_all_have_a_name_that_finds_them(capsys):
     assert capsys.readouterr().out.split() == [n for n in names if n.startswith("seg/")]
 
 
+def test_spaces_are_listed_apart_and_shown_and_copied_like_others(tmp_path, capsys):
+    spaces = sorted(
+        f.relative_to(folder("configs")).with_suffix("").as_posix() for f in folder("configs/spaces").rglob("*.yaml")
+    )
+    for start, wanted in (([], []), (["sp"], []), (["spaces/"], spaces)):
+        main(["configs", "list", *start])
+        assert [n for n in capsys.readouterr().out.split() if n.startswith("spaces/")] == wanted
+    main(["configs", "show", "spaces/rates"])
+    assert yaml.safe_load(capsys.readouterr().out)["trials"] == 20
+    main(["configs", "copy", "spaces/rates", "spaces/matched/vpt_deep", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.split() == [f"{tmp_path}/spaces/rates.yaml", f"{tmp_path}/spaces/matched/vpt_deep.yaml"]
+    with pytest.raises(SystemExit):
+        main(["configs", "show", "spaces/rates", "trials=3"])
+    assert "trials=3: a space has no settings to change" in capsys.readouterr().err
+
+
 def test_a_name_trains_from_any_folder(tmp_path, monkeypatch, capsys):
     """What is not here is looked for among those that ship, which a line says; a file of this name comes first."""
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,13 @@ def test_the_winner_may_be_trained_without_the_validation_samples(read):
     assert (last.data.val_size, last.data.train_split) == (200, "train")
 
 
+def test_the_supernet_knows_no_test_set(read):
+    config = read("data.source=imagenet", "data.root=here", "data.shots=1", "data.also_test=[imagenet-a]")
+    stage, last = supernet_config(config), winner_config(config, None)
+    assert (stage.data.test_split, list(stage.data.also_test)) == (None, [])
+    assert (last.data.test_split, list(last.data.also_test)) == ("test", ["imagenet-a"])
+
+
 FOLDERS = ("data.source=folder", "data.root=here", "data.val_size=0", "data.train_split=train800", "data.val_split=val200")
 
 

@@ -103,8 +103,8 @@ def test_two_processes_from_the_start(tiny_file, tmp_path):
 def test_several_seeds_make_a_table(tiny_file, tmp_path, capsys):
     from vpeft.cli import main
 
-    command = ["search", "--cfg", str(tiny_file), "--seeds", "0", "1", "--out", str(tmp_path / "table")]
-    main([*command, "name=many"])
+    command = ["search", "--cfg", str(tiny_file), "--out", str(tmp_path / "table"), "--seeds", "0", "1"]
+    main([*command, "name=many"])  # a setting behind the seeds is none of them
     main([*command, "name=many"])  # finished ones are read
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [r["algorithm"] for r in rows] == ["evolution", "random"]

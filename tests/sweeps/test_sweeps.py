@@ -31,7 +31,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_grid_is_tried_on_validation_data_and_the_winner_is_tested(experiment, space, capsys):
-    main(["sweep", "--cfg", str(experiment), "--space", str(space(GRID)), "train.epochs=1", "--seeds", "3"])
+    main(["sweep", "--cfg", str(experiment), "--space", str(space(GRID)), "--seeds", "3", "train.epochs=1"])
     path = folder(experiment)
     found = rows(path)
     assert [(r["optim.lr"], r["method.options.rank"], r["state"]) for r in found] == [
@@ -53,6 +53,7 @@ def test_a_grid_is_tried_on_validation_data_and_the_winner_is_tested(experiment,
         assert not list(trial.glob("*.safetensors")), "weights of trials are not kept"
     winner = OmegaConf.load(path / "winner-seed3/config.yaml")
     assert (winner.data.test_split, winner.data.val_size, winner.seed) == ("test", 0, 3)
+    assert winner.train.epochs == 1, "a setting behind --seeds is one"
     assert winner.optim.lr == result["settings"]["optim.lr"]
     tested = json.loads((path / "winner-seed3/metrics.json").read_text())["test_top1"]
     assert result["winner"] == {"seeds": [3], "scores": [tested], "mean": tested, "std": None}
@@ -128,6 +129,23 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(experiment, 
     text, overrides = REFUSED[message]
     with pytest.raises(vpeft.VpeftError, match=message):
         sweep(experiment, space(text), overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds", "3", "3", "data.val_size=10"], "--seeds: 3 3 has a seed twice"),
+        (["--seeds", "0", "one", "data.val_size=10"], "--seeds: 'one' is no number; give such as --seeds 0 1 2"),
+        (["--seeds", "data.val_size=0"], "data.val_size: trials are compared on validation data"),
+        (["--study", "a/../b"], "--study: 'a/../b' is no name for a study's folder"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_with_it(experiment, space, given, said, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--cfg", str(experiment), "--space", str(space(LR)), *given])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..files import write_text
+from ..reporting.pictures import figure, plain, save
 from .result import Result
 from .rows import FROZEN, FULL, LIMIT
 
@@ -114,21 +115,20 @@ def _ms(seconds: float | None) -> str:
 
 def plot(path: Path, config: DictConfig, results: list[Result]) -> None:
     """Memory against step time, both over full fine-tuning."""
-    from matplotlib.figure import Figure
-
     kind = "peak" if any(r.peak is not None for r in results) else "saved"
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axis = figure.subplots()
+    drawn = figure(8, 6)
+    axis = drawn.subplots()
     for r in results:
         if r.step is None:
             continue
         x, y = r.ratios[f"step/{FULL}"], r.ratios[f"{kind}/{FULL}"]
         axis.plot(x, y, "s" if r.label in (FULL, LIMIT) else "o", markersize=5)
-        axis.annotate(r.label, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
+        axis.annotate(plain(r.label, 60), (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
     what = {"peak": "peak memory", "saved": "bytes saved for backward"}[kind]
     axis.set(xlabel="time of a step over full fine-tuning", ylabel=f"{what} over full fine-tuning")
-    axis.set(title=f"{_subject(config)}, batch {config.batch_size}, {config.device}, {config.precision}")
+    title = f"{_subject(config)}, batch {config.batch_size}, {config.device}, {config.precision}"
+    axis.set(title=plain(title, 120))
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save(drawn, path)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 def configs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|copy")
     listing = actions.add_parser("list", help="names, as they may be given to --cfg")
-    listing.add_argument("start", nargs="?", default="", metavar="START", help="only names that start so, such as digits/")
+    listing.add_argument(
+        "start", nargs="?", default="", metavar="START", help="only these, such as digits/; spaces/ are for --space"
+    )
     showing = actions.add_parser("show", help="one with its bases, or as it would be run, without the defaults")
     showing.add_argument("name", metavar="NAME")
     showing.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for train, such as task=cifar")
@@ -18,10 +20,13 @@ def configs(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], N
     def run(args: argparse.Namespace) -> None:
         from ..engine import shipped
         from ..engine.config import resolved
+        from ..errors import ConfigError
 
         if args.action == "list":
-            print(*(name for name in shipped.names() if name.startswith(args.start)), sep="\n")
+            print(*shipped.listed(args.start), sep="\n")
         elif args.action == "show":
+            if args.overrides and shipped.is_space(args.name):
+                raise ConfigError(f"{args.overrides[0]}: a space has no settings to change; leave it out, or copy the space")
             print(resolved(shipped.find(args.name), args.overrides) if args.overrides else shipped.text(args.name), end="")
         else:
             print(*shipped.copy(args.names, args.out), sep="\n")

@@ -1,7 +1,9 @@
 """Benchmarks of several tasks: parsers and what they run; see ``vpeft/cli.py``."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+from .several import numbers, settings
 
 
 def published(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
@@ -54,22 +56,12 @@ def suite(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes} is impossible; it must be at least 1")
-        # Settings that stand behind an option with several values are none of these.
-        given = [*args.overrides, *(v for v in (*args.tasks, *args.seeds, *args.lists) if "=" in v)]
+        given = [*args.overrides, *settings(args.tasks, args.seeds, args.lists)]
         tasks = [v for v in args.tasks if "=" not in v]
         of = named(args.name)
         todo = jobs(
-            of, args.method, given, tasks=tasks, seeds=_numbers("--seeds", args.seeds), lists=_numbers("--lists", args.lists)
+            of, args.method, given, tasks=tasks, seeds=numbers("--seeds", args.seeds), lists=numbers("--lists", args.lists)
         )
         run_suite(of, todo, processes=args.processes)
 
     return run
-
-
-def _numbers(option: str, values: Sequence[str]) -> list[int]:
-    from ..errors import ConfigError
-
-    wrong = [v for v in values if "=" not in v and not v.isdecimal()]
-    if wrong:
-        raise ConfigError(f"{option}: '{wrong[0]}' is no number; give such as {option} 0 1 2")
-    return [int(v) for v in values if "=" not in v]

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from .several import numbers, settings
+
 
 def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
@@ -51,11 +53,12 @@ def table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 
 def search(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration with a section `search`")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one search for each, and a table of them")
+    parser.add_argument("--seeds", nargs="+", metavar="N", help="one search for each, and a table of them")
     parser.add_argument("--out", default="runs/search", metavar="PATH", help="of the table, without .md, .json")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
+        from ..errors import ConfigError
         from ..search.config import load_search_config
         from ..search.driver import search
         from ..search.table import searches
@@ -63,6 +66,9 @@ def search(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
         if args.seeds is None:
             search(load_search_config(args.cfg, args.overrides))
         else:
-            searches(args.cfg, args.overrides, seeds=args.seeds, out=args.out)
+            seeds = numbers("--seeds", args.seeds)
+            if not seeds:
+                raise ConfigError("--seeds: no number is among them; give such as --seeds 0 1 2")
+            searches(args.cfg, [*args.overrides, *settings(args.seeds)], seeds=seeds, out=args.out)
 
     return run

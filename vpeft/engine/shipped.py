@@ -12,6 +12,25 @@ from ..errors import ConfigError, VpeftError, did_you_mean
 from ..files import shipped, write_bytes
 
 KINDS = (".yaml", ".py")  # the latter are mmengine's
+SPACES = "spaces/"  # of sweeps, which --space takes and --cfg does not
+
+
+def listed(start: str = "") -> list[str]:
+    """The names that ``--cfg`` takes and that start so; of what ``--space`` takes where the start says so: ``spaces/``.
+
+    Raises:
+        VpeftError: the installation lacks them.
+    """
+    return [n for n in names() if n.startswith(start) and (start.startswith(SPACES) or not n.startswith(SPACES))]
+
+
+def is_space(name: str) -> bool:
+    """Whether a name that ships is that of a sweep's space.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return find(name).relative_to(shipped("configs")).as_posix().startswith(SPACES)
 
 
 def names() -> list[str]:

@@ -16,6 +16,7 @@ from .. import checkpoint
 from ..data.loader import make_loader
 from ..errors import ConfigError
 from ..files import write_text
+from ..reporting.pictures import figure, plain, save
 from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
@@ -188,16 +189,14 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Accuracy over trained parameters (the head's too), with the seeds' spread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axis = figure.subplots()
+    drawn = figure(9, 6)
+    axis = drawn.subplots()
     for r in rows:
         spread = 0 if math.isnan(r["std"]) else r["std"]
         axis.errorbar(r["with_head"], r["mean"], yerr=spread, fmt="o", markersize=4, capsize=2)
-        axis.annotate(r["experiment"].rpartition("/")[2], (r["with_head"], r["mean"]), fontsize=7, xytext=(3, 3),
+        axis.annotate(plain(r["experiment"].rpartition("/")[2], 60), (r["with_head"], r["mean"]), fontsize=7, xytext=(3, 3),
                       textcoords="offset points")  # fmt: skip
     scale = "log" if all(r["with_head"] for r in rows) else "symlog"  # nearest neighbours train nothing
     axis.set(xscale=scale, xlabel="trained parameters, head included", ylabel=_metric(rows))
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save(drawn, path)

@@ -159,9 +159,9 @@ def rules_of(config: DictConfig) -> Rules:
 
 
 def supernet_config(config: DictConfig) -> DictConfig:
-    """The experiment of stage 1, which knows no test split."""
+    """The experiment of stage 1, which knows no test split, nor further test sets."""
     stage = _stage(config, SUPERNET, config.search.supernet, "search.supernet")
-    stage.data.test_split = None
+    stage.data.test_split, stage.data.also_test = None, []
     stage.train.select = "last"  # no epoch is chosen on the samples that candidates are scored on
     return _checked(stage, "search.supernet")
 

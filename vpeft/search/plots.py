@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from ..files import replacing
+from ..reporting.pictures import plain
 from .budget import Limits
 from .evolution import Scored, best_of, front
 from .folder import PICTURES, RANDOM_SCORES, SCORES, SearchFolder
@@ -26,7 +27,7 @@ def draw(folder: SearchFolder, found: Mapping[str, Sequence[Scored]], budget: Li
         if folder.file(name).exists():
             continue
         figure = make(found, budget, f"validation {title} (for the selection only)")
-        figure.suptitle(str(folder.path))
+        figure.suptitle(plain(folder.path, 120))
         with replacing(folder.file(name)) as file:  # whole or not there
             figure.savefig(file, format="png", dpi=120)
 

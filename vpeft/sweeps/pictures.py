@@ -5,44 +5,46 @@ from typing import Any
 
 import numpy as np
 
+from ..reporting.pictures import figure, plain, save
 from .space import Listed, Range, Space
+
+LONGEST_KEY = 40  # characters
 
 
 def draw_importance(path: Path, importance: dict[str, float]) -> None:
     """A bar for each key's share in what made trials differ."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.4 * len(importance)), layout="constrained")
-    axis = figure.subplots()
+    drawn = figure(7, 1.2 + 0.4 * len(importance))
+    axis = drawn.subplots()
     keys = sorted(importance, key=importance.get)
-    axis.barh(keys, [importance[k] for k in keys])
+    axis.barh(range(len(keys)), [importance[k] for k in keys])
+    axis.set_yticks(range(len(keys)), [plain(key, LONGEST_KEY) for key in keys])
     axis.set(xlabel="importance", xlim=(0, 1))
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save(drawn, path)
 
 
 def draw_parallel(path: Path, space: Space, trials: list[Any], title: str) -> None:
     """A line for each finished trial through its settings to its result; the best ones are drawn last."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     trials = sorted(trials, key=lambda t: t.value)
     values = np.array([t.value for t in trials])
     low, high = values.min(), values.max()
     heights = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
-    figure = Figure(figsize=(2.2 * (len(space.parts) + 1), 4.5), layout="constrained")
-    axis = figure.subplots()
+    drawn = figure(2.2 * (len(space.parts) + 1), 4.5)
+    axis = drawn.subplots()
     for trial, height in zip(trials, heights, strict=True):
         way = [_height(part, trial.params[part.key]) for part in space.parts]
         axis.plot(range(len(way) + 1), [*way, height], color=colormaps["viridis"](height), alpha=0.7)
-    axis.set_xticks(range(len(space.parts) + 1), [*(p.key.removeprefix("method.options.") for p in space.parts), title])
+    names = [p.key.removeprefix("method.options.") for p in space.parts]
+    axis.set_xticks(range(len(names) + 1), [plain(name, LONGEST_KEY) for name in (*names, title)])
     axis.set(yticks=[], ylim=(-0.05, 1.05))
     for i, part in enumerate(space.parts):
         _scale(axis, i, part)
     for height, value in {0.0: low, 1.0: high}.items():
         axis.text(len(space.parts), height, f" {value:.2f}", fontsize=8)
     axis.grid(axis="x")
-    figure.savefig(path, dpi=120)
+    save(drawn, path)
 
 
 def _scale(axis: Any, x: int, part: Listed | Range) -> None:
@@ -50,7 +52,7 @@ def _scale(axis: Any, x: int, part: Listed | Range) -> None:
     ends = part.values if isinstance(part, Listed) else (part.low, part.high)
     names = part.names if isinstance(part, Listed) else ends
     for value, name in zip(ends, names, strict=True):
-        text = f"{value:.3g}" if isinstance(value, float) else str(value)[:20]
+        text = f"{value:.3g}" if isinstance(value, float) else plain(value)
         axis.text(x, _height(part, name), f" {text}", fontsize=8)
 
 

@@ -123,6 +123,8 @@ def draw_overlays(rows: list[tuple], classes: tuple[str, ...], colours: list, pa
     for axis, text in zip(axes[:, 0], ("image", "truth", "prediction"), strict=True):
         axis.set_ylabel(text)
     if len(classes) <= 30:
-        patches = [Patch(color=np.array(c) / 255, label=n) for c, n in zip(colours, classes, strict=True)]
+        names = [n.replace("$", r"\$") for n in classes]  # no formulas
+        patches = [Patch(color=np.array(c) / 255, label=n) for c, n in zip(colours, names, strict=True)]
         figure.legend(handles=patches, loc="outside right center", fontsize=7)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ...errors import DataError
+from ...files import replacing
 from ...numerics import eval_mode
 from ..protocol import TaskModel
 from .data import Clips
@@ -44,8 +45,9 @@ def _draw(rows: list[tuple], path: Path) -> None:
             axis.imshow(frame.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
         axes[0].set_ylabel(
-            f"{true}\n{found} {score:.0%}", rotation=0, ha="right", va="center", fontsize=8,
+            f"{true}\n{found} {score:.0%}".replace("$", r"\$"), rotation=0, ha="right", va="center", fontsize=8,
             color="black" if found == true else "firebrick",
         )  # fmt: skip
     figure.supxlabel("time →   (left: true class, then the judgement and its probability)", fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
