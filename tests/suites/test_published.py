@@ -143,7 +143,7 @@ def test_runs_that_are_not_alike_are_told(tmp_path):
     assert found["mine"] == {"made from no recipe of the suite"}
     assert found["mixed"] == {
         "tested on val200",
-        "runs of several recipes: recipe 'noah', recipe 'osu'",
+        "runs of several recipes: recipe 'osu', recipe 'paper'",
         "other than the recipe: data.test_split val200, method.options.rank 4, optim.lr 0.5",
     }
 
