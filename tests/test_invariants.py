@@ -203,7 +203,7 @@ def test_pickling(method, kind):
     assert torch.equal(run(again, x), run(model, x))
 
 
-COMPILED = {"adaptformer", "dtl", "fact_tt", "vpt_deep"}
+COMPILED = {"adaptformer", "dtl", "lora", "vpt_deep"}
 
 
 @pytest.mark.parametrize(

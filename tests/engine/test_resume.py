@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import os
 import random
 import re
 import shutil
@@ -47,6 +48,44 @@ def file(tiny_file):
     text = tiny_file.read_text().replace("method: {name: lora, options: {rank: 2}}\n", "")
     tiny_file.write_text(text)
     return tiny_file
+
+
+SMALL = ["train.epochs=4", "data.num_samples=60", "data.val_size=20", "train.batch_size=10", "data.workers=0"]
+KILLED = """
+import os, signal, sys, threading, time
+from vpeft.engine.config import load_config
+from vpeft.engine.train import train
+
+def after_epoch(row):
+    if row["epoch"] == 1:
+        threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    elif row["epoch"] == 2:
+        time.sleep(60)
+
+train(load_config(sys.argv[2], sys.argv[3:]), after_epoch=after_epoch)
+"""
+
+
+def test_a_small_run_is_killed_and_goes_on(file, tmp_path):
+    """Killed at any moment of its third epoch; its process has as many threads as this one, which sum in the same order."""
+    options = [*OPTIONS, *SMALL]
+    command = [sys.executable, "-c", KILLED, str(random.uniform(0, 0.1)), file, "name=killed", *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    try:
+        train(load_config(file, ["name=whole", *options]))
+        assert process.wait(timeout=300) == -signal.SIGKILL
+    finally:
+        process.kill()
+    runs = tmp_path / "runs"
+    assert not (runs / "killed/metrics.json").exists()
+    train(load_config(file, ["name=killed", *options]))
+    for kind in ("best", "last"):
+        whole, killed = (load_file(runs / n / f"{kind}.safetensors") for n in ("whole", "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[k], killed[k]) for k in whole), kind
+    assert "resuming" in (runs / "killed/console.log").read_text()
+    assert [json.loads(row)["epoch"] for row in (runs / "killed/log.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

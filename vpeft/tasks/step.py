@@ -19,8 +19,8 @@ class Step(Protocol):
         monitor: the key of ``evaluate`` by which the best epoch is chosen; larger is better.
         title: what it is, for axes and tables, with its unit.
         records: what ``evaluate`` tells the record of a test: ``labels`` or ``masks``, as ``LabelRecord.add`` or
-            ``MaskRecord.add`` in ``vpeft/reporting/record.py`` take it. A task without it gets no record, and its runs have
-            no ``predictions.csv`` and what is made of it.
+            ``MaskRecord.add`` in ``vpeft/reporting/record.py`` take it. A task without it, or whose ``evaluate`` has no
+            parameter ``record``, gets no record, and its runs have no ``predictions.csv`` and what is made of it.
     """
 
     monitor: ClassVar[str]
