@@ -1,15 +1,21 @@
 """Sweeps beside each other under one name: no study takes another's results for its own."""
 
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
 import vpeft
 from tests.sweeps.test_sweeps import folder, rows
+from vpeft.engine.lock import Holder
+from vpeft.engine.plan import STATE
 from vpeft.sweeps import sweep
+from vpeft.sweeps.trial import _lighten
 
 
 def grid(*rates: float) -> str:
@@ -49,6 +55,18 @@ def test_a_new_study_in_an_old_folder_takes_no_result_of_other_settings(experime
     again = sweep(experiment, space(FAST), [*SHORT, "train.batch_size=10"], seeds=())
     assert again["val_top1"] == found["val_top1"]
     assert (trial / "metrics.json").stat().st_mtime_ns == before, "the same settings need not be trained again"
+
+
+def test_a_trial_that_fails_for_another_worker_leaves_its_state(tmp_path):
+    worker = psutil.Process(os.getppid())
+    (tmp_path / STATE).write_bytes(b"of the other worker")
+    lock = asdict(replace(Holder.here(), pid=worker.pid, started=worker.create_time()))
+    (tmp_path / "lock.json").write_text(json.dumps(lock))
+    _lighten(tmp_path)
+    assert (tmp_path / STATE).exists()
+    (tmp_path / "lock.json").unlink()
+    _lighten(tmp_path)
+    assert not (tmp_path / STATE).exists()
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from ..engine.lock import RunLock
 from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, holds_run, place
 from ..engine.settings import differences, harmful, stored_config
 from ..engine.train import train
-from ..errors import VpeftError, WriteError
+from ..errors import ConfigError, VpeftError, WriteError
 from .study import GOES_ON, SharedStudy
 
 
@@ -76,6 +77,13 @@ def metrics_of(config: DictConfig, after_epoch: Callable[[dict[str, Any]], None]
 
 
 def _lighten(path: Path) -> None:
-    """Remove the weights of a trial that has ended: the winner is trained again, and many trials fill a disk."""
+    """Remove the weights of a trial that has ended: the winner is trained again, and many trials fill a disk.
+
+    Where another study's worker is at work in the folder, this trial has failed for it, and all stays.
+    """
+    try:
+        RunLock(path).check()
+    except ConfigError:
+        return
     for name in (*CHECKPOINTS, TRAINING, STATE, PREVIOUS, "backbone.safetensors"):
         (path / name).unlink(missing_ok=True)
