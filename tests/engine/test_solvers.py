@@ -140,6 +140,7 @@ def test_left_out_one_by_one_no_sample_is_its_own_neighbour():
 # ---- runs ----
 
 
+@pytest.mark.slow
 def test_a_solved_head_is_an_ordinary_checkpoint(tiny):
     config = tiny(*LBFGS)
     metrics = train(config)
@@ -185,6 +186,7 @@ def test_one_value_is_not_compared(tiny):
     assert (metrics["solver"]["l2"], metrics["solver"]["chosen_by"]) == (0.02, "one value")
 
 
+@pytest.mark.slow
 def test_nearest_neighbours_have_metrics_and_no_checkpoint(tiny, tmp_path):
     config = tiny(*KNN)
     metrics = train(config)
@@ -226,7 +228,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-@pytest.mark.parametrize("solver", ["lbfgs", "knn"])
+@pytest.mark.parametrize("solver", ["lbfgs", pytest.param("knn", marks=pytest.mark.slow)])
 def test_what_a_solver_cannot_do_is_refused(tiny, message, solver, tmp_path):
     with pytest.raises(vpeft.VpeftError, match=message):
         train(tiny(*PROBE, f"train.solver={solver}", *REFUSED[message]))
