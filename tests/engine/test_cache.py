@@ -58,12 +58,13 @@ def trained(config) -> dict[str, torch.Tensor]:
 
 
 ON_DISK = ("dropout above", "swin, second stage")  # the other cases are in memory here; both kinds of all in the slow suite
+SHORT = ("probe", "last block", "bf16", "swin, convolutions", *ON_DISK)
 
 
 @pytest.mark.parametrize(
     ("mode", "case"),
     [
-        pytest.param(mode, case, marks=pytest.mark.slow if (mode == "disk") != (case in ON_DISK) else ())
+        pytest.param(mode, case, marks=() if case in SHORT and (mode == "disk") == (case in ON_DISK) else pytest.mark.slow)
         for mode in ("memory", "disk")
         for case in CASES
     ],

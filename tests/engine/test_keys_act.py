@@ -13,7 +13,7 @@ from tests.support.fashion import fashion_root
 from vpeft.data.splits import make_transforms
 from vpeft.engine.config import load_config
 from vpeft.engine.setup import make_schedule, start_tracking
-from vpeft.engine.train import train
+from vpeft.engine.train import TRAINERS, train
 from vpeft.tasks.models import build_model, data_stats
 from vpeft.tasks.registry import get_task
 from vpeft.tasks.segmentation.data import build_segmentation
@@ -198,13 +198,15 @@ def test_deterministic_is_what_torch_is_told_before_training(tiny, monkeypatch, 
         pass
 
     class Trainer:
+        after_epoch = None
+
         def __init__(self, *args):
             self.found = torch.are_deterministic_algorithms_enabled()
 
         def fit(self):
             raise Reached(self.found)
 
-    monkeypatch.setattr("vpeft.engine.train.Trainer", Trainer)
+    monkeypatch.setitem(TRAINERS, "optim", Trainer)
     torch.use_deterministic_algorithms(earlier, warn_only=True)
     with pytest.raises(Reached) as reached:
         train(tiny(f"train.deterministic={deterministic}"))

@@ -104,8 +104,8 @@ def test_no_image_of_the_test_split_is_read_before_the_winner_is_trained(tiny, m
     )
     tests, reads = set(), []
 
-    def opening(data, split, transform, *, training):
-        dataset = _open(data, split, transform, training=training)
+    def opening(data, split, *others, **named):
+        dataset = _open(data, split, *others, **named)
         if split == "test":
             tests.add(id(dataset.images))
         return dataset
