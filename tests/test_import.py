@@ -50,7 +50,7 @@ ROOMS = {
 @pytest.mark.parametrize(
     ("statement", "calls"),
     [
-        ("import vpeft", 60_000),
+        pytest.param("import vpeft", 60_000, marks=pytest.mark.slow),  # what the next one does, and less
         ("import vpeft.cli as c; c.main(['--help'])", 60_000),
         ("import vpeft.cli as c; c.main(['methods', 'lora'])", 1_200_000),  # makes a ViT-B without its tensors
     ],

@@ -13,8 +13,10 @@ from tests.support.models import (
     CASES,
     MODELS,
     REFUSED,
+    SAMPLE,
     SHORT_SWEEP,
     SWEEP,
+    THIRDS,
     UNREACHED,
     attached,
     images,
@@ -357,7 +359,7 @@ def test_switching_off_gives_the_bare_model(method, kind):
     assert torch.equal(run(model, x), adapted)
 
 
-@short_sweep
+@pytest.mark.parametrize(("method", "kind"), SAMPLE)
 def test_two_methods_coexist_and_save_separately(method, kind, tmp_path):
     model = make(kind)
     x = images(model)
@@ -421,7 +423,7 @@ def test_boundary_needs_no_gradient_below(method, kind):
         assert not reached["x"]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in THIRDS else pytest.mark.slow) for m in sorted(METHODS)])
 def test_options_rebuild_the_method(method):
     made = create(method)
     assert create(method, **made.options()) == made

@@ -98,7 +98,7 @@ def test_an_extension_that_is_interrupted_goes_on(tiny, monkeypatch):
         train(tiny(*options, "train.extend=2"))
 
 
-@pytest.mark.parametrize("method", ["adamix", "prefix"])
+@pytest.mark.parametrize("method", ["adamix", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_the_chosen_epoch_comes_back_as_training_had_it(tiny, monkeypatch, method):
     """Some methods' files hold a simpler form than training has: after a kill among the last files, and in an extension."""
     options = {"adamix": "{bottleneck: 2, experts: 2}", "prefix": "{tokens: 2, form: perceptron, hidden: 4}"}

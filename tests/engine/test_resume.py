@@ -300,7 +300,7 @@ def test_a_best_epoch_that_is_lost_is_said(tiny, monkeypatch):
     assert "the weights of epoch 1 are lost, the best is chosen from 2 on" in log
 
 
-@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("lower", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_best_file_that_ran_ahead_of_the_state_is_not_taken_for_an_earlier_epochs(tiny, monkeypatch, lower):
     """Killed after the second epoch's files and before its state, and gone on with, perhaps, another rate."""
     config, real, evaluate = tiny("train.epochs=2"), RunFolder.keep, Trainer.evaluate

@@ -294,6 +294,7 @@ def by_epoch(cfg):
     cfg.default_hooks.checkpoint.interval = 1
 
 
+@pytest.mark.slow
 def test_epochs_are_continued_too(finished, tmp_path):
     root, _, _ = finished
     whole = run(root, tmp_path / "a", change=by_epoch)
@@ -410,7 +411,13 @@ def test_every_pixel_of_a_window_counts_once_as_in_mmsegmentation(finished):
 # ---- the examples in configs/ ----
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(f, id=f.stem, marks=() if "scenes" in f.stem else pytest.mark.slow)
+        for f in sorted(EXAMPLES.glob("*.py"))
+    ],
+)
 def test_examples_are_complete(file):
     """Each builds a segmentor (of random weights, small images), whose maps the heads take, and an optimiser."""
     from mmengine.config import Config

@@ -129,9 +129,8 @@ def test_threads_train_at_the_same_time(method, kind):
     "method",
     [
         "adaptformer",
-        "dtl",
         "fish",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("vpt_shallow", "vqt", "unipelt", "st_adapter", "dora")),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("dtl", "vpt_shallow", "vqt", "unipelt", "st_adapter", "dora")),
     ],
 )
 def test_a_compiled_model_gives_each_thread_its_own(method):

@@ -70,6 +70,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("method", "options", "model", "expected"), TABLE)
+@pytest.mark.parametrize(
+    ("method", "options", "model", "expected"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[2] in (VIT_L, SWIN_L) else ()) for row in TABLE],
+)
 def test_counts(method, options, model, expected):
     assert count(method, options, model) == expected

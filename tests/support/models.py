@@ -53,6 +53,9 @@ CASES = [(m, k) for m in sorted(METHODS) for k in MODELS if (m, k) not in REFUSE
 # The same as parameters of a test, with the third kind, or all but the first, in the slow part of the suite.
 SWEEP = [pytest.param(m, k, marks=pytest.mark.slow if k == "vit_reg" else ()) for m, k in CASES]
 SHORT_SWEEP = [pytest.param(m, k, marks=() if k == "vit" else pytest.mark.slow) for m, k in CASES]
+# Every third method in the normal suite: for long tests whose subject is the library more than the method.
+THIRDS = sorted(METHODS)[::3]
+SAMPLE = [pytest.param(m, k, marks=() if k == "vit" and m in THIRDS else pytest.mark.slow) for m, k in CASES]
 
 
 # A model of random weights takes all images for one class: by ``mode`` all classes would have the same logits.

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import vpeft
-from tests.support.models import SHORT_SWEEP, SMALL, attached, calibrated, images, make, randomise, train_steps
+from tests.support.models import SAMPLE, SMALL, attached, calibrated, images, make, randomise, train_steps
 from vpeft import checkpoint
 
-sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
+sweep = pytest.mark.parametrize(("method", "kind"), SAMPLE)
 
 
 def run(model, x):

@@ -155,7 +155,7 @@ def test_every_method_pooled_before_the_norm_or_refused(method, kind):
     assert model(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("method", ["aim", "st_adapter"])
+@pytest.mark.parametrize("method", [pytest.param("aim", marks=pytest.mark.slow), "st_adapter"])
 def test_time_is_seen_through_the_wrapper_and_left_behind(method):
     backbone = make("vit")
     x = clip_of(backbone)
