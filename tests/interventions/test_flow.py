@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import vpeft
-from tests.support.models import SHORT_SWEEP, attached, images, make, randomise
+from tests.support.models import SAMPLE, SHORT_SWEEP, attached, images, make, randomise
 from vpeft.interventions.lookup import running
 
 sweep = pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
@@ -40,7 +40,7 @@ def ready(method: str, kind: str, dtype: torch.dtype = torch.float32):
     return model, handle
 
 
-@sweep
+@pytest.mark.parametrize(("method", "kind"), SAMPLE)
 def test_a_failure_half_way_leaves_nothing(method, kind):
     model, handle = ready(method, kind)
     x, calls = images(model), (model, model.forward_features, lambda x: model.forward_intermediates(x, indices=1))
