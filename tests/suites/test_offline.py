@@ -28,9 +28,9 @@ from vpeft.suites.offline import (
     recipes,
     settings_of,
     undone,
-    write_results,
 )
 from vpeft.suites.report import rows_of, write_report
+from vpeft.suites.rows import write_rows
 from vpeft.suites.runner import run_all
 from vpeft.suites.scores import mean_ranks, pareto
 
@@ -112,7 +112,7 @@ def test_what_there_is_not_is_refused(given, said):
 
 def test_results_are_kept_and_told_from_those_of_other_settings(tmp_path):
     file = tmp_path / "results.csv"
-    write_results(file, [result("lora", "digits", top1=91.25), result("bitfit", "digits", seed=1)])
+    write_rows(file, [result("bitfit", "digits", seed=1), result("lora", "digits", top1=91.25)], OfflineResult)
     found = read_results(file)
     assert found["vit", "digits", "lora", 0] == result("lora", "digits", top1=91.25)
     jobs = Selection(("vit",), ("lora", "bitfit"), ("digits",), (0, 1)).jobs()

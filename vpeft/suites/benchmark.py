@@ -1,15 +1,15 @@
 """``vpeft benchmark``: do the offline benchmark's runs, keep their results, write its report."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from ..engine.lock import RunLock
 from ..errors import ConfigError, VpeftError
 from .costs import COSTS, measured, read_costs, write_costs
-from .offline import RESULTS, Key, Selection, read_results, result_of, takes_steps, undone, write_results
+from .keeping import refuse_failed, run_and_keep
+from .offline import RESULTS, Key, Selection, read_results, result_of, takes_steps, undone
 from .report import write_report
-from .runner import Job, run_all
+from .runner import Job
 
 
 def benchmark(
@@ -43,22 +43,13 @@ def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, cos
     results = read_results(out / RESULTS)
     missing = undone(jobs, results, again)
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / RESULTS}", flush=True)
-    by_job, failed = {planned: key for key, planned in missing.items()}, []
-    with closing(run_all(list(by_job), processes=processes, log=out / "log", say=_say)) as outcomes:
-        for outcome in outcomes:
-            if outcome.error:
-                failed.append(f"{outcome.job.name} ({outcome.error})")
-                continue
-            found = result_of(by_job[outcome.job], outcome)
-            results[found.key] = found
-            write_results(out / RESULTS, results.values())
+    failed = run_and_keep(missing, results, out / RESULTS, result_of, processes=processes)
     if results:  # before the costs too, which take minutes
         write_report(out, results.values(), read_costs(out / COSTS))
         if costs:
             _costs(out / COSTS, [key for key in results if key in jobs])
         print(write_report(out, results.values(), read_costs(out / COSTS)))
-    if failed:
-        raise VpeftError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+    refuse_failed(failed)
 
 
 def report(out: str | Path) -> None:
@@ -91,7 +82,3 @@ def _costs(file: Path, keys: Sequence[Key]) -> None:
             print(f"{backbone}: step time and memory of {len(entries)} entries", flush=True)
             known |= measured(backbone, entries)
             write_costs(file, known)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

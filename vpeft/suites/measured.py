@@ -1,6 +1,7 @@
 """A suite's finished runs in a folder: their scores by task, and in what they are no runs of the protocol."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -139,15 +140,8 @@ def own_parameters(path: Path, config: DictConfig, metrics: dict[str, Any]) -> i
         trains_head = make_method(config).trains_head
     except VpeftError:
         return None
-    head = sum(_size(file.shapes[name].size) for name in file.head_names) if trains_head else 0
+    head = sum(math.prod(file.shapes[name].size) for name in file.head_names) if trains_head else 0
     return max(int(metrics["trainable"]) - head, 0)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _read(path: Path) -> tuple[DictConfig | None, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..methods import list_methods
 from ..options import SEED
 from ..version import __version__
 from .measured import own_parameters
-from .rows import read_rows, write_rows
+from .rows import read_rows
 from .runner import Job, Outcome
 
 RECIPES = Path(__file__).with_suffix(".yaml")
@@ -246,11 +246,6 @@ def result_of(key: Key, outcome: Outcome) -> OfflineResult:
 def read_results(file: Path) -> dict[Key, OfflineResult]:
     """The rows of a results' table by key; see ``read_rows``."""
     return {r.key: r for r in read_rows(file, OfflineResult)}
-
-
-def write_results(file: Path, results: Iterable[OfflineResult]) -> None:
-    """Write a table of results, sorted by key."""
-    write_rows(file, sorted(results, key=lambda r: r.key), OfflineResult)
 
 
 def undone(jobs: Mapping[Key, Job], results: Mapping[Key, OfflineResult], again: bool = False) -> dict[Key, Job]:

@@ -2,22 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..files import replacing
+from ..reporting.pictures import figure, save
 from .scores import pareto
 
-
-def _figure(width: float, height: float):
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
-
-def _save(figure, path: Path) -> None:
+def _save(drawn: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+    save(drawn, path)
 
 
 def draw_front(path: Path, title: str, points: Mapping[str, tuple[float, float, float | None]]) -> None:
@@ -28,7 +24,8 @@ def draw_front(path: Path, title: str, points: Mapping[str, tuple[float, float, 
         title: above it.
         points: of each method: parameters without the classifier, accuracy in percent, memory over full fine-tuning's.
     """
-    figure, axis = _figure(10, 6.5)
+    drawn = figure(10, 6.5)
+    axis = drawn.subplots()
     front = pareto({name: (x, y) for name, (x, y, _) in points.items()})
     axis.set_xscale("symlog", linthresh=1000)
     for name, (x, y, memory) in points.items():
@@ -44,7 +41,7 @@ def draw_front(path: Path, title: str, points: Mapping[str, tuple[float, float, 
     axis.text(
         0.99, 0.01, "bubble: memory of a step over full fine-tuning's", transform=axis.transAxes, ha="right", fontsize=8
     )
-    _save(figure, path)
+    _save(drawn, path)
 
 
 def draw_ranks(path: Path, title: str, ranks: Mapping[str, float]) -> None:
@@ -56,13 +53,14 @@ def draw_ranks(path: Path, title: str, ranks: Mapping[str, float]) -> None:
         ranks: of each method, 1 the best.
     """
     order = sorted(ranks, key=ranks.get, reverse=True)
-    figure, axis = _figure(8, 1.2 + 0.28 * len(order))
+    drawn = figure(8, 1.2 + 0.28 * len(order))
+    axis = drawn.subplots()
     axis.barh(order, [ranks[name] for name in order], color="#2c6fa6", height=0.65)
     for number, name in enumerate(order):
         axis.text(ranks[name] + 0.08, number, f"{ranks[name]:.1f}", va="center", fontsize=8)
     axis.set(xlabel="mean rank over the tasks (1 is the best)", title=title)
     axis.grid(axis="x", alpha=0.25)
-    _save(figure, path)
+    _save(drawn, path)
 
 
 def draw_tasks(path: Path, title: str, scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str], base: str) -> None:
@@ -79,7 +77,8 @@ def draw_tasks(path: Path, title: str, scores: Mapping[str, Mapping[str, float]]
     zero = scores.get(base, dict.fromkeys(tasks, 0.0))
     gains = [[scores[name][task] - zero[task] for task in tasks] for name in names]
     largest = max((abs(value) for row in gains for value in row), default=1.0) or 1.0
-    figure, axis = _figure(2.5 + 0.75 * len(tasks), 1.8 + 0.34 * len(names))
+    drawn = figure(2.5 + 0.75 * len(tasks), 1.8 + 0.34 * len(names))
+    axis = drawn.subplots()
     picture = axis.imshow(gains, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
     axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -88,5 +87,5 @@ def draw_tasks(path: Path, title: str, scores: Mapping[str, Mapping[str, float]]
             axis.text(x, y, f"{value:+.0f}", ha="center", va="center", fontsize=7,
                       color="white" if abs(value) > 0.6 * largest else "black")  # fmt: skip
     axis.set_title(f"{title}: points above {base}" if base in scores else f"{title}: accuracy, %")
-    figure.colorbar(picture, ax=axis, shrink=0.8)
-    _save(figure, path)
+    drawn.colorbar(picture, ax=axis, shrink=0.8)
+    _save(drawn, path)

@@ -7,17 +7,17 @@ test accuracy with the rate that is best on each task's own validation images: n
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from ..data.generated.offline import TASKS
-from ..errors import ConfigError, VpeftError
+from ..errors import ConfigError
 from ..files import write_text
+from .keeping import refuse_failed, run_and_keep
 from .offline import job, recipes, settings_of, takes_steps
-from .rows import read_rows, write_rows
-from .runner import Job, Outcome, run_all
+from .rows import read_rows
+from .runner import Job, Outcome
 
 TABLE, PAGE = "rates.csv", "rates.md"
 SPLITS = ("data.train_split=train800", "data.val_split=val200")
@@ -83,27 +83,19 @@ def tune(
     Raises:
         VpeftError: results of other settings in the table; or at the end, the runs that failed.
     """
-    out, failed = Path(out), []
-    jobs, results = rate_jobs(backbone, entries, tasks, overrides), read_rates(Path(out) / TABLE)
+    out = Path(out)
+    jobs, results = rate_jobs(backbone, entries, tasks, overrides), read_rates(out / TABLE)
     other = [jobs[key].name for key, r in results.items() if key in jobs and r.settings != settings_of(jobs[key])]
     if other:
         raise ConfigError(
             f"{out / TABLE} has {len(other)} results of other settings, such as {other[0]}; choose another --out"
         )
-    missing = {planned: key for key, planned in jobs.items() if key not in results}
+    missing = {key: planned for key, planned in jobs.items() if key not in results}
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / TABLE}", flush=True)
-    with closing(run_all(list(missing), processes=processes, log=out / "log")) as outcomes:
-        for outcome in outcomes:
-            if outcome.error:
-                failed.append(f"{outcome.job.name} ({outcome.error})")
-                continue
-            found = _result_of(missing[outcome.job], outcome)
-            results[found.key] = found
-            write_rows(out / TABLE, sorted(results.values(), key=lambda r: r.key), RateResult)
+    failed = run_and_keep(missing, results, out / TABLE, _result_of, processes=processes)
     text = page(results.values())
     write_text(out / PAGE, text)
-    if failed:
-        raise VpeftError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+    refuse_failed(failed)
     return text
 
 
