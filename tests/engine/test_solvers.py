@@ -242,6 +242,6 @@ def test_several_processes_are_refused(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("linear_lbfgs", 91.1), ("knn", 85.5)])
+@pytest.mark.parametrize(("name", "least"), [("linear", 91.1), ("knn", 85.5)])
 def test_the_shipped_baselines_reach_what_their_pages_say(name, least, tmp_path):
     assert train(load_config(f"configs/digits/{name}.yaml", [f"output={tmp_path}"]))["test_top1"] >= least

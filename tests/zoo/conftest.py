@@ -15,7 +15,14 @@ from vpeft.files import shipped
 from vpeft.zoo.adding import add
 
 CFG = "configs/digits/linear.yaml"
-SHORT = ("data.num_samples=32", "data.batch_size=800", "train.epochs=1", "train.batch_size=32", "schedule.warmup_epochs=0")
+SHORT = (
+    "data.num_samples=32",
+    "data.batch_size=800",
+    "train.epochs=1",
+    "train.batch_size=32",
+    "train.solver=optim",
+    "schedule.warmup_epochs=0",
+)
 
 
 def written(folder: Path, seed: int) -> Path:
