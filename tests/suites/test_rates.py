@@ -2,6 +2,7 @@
 
 import pytest
 
+from vpeft.engine.lock import RunLock
 from vpeft.errors import ConfigError
 from vpeft.suites.offline import recipes, settings_of
 from vpeft.suites.rates import RateResult, default_rate, distance, grid, page, rate_jobs, read_rates, tune
@@ -37,8 +38,10 @@ def test_the_page_says_how_far_a_default_is():
     results = [rate(t, lr, val) for t in chosen for lr, val in ((1e-3, 50), (1e-2, 60))]
     results += [rate("digits", 1e-2, 70, 71.5), rate("digits", 1e-3, 75, 74.0), rate("defects", 1e-2, 50, 52.5)]
     results += [rate("digits", 1e-2, 70, 71.5, entry="ssf")]
-    assert "| vit | lora | 0.01 | no | 62.00 | 63.25 | +1.25 | 2 |" in page(results)
+    assert "| vit | lora | 0.01 | no | 60.00 | 62.00 | 63.25 | +1.25 | 2 |" in page(results)
     assert "ssf" not in page(results)
+    unjudged = [r for r in results if r.task in chosen]
+    assert "| vit | lora | 0.01 | no | 60.00 | – | – | – | 0 |" in page(unjudged)
 
 
 def test_results_are_kept_and_done_once(tmp_path, capsys):
@@ -53,6 +56,11 @@ def test_results_are_kept_and_done_once(tmp_path, capsys):
     assert "4 runs, 4 of them in" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="4 results of other settings"):
         tune("vit", ["norm"], ["digits"], tmp_path, overrides=(*settings, "train.epochs=2"))
+    lock = RunLock(tmp_path)
+    lock.take()  # two at once would each write their own rows over the other's
+    with pytest.raises(ConfigError, match="another --out"):
+        tune("vit", ["norm"], ["digits"], tmp_path, overrides=settings)
+    lock.release()
     (tmp_path / "rates.csv").write_text("backbone,task\nvit,digits\n")
     with pytest.raises(ConfigError, match="line 2: no row of this table"):
         read_rates(tmp_path / "rates.csv")

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from ..data.generated.offline import TASKS
+from ..engine.lock import RunLock
 from ..errors import ConfigError
 from ..files import write_text
 from .keeping import refuse_failed, run_and_keep
@@ -19,6 +20,7 @@ from .offline import job, recipes, settings_of, takes_steps
 from .rows import read_rows
 from .runner import Job, Outcome
 
+RateKey = tuple[str, str, str, float]  # backbone, task, entry, rate
 TABLE, PAGE = "rates.csv", "rates.md"
 SPLITS = ("data.train_split=train800", "data.val_split=val200")
 
@@ -36,7 +38,7 @@ class RateResult:
     settings: str
 
     @property
-    def key(self) -> tuple[str, str, str, float]:
+    def key(self) -> RateKey:
         """What tells a run from others."""
         return self.backbone, self.task, self.entry, self.lr
 
@@ -50,7 +52,7 @@ def grid(entry: str) -> list[float]:
 
 def rate_jobs(
     backbone: str, entries: Iterable[str], tasks: Iterable[str], overrides: Sequence[str] = ()
-) -> dict[tuple[str, str, str, float], Job]:
+) -> dict[RateKey, Job]:
     """The runs by backbone, task, entry and rate."""
     found = {}
     for task in tasks:
@@ -81,10 +83,19 @@ def tune(
         overrides: ``key.sub=value`` for all.
 
     Raises:
-        VpeftError: results of other settings in the table; or at the end, the runs that failed.
+        VpeftError: another process is at work in the folder; results of other settings in the table; or at the end, the
+            runs that failed.
     """
-    out = Path(out)
-    jobs, results = rate_jobs(backbone, entries, tasks, overrides), read_rates(out / TABLE)
+    out, lock = Path(out), RunLock(Path(out), "choose another --out")
+    lock.take()
+    try:
+        return _tune(rate_jobs(backbone, entries, tasks, overrides), out, processes)
+    finally:
+        lock.release()
+
+
+def _tune(jobs: dict[RateKey, Job], out: Path, processes: int) -> str:
+    results = read_rates(out / TABLE)
     other = [jobs[key].name for key, r in results.items() if key in jobs and r.settings != settings_of(jobs[key])]
     if other:
         raise ConfigError(
@@ -99,12 +110,12 @@ def tune(
     return text
 
 
-def _result_of(key: tuple[str, str, str, float], outcome: Outcome) -> RateResult:
+def _result_of(key: RateKey, outcome: Outcome) -> RateResult:
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
     return RateResult(*key, round(metrics["val_top1"], 3), round(metrics["test_top1"], 3), settings_of(outcome.job))
 
 
-def read_rates(file: Path) -> dict[tuple[str, str, str, float], RateResult]:
+def read_rates(file: Path) -> dict[RateKey, RateResult]:
     """The rows of a table of rates by key; see ``read_rows``."""
     return {r.key: r for r in read_rows(file, RateResult)}
 
@@ -153,18 +164,22 @@ def page(results: Iterable[RateResult]) -> str:
         f"{', '.join(judged_on)}. Tuned: the rate that is best on each task's own 200 validation images. Trained on 800, "
         "seed 0; made by `vpeft benchmark --rates`, every run is in [rates.csv](rates.csv).",
         "",
-        "| model | method | default | at the grid's end | judged with it | tuned for each task | difference | tasks |",
-        "|---|---|---:|---|---:|---:|---:|---:|",
+        "| model | method | default | at the grid's end | its mean on validation | judged with it | tuned for each task "
+        "| difference | tasks |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for backbone, entry in dict.fromkeys((r.backbone, r.entry) for r in results):
         own = [r for r in results if (r.backbone, r.entry) == (backbone, entry)]
         lr = default_rate(own, chosen_on)
-        pairs = {} if lr is None else distance(own, lr, judged_on)
-        if not pairs:
+        if lr is None:
             continue
-        plain, tuned = (mean(pair[i] for pair in pairs.values()) for i in (0, 1))
+        found = mean(r.val for r in own if r.lr == lr and r.task in chosen_on)
+        pairs = distance(own, lr, judged_on)
+        judged = ["–", "–", "–"]
+        if pairs:
+            plain, tuned = (mean(pair[i] for pair in pairs.values()) for i in (0, 1))
+            judged = [f"{plain:.2f}", f"{tuned:.2f}", f"{tuned - plain:+.2f}"]
         end = "yes" if lr in (min(grid(entry)), max(grid(entry))) else "no"
-        lines.append(
-            f"| {backbone} | {entry} | {lr:g} | {end} | {plain:.2f} | {tuned:.2f} | {tuned - plain:+.2f} | {len(pairs)} |"
-        )
+        cells = [backbone, entry, f"{lr:g}", end, f"{found:.2f}", *judged, str(len(pairs))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
