@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import vpeft
-from vpeft.files import read_tensors, replacing, write_bytes, write_tensors, write_text
+from vpeft.errors import CheckpointError
+from vpeft.files import existing_file, read_tensors, replacing, write_bytes, write_tensors, write_text
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -62,3 +63,12 @@ def test_files_of_tensors_can_be_read_by_whom_other_files_can(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_folder_in_place_of_a_file_says_what_is_in_it(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a folder$"):
+        existing_file(tmp_path)
+    for name in ("best.safetensors", "last.safetensors", "state.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"is a folder; give a file of it: best\.safetensors, last\.safetensors$"):
+        existing_file(tmp_path)

@@ -218,8 +218,11 @@ def existing_file(path: Any) -> Path:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.safetensors") if file.name != "state.safetensors")
+        raise CheckpointError(f"{path} is a folder" + (f"; give a file of it: {', '.join(inside[:5])}" if inside else ""))
     if not path.is_file():
-        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no file'}")
+        raise CheckpointError(f"{path} is no file")
     return path
 
 

@@ -36,6 +36,13 @@ def test_spaces_are_listed_apart_and_shown_and_copied_like_others(tmp_path, caps
     assert "trials=3: a space has no settings to change" in capsys.readouterr().err
 
 
+def test_what_is_shown_with_overrides_could_be_run(capsys):
+    """An option of another method was printed as if it were one, and refused only by the training."""
+    with pytest.raises(SystemExit):
+        main(["configs", "show", "digits/lora", "method.options.nonsense=3"])
+    assert "nonsense" in capsys.readouterr().err
+
+
 def test_a_name_trains_from_any_folder(tmp_path, monkeypatch, capsys):
     """What is not here is looked for among those that ship, which a line says; a file of this name comes first."""
     monkeypatch.chdir(tmp_path)

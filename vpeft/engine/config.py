@@ -244,9 +244,12 @@ def resolved(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> s
     """The YAML of ``load_config``'s answer without what is a default; as a file it gives the same configuration.
 
     Raises:
-        ConfigError: as ``load_config``.
+        ConfigError: as ``load_config``; an option that the method does not have, or cannot take.
     """
+    from ..tasks.models import make_method
+
     config, default = load_config(file, overrides), OmegaConf.structured(Config)
+    make_method(config)
     return OmegaConf.to_yaml(_beside(*(OmegaConf.to_container(c) for c in (config, default))))
 
 
