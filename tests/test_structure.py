@@ -11,7 +11,7 @@ ROOT = Path(vpeft.__file__).parent
 FLOORS = (
     ("errors", "files", "numerics", "options", "shards", "stopping", "version"),
     ("backbone",),
-    ("checkpoint", "fetching", "metadata"),
+    ("checkpoint", "digests", "fetching", "metadata"),
     ("interventions",),
     ("attached",),
     ("methods",),

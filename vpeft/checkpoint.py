@@ -9,17 +9,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from . import digests
 from .backbone.modules import CONTAINER, head_places
 from .backbone.reading import input_size
 from .errors import CheckpointError
 from .fetching import is_source, local_file
 from .files import Shape, naming, read_shapes, read_tensors, writable_file, write_bytes
 from .metadata import FORMAT, check_metadata, plain, plain_metrics, plain_names, read_metadata
-from .shards import check_same, class_of, first_writes, whole, wholes
+from .shards import check_same, class_of, first_writes, wholes
 from .version import __version__
 
 KEY = "vpeft"
@@ -230,7 +230,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str, Tensor | None] | None = None) -> str:
     """SHA-256 over the model's frozen tensors: all but the head's, the methods' and those named in ``trained``.
 
-    Tensors on an accelerator are copied over one by one; those in shards are gathered one by one, on every process.
+    Computed once in a process for weights that stay the same; see ``digests``.
 
     Args:
         model: the timm model.
@@ -245,13 +245,8 @@ def fingerprint(model: nn.Module, trained: Iterable[str], originals: Mapping[str
     trained = set(trained)
     state = {n: originals.get(n, t) for n, t in model.state_dict().items() if n not in trained and not n.startswith(skip)}
     chosen = [(n, t) for n, t in state.items() if t is not None]
-    digest = hashlib.sha256()
     _check_has_values(model)
-    for name, tensor in sorted(chosen, key=lambda item: item[0]):
-        tensor = whole(tensor)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+    return digests.digest_of(sorted(chosen, key=lambda item: item[0]))
 
 
 def _check_has_values(model: nn.Module) -> None:
@@ -259,17 +254,11 @@ def _check_has_values(model: nn.Module) -> None:
         raise CheckpointError(f"{type(model).__name__} is on the meta device: its weights have no values to save or compare")
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
-
-
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over a text and tensors with their names, shapes and types, whatever their order."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(_bytes(tensors[name]))
+        digests.update(digest, name, tensors[name])
     return digest.hexdigest()
 
 
