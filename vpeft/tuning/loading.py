@@ -78,7 +78,8 @@ def load(
             handle.root.class_names = file.metadata["class_names"] if head else None
             handle.root.calibrated = file.metadata.get("calibrated", handle.root.calibrated)
 
-        return attach_method(model, method, file.metadata["name"] if name is None else name, heads, wanted, fill)
+        with _Undecomposed():
+            return attach_method(model, method, file.metadata["name"] if name is None else name, heads, wanted, fill)
 
 
 def _method_of(file: checkpoint.File) -> Method:
@@ -136,6 +137,17 @@ class _WithoutValues(TorchFunctionMode):
         if func is Tensor.clone:
             return args[0].to("meta")
         return func(*args, **(kwargs or {}))
+
+
+class _Undecomposed(TorchFunctionMode):
+    """Under here weights are not decomposed: what a method would start from gives way to the file's tensors, all of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not torch.linalg.svd:
+            return func(*args, **(kwargs or {}))
+        matrix, *others = args
+        found = func(matrix.to("meta"), *others, **(kwargs or {}))
+        return type(found)([torch.zeros_like(part, device=matrix.device) for part in found])
 
 
 def _planned(
