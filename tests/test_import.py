@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+import vpeft
+
 HEAVY = (
     "wandb",
     "mmseg",
@@ -42,7 +44,7 @@ def test_import_is_light(statement):
 
 # Rooms of the package that attaching a method needs; the others are for training, data and measurements.
 ROOMS = {
-    "vpeft", "vpeft.attached", "vpeft.backbone", "vpeft.checkpoint", "vpeft.cli", "vpeft.commands", "vpeft.errors", "vpeft.fetching", "vpeft.files", "vpeft.numerics",
+    "vpeft", "vpeft.api", "vpeft.attached", "vpeft.beside_timm", "vpeft.digests", "vpeft.backbone", "vpeft.checkpoint", "vpeft.cli", "vpeft.commands", "vpeft.errors", "vpeft.fetching", "vpeft.files", "vpeft.numerics",
     "vpeft.interventions", "vpeft.metadata", "vpeft.methods", "vpeft.options", "vpeft.shards", "vpeft.stopping", "vpeft.tuning", "vpeft.version",
 }  # fmt: skip
 
@@ -50,8 +52,8 @@ ROOMS = {
 @pytest.mark.parametrize(
     ("statement", "calls"),
     [
-        pytest.param("import vpeft", 60_000, marks=pytest.mark.slow),  # what the next one does, and less
-        ("import vpeft.cli as c; c.main(['--help'])", 60_000),
+        pytest.param("import vpeft; vpeft.attach", 60_000, marks=pytest.mark.slow),  # what the next one does, and less
+        ("import vpeft.cli as c, vpeft; c.main(['--help']) if vpeft.attach else 0", 60_000),
         ("import vpeft.cli as c; c.main(['methods', 'lora'])", 1_200_000),  # makes a ViT-B without its tensors
     ],
 )
@@ -77,6 +79,72 @@ print(repr((calls[0], sorted(sys.modules.keys() - had))))
     assert {m.partition(".")[0] for m in new} <= {"vpeft", "einops"}
     assert {".".join(m.split(".")[:2]) for m in new if m.startswith("vpeft")} <= ROOMS
     assert "vpeft.tuning.attaching" in new
+
+
+def test_help_needs_neither_torch_nor_timm():
+    code = """
+import sys
+from vpeft.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+print([m for m in ("torch", "timm", "torchvision", "omegaconf", "vpeft.api", "vpeft.backbone") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--cfg" in done.stdout
+
+
+@pytest.mark.parametrize("statement", ["import vpeft, timm", "from timm import create_model; import vpeft; import timm"])
+def test_the_embedded_backbones_are_timms_in_either_order(statement):
+    code = f"""
+import sys
+{statement}
+print(timm.is_model("vit_micro_patch4_28"), "vpeft.api" in sys.modules, len(sys.meta_path))
+"""
+    plain = "import sys, timm; print(len(sys.meta_path))"
+    found, finders = (
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout.split()
+        for c in (code, plain)
+    )
+    assert found == ["True", "False", *finders]
+
+
+def test_what_waits_for_timm_is_done_once_however_its_import_goes(tmp_path):
+    """On a stand-in, whose first import fails."""
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm/__init__.py").write_text("import builtins\nbuiltins.tries += 1\nassert builtins.tries > 1\n")
+    (tmp_path / "timm/layers.py").write_text("")
+    code = f"""
+import builtins, sys
+sys.path.insert(0, {str(tmp_path)!r})
+builtins.tries, done = 0, []
+from vpeft.beside_timm import when_timm_is_there
+del sys.meta_path[0]  # of the package itself, which wants timm's own functions
+when_timm_is_there(lambda: done.append(len(sys.modules["timm"].__dict__)))
+try:
+    import timm
+except AssertionError:
+    assert not done
+import timm.layers
+assert "exec_module" not in vars(timm.__loader__)
+when_timm_is_there(lambda: done.append("at once"))
+print(len(done), done[1], timm.__spec__.origin == timm.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["2", "at once True\n"]
+
+
+def test_the_interface_is_whole():
+    names: dict = {}
+    exec("from vpeft import *", names)  # as a user may write it
+    assert {"attach", "load", "Handle", "LoRA", "SSF", "to_peft", "zoo", "export", "VpeftError"} <= names.keys()
+    assert set(vpeft.__all__) <= set(dir(vpeft))
+    assert vpeft.attach is names["attach"]
+    assert vpeft.checkpoint.fingerprint
+    with pytest.raises(AttributeError, match="module 'vpeft' has no attribute 'atach'"):
+        vpeft.atach  # noqa: B018
 
 
 def test_export_is_there_when_it_is_asked_for():

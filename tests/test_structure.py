@@ -9,13 +9,13 @@ from vpeft.methods import METHODS
 ROOT = Path(vpeft.__file__).parent
 # From the ground up. A module imports from its own floor or from below. See docs/architecture.md.
 FLOORS = (
-    ("errors", "files", "numerics", "options", "shards", "stopping", "version"),
+    ("beside_timm", "errors", "files", "numerics", "options", "shards", "stopping", "version"),
     ("backbone",),
     ("checkpoint", "digests", "fetching", "metadata"),
     ("interventions",),
     ("attached",),
     ("methods",),
-    ("tuning",),
+    ("api", "tuning"),
     ("data",),
     ("tasks",),
     ("reporting",),

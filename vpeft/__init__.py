@@ -1,42 +1,41 @@
-"""vpeft: parameter-efficient fine-tuning of timm's vision transformers, each published method exact, through hooks."""
+"""vpeft: parameter-efficient fine-tuning of timm's vision transformers, each published method exact, through hooks.
+
+What it offers is imported when it is first asked for: commands that only print help need neither torch nor timm.
+"""
 
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from .backbone import embedded as _backbones  # noqa: F401 - registers the embedded backbones with timm
-from .errors import CheckpointError, ConfigError, DataError, MethodError, UnsupportedModelError, VpeftError
-from .interventions.context import clips
-from .methods import METHODS, Method, list_methods
-from .tuning.active import activate, active
-from .tuning.attaching import attach, get_handle
-from .tuning.averaging import average, combine
-from .tuning.composition import load_composition, save_composition
-from .tuning.description import describe
-from .tuning.fusing import fuse
-from .tuning.handle import Handle
-from .tuning.loading import load
-from .tuning.routing import route, train_side_by_side
+from .beside_timm import when_timm_is_there
 from .version import __version__ as __version__
 
-_LATER = {"from_peft": ".integrations.peft", "to_peft": ".integrations.peft"}
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403 - for editors
+
+# The embedded backbones are timm's models from the moment that both libraries are imported, in either order.
+when_timm_is_there(lambda: import_module(".backbone.embedded", __name__))
+
+_LATER = {"from_peft": "integrations.peft", "to_peft": "integrations.peft"}
 
 
 def __getattr__(name: str) -> Any:
-    """What stands above the methods, and is imported when it is asked for."""
-    if name in ("export", "zoo"):
-        return import_module(f".{name}", __name__)
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name], __name__), name)
+    """A function or class of the interface, or a module."""
+    if name == "__all__":
+        return sorted({*_module("api").__all__, *_LATER, "export", "zoo"})
+    if name in _LATER:
+        return getattr(_module(_LATER[name]), name)
+    if not name.startswith("_"):
+        if find_spec(f"{__name__}.{name}"):  # first: modules that the interface needs may ask while it is imported
+            return _module(name)
+        if hasattr(_module("api"), name):
+            return globals().setdefault(name, getattr(_module("api"), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Every method's class, under its own name: vpeft.LoRA, vpeft.AdaptFormer, …
-globals().update({cls.__name__: cls for cls in METHODS.values()})
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
 
-__all__ = [
-    "CheckpointError", "ConfigError", "DataError", "Handle", "Method", "MethodError", "UnsupportedModelError",
-    "VpeftError", "activate", "active", "attach", "average", "clips", "combine", "describe", "export", "from_peft",
-    "fuse", "get_handle", "list_methods", "load", "load_composition", "route", "save_composition", "to_peft",
-    "train_side_by_side", "zoo",
-    *(cls.__name__ for cls in METHODS.values()),
-]  # fmt: skip
+
+def _module(name: str) -> Any:
+    return import_module(f".{name}", __name__)
