@@ -126,12 +126,21 @@ class Temporal(_Adapter, MapOutput):
             time = torch.arange(z.shape[1], device=z.device)
             bias = self.bias_table[time[:, None] - time + self.frames - 1].permute(2, 0, 1)
         q, k, v = attention_inputs(attn, z)
-        # All that one frame has to attend to is itself. (A linear of q's own would get no gradient, not even 0.)
-        single = z.shape[1] == 1 and bias is None and getattr(attn, "qkv", None) is not None and not drops(attn.attn_drop)
-        y = v if single else attend(attn, q, k, v, bias)
-        if is_projection_plain(self, attn, self.spatial) and not drops(attn.proj_drop):
+        # One frame has itself alone to attend to: q and k need not be kept.
+        y = v.contiguous() if bias is None and self._single(attn) else attend(attn, q, k, v, bias)
+        if (
+            is_projection_plain(self, attn, self.spatial)
+            and self.hub.untouched(attn.proj_drop)
+            and not drops(attn.proj_drop)
+        ):
             return self.change_behind(attn.proj, before_projection(attn, y, z))
         return self.change(attention_output(attn, y, z))
+
+    def _single(self, attn: nn.Module) -> bool:
+        """Whether attention gives its values, and nothing else needs a gradient through the scores, be it 0."""
+        if self.clip.length > 1 or drops(attn.attn_drop) or getattr(attn, "qkv", None) is None:
+            return False
+        return not any(p.requires_grad for p in attn.parameters())
 
 
 class Spatial(_Adapter, MapOutput):
