@@ -138,7 +138,7 @@ class Temporal(_Adapter, MapOutput):
 
     def _single(self, attn: nn.Module) -> bool:
         """Whether attention gives its values, and nothing else needs a gradient through the scores, be it 0."""
-        if self.clip.length > 1 or drops(attn.attn_drop) or getattr(attn, "qkv", None) is None:
+        if not own_backward() or self.clip.length > 1 or drops(attn.attn_drop) or getattr(attn, "qkv", None) is None:
             return False
         return not any(p.requires_grad for p in attn.parameters())
 
