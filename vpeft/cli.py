@@ -50,6 +50,7 @@ COMMANDS = {
     "docs": (telling.docs, "write the pages in docs/ that a program can write"),
     "motion-clips": (making.motion_clips, "write video files whose label is how a garment moves"),
     "mmseg-config": (making.mmseg_config, "rewrite a configuration of mmsegmentation for an adapted backbone"),
+    "bench-kept": (measuring.bench_kept, "list what a training step keeps for backward, and which operation keeps it"),
     "bench-route": (measuring.bench_route, "measure batches of mixed tasks beside separate forwards"),
     "bench-decode": (measuring.bench_decode, "measure how many clips per second are decoded"),
     "pretrain": (training.pretrain, "train a whole backbone and write its weights as timm reads them"),

@@ -16,8 +16,10 @@ from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
 from vpeft.bench.gpu import counted
+from vpeft.bench.kept import kept
 from vpeft.bench.measure import bench, measure, saved_bytes
 from vpeft.bench.rows import make_rows, twin
+from vpeft.cli import main
 from vpeft.tasks.labels import LabelStep
 from vpeft.tasks.protocol import TaskModel
 
@@ -74,6 +76,22 @@ def test_saved_bytes_of_the_limit(file):
     block = tokens * (2 * (width + 2) + 4 * width + heads + 4 * width)
     end = tokens * (width + 2) + 2 * 5 + 1  # the final norm, log-probabilities, the weight sum of the loss
     assert saved_bytes(limit) == 4 * (3 * block + end) + 8 * 2  # labels
+
+
+def test_what_is_kept_has_names_and_makes_up_the_sum(file, capsys):
+    rows, _ = make_rows(load_bench_config(file))
+    for row in (rows[0], rows[2], rows[3]):
+        found = kept(row)
+        assert sum(k.bytes for k in found) == saved_bytes(row)
+        assert all(k.operations and k.lines for k in found)
+    mlp = next(k for k in kept(rows[2]) if k.shape == (2, 17, 128))
+    assert (mlp.number, mlp.bytes) == (3, 3 * 4 * 2 * 17 * 128)
+    assert mlp.operations == ("GeluBackward0",)
+    assert mlp.lines[0].startswith("mlp.py:")
+    main(["bench-kept", "--cfg", str(file), "--rows", "wide", "--set", "batch_size=1"])
+    page = capsys.readouterr().out
+    assert page.count("## ") == 2
+    assert "| 3 | 1 x 17 x 128 | GeluBackward0 | mlp.py:" in page
 
 
 def test_what_is_counted_is_freed(file):

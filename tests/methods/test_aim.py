@@ -8,6 +8,7 @@ import torch
 
 import vpeft
 from tests.support.compare import VIT_B, VIT_L, compare, count, kinds, state
+from tests.support.kept import kept_over_limit
 from tests.support.models import UNREACHED, images, make, randomise, train_steps
 from tests.support.reference import Reference
 
@@ -52,6 +53,95 @@ class AIM(Reference):
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_formula(kind, adapters):
     compare(kind, "aim", AIM, rows=6, frames=3, num_t_adapters=adapters, scale=0.7)
+
+
+@kinds
+def test_formula_of_single_images(kind):
+    compare(kind, "aim", AIM, rows=3, frames=1)
+
+
+@pytest.mark.parametrize(("frames", "attention"), [(4, 3 * 96 + 4 + 96), (1, 96)])
+def test_keeps_the_second_attention_and_narrow_products(frames, attention):
+    """Of the temporal pass norm1's input and what attention keeps (of one frame its output alone); the input of the
+    joint adapter; and of every adapter what GELU gets."""
+    width, heads, hidden = 96, 4, 24
+    block, end = 2 * (width + 2) + 4 * width + heads + 4 * width, width + 2  # numbers per token
+    further = (width + 2) + attention + width + 3 * hidden + 2 * hidden * width / 260  # two products of weights
+    own = 6 * (block + further) + end + width  # the head keeps the normed tokens
+    assert kept_over_limit("aim", frames=frames) == pytest.approx(own / (6 * block + end), rel=0.01)
+
+
+def joint_gradients(model, handle, rows):
+    """The handle's gradients, and those of their squares' sum."""
+    leaves = list(handle.parameters())
+    first = torch.autograd.grad(model(rows).square().sum(), leaves, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+
+def test_second_derivatives():
+    """Against those of the formula's own graph; timm's fused attention has none."""
+    model = make("vit", dtype=torch.float64)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    handle = vpeft.attach(model, "aim", frames=2, reduction=16)
+    randomise(handle)
+    handle.eval()
+    rows = images(model, 16)  # more rows of tokens than channels
+    p = {n: t.detach() for n, t in model.state_dict().items() if not n.startswith("vpeft.")}
+    formula = AIM(model, p, dict(handle.named_parameters()), method=handle.method)
+    for a, b in zip(*(joint_gradients(f, handle, rows) for f in (model, formula)), strict=True):
+        assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
+
+
+def in_place(module, args, output):
+    output.mul_(1.5)
+
+
+def weighted(model, rows, leaves):
+    """Outputs, and gradients of a fixed weighted sum of them."""
+    out = model(rows)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("what", ["a hook", "a hook in place", "behind the dropout", "dropout", "a part of the same handle"])
+def test_what_comes_between_the_projection_and_the_adapters(what):
+    """The adapters read what really leaves the attention, whoever changed it; LoRA's factors are seen by both passes."""
+    model = make("vit", dtype=torch.float64, proj_drop_rate=0.5 if what == "dropout" else 0.0)
+    aim = {"method": "aim", "frames": 2}
+    lora = {"method": "lora", "rank": 2, "targets": ["proj"]}
+    parts = [lora, aim] if what == "a part of the same handle" else [aim]
+    handle = vpeft.attach(model, "compose", parts=parts)
+    randomise(handle)
+    handle.train(backbone=what == "dropout")
+    for block in model.blocks:
+        if what == "a hook":
+            block.attn.proj.register_forward_hook(lambda m, a, out: 1.5 * out)
+        if what == "a hook in place":
+            block.attn.proj.register_forward_hook(in_place)
+        if what == "behind the dropout":
+            block.attn.proj_drop.register_forward_hook(in_place)
+    rows, leaves = images(model, 6), list(handle.parameters())
+    torch.manual_seed(3)
+    ours = weighted(model, rows, leaves)
+    for part in handle.root.interventions:  # the plain way
+        part.alone_at = lambda *args: False
+    torch.manual_seed(3)
+    for a, b in zip(ours, weighted(model, rows, leaves), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_autocast():
+    model = make("vit")
+    handle = vpeft.attach(model, "aim", frames=2)
+    randomise(handle)
+    handle.eval()
+    rows, leaves = images(model, 4), list(handle.parameters())
+    exact = weighted(model, rows, leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighted(model, rows, leaves)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()
 
 
 def test_embedding_enters_before_the_norm_before_all_blocks():

@@ -1,5 +1,6 @@
 """DTL and DTL+."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import vpeft
 from tests.methods.test_side import counted_saves
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform, vits
+from tests.support.kept import kept_over_limit
 from tests.support.models import attached, images, make, randomise
 from tests.support.reference import Reference
 
@@ -64,6 +66,9 @@ class Disentangled(Reference):
         {"pool": "model", "feedback_from": 2},
         {"read": [0, 2], "feedback_from": 1},
         {"read": [0], "feedback_from": 0},
+        {"rank": 40, "feedback_from": 0, "beta": 1.0},  # too many columns for a state in terms
+        {"beta": 0.0},
+        {"beta": 1e-300},
     ],
 )
 def test_dtl_formula(kind, options):
@@ -71,9 +76,81 @@ def test_dtl_formula(kind, options):
 
 
 @kinds
-@pytest.mark.parametrize("options", [{}, {"kernel": 4, "feedback_from": 0, "beta": 1.0}, {"kernel": 5}, {"kernel": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel": 4, "feedback_from": 0, "beta": 1.0}, {"kernel": 5}, {"kernel": 2}, {"rank": 50, "beta": 1.0}],
+)
 def test_dtl_plus_formula(kind, options):
     compare(kind, "dtl_plus", Disentangled, **options)
+
+
+@pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
+def test_keeps_no_state(method):
+    """No gradient enters blocks 0 to 3, of which only the inputs are kept; and 6 times 2 columns of terms."""
+    width, heads = 96, 4
+    block, end = 2 * (width + 2) + 4 * width + heads + 4 * width, width + 2  # numbers per token
+    bound = (2 * block + 4 * width + 6 * 2 + end + width) / (6 * block + end)  # the head keeps the normed tokens
+    assert kept_over_limit(method) == pytest.approx(bound, rel=0.01)
+
+
+def joint(model, handle, x):
+    """The handle's gradients, and the gradients of their squares' sum."""
+    leaves = list(handle.parameters())
+    first = torch.autograd.grad(model(x).square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return [*first, *second]
+
+
+@pytest.mark.parametrize(("method", "beta"), [("dtl", 3.0), ("dtl_plus", 1.0)])
+def test_second_derivatives(method, beta):
+    """Against those of the formula's own graph; timm's fused attention has none."""
+    model = make("vit", dtype=torch.float64)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    handle = attached(model, method, beta=beta, feedback_from=1)
+    randomise(handle)
+    x = images(model)
+    ours = joint(model, handle, x)
+    p = {n: t.detach() for n, t in model.state_dict().items() if not n.startswith("vpeft.")}
+    s = dict(handle.named_parameters())
+    formula = Disentangled(model, p, s, method=handle.method)
+    theirs = joint(formula, handle, x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
+def test_backward_twice_and_what_was_changed_between(method):
+    model = make("vit", dtype=torch.float64)
+    handle = attached(model, method, beta=1.0)
+    randomise(handle)
+    leaves, loss = list(handle.parameters()), model(images(model)).square().sum()
+    once, again = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    with torch.no_grad():
+        dict(handle.named_parameters())["blocks.2.dtl.up"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
+def test_inference_and_lower_precision(method):
+    model = make("vit")
+    handle = attached(model, method, beta=2.0)
+    randomise(handle)
+    x, leaves = images(model), list(handle.parameters())
+    recorded = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), recorded)
+    exact = torch.autograd.grad(recorded.square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert torch.allclose(output.float(), recorded, atol=0.05, rtol=0.05)
+    for a, b in zip(torch.autograd.grad(output.float().square().sum(), leaves), exact, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() < 0.05 * b.norm()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert torch.allclose(half(x.bfloat16()).float(), recorded, atol=0.1, rtol=0.1)
 
 
 def test_a_grid_that_is_no_square():

@@ -9,6 +9,7 @@ from einops import rearrange
 
 import vpeft
 from tests.support.compare import VIT_B, compare, count, kinds, state, uniform
+from tests.support.kept import kept_over_limit
 from tests.support.models import attached, images, make, randomise
 from tests.support.reference import Reference
 from vpeft.backbone.attention import attend, attention_bias, attention_inputs, attention_output
@@ -225,6 +226,44 @@ def test_stored_keys_follow_what_blocks_share():
     with torch.no_grad():
         dict(vpeft.get_handle(twin).named_parameters())["prefix.embedding"].zero_()
         assert not torch.equal(twin(x), model(x)), "a copy has a perceptron of its own"
+
+
+@pytest.mark.parametrize(
+    ("method", "further", "options"),
+    [
+        ("prefix", 10, {}),
+        ("prefix", 10, {"form": "perceptron", "hidden": 8}),
+        ("e2vpt", 10, {}),
+        ("vpt_deep", 20, {"tokens": 20}),
+    ],
+)
+def test_keeps_queries_keys_and_values_once(method, further, options):
+    """For every token the limit's own, and for every further key and value as much as for a token's."""
+    width, heads, tokens = 96, 4, 65
+    block, end = 2 * (width + 2) + 4 * width + heads + 4 * width, width + 2  # numbers per token
+    own = 6 * (block + 2 * width * further / tokens) + end + width  # the head keeps the normed tokens
+    own -= width + 2  # no gradient enters the first block
+    assert kept_over_limit(method, **options) == pytest.approx(own / (6 * block + end), rel=0.01)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_queries_in_memory_of_their_own(fused):
+    model = make("vit", dtype=torch.float64)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    handle = attached(model, "prefix", tokens=3)
+    randomise(handle)
+    handle.eval()
+    x, leaves = images(model), list(handle.trainable_parameters())
+    recorded = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), recorded)
+    ours = torch.autograd.grad(recorded.square().sum(), leaves)
+    p = {n: t.detach() for n, t in model.state_dict().items() if not n.startswith("vpeft.")}
+    p |= dict(handle.head_parameters())
+    formula = Prefix(model, p, dict(handle.named_parameters()), method=handle.method)
+    for a, b in zip(ours, torch.autograd.grad(formula(x).square().sum(), leaves), strict=True):
+        assert torch.allclose(a, b, atol=1e-11)
 
 
 def test_every_sample_draws_its_own_dropout():

@@ -187,6 +187,32 @@ def test_two_pairs_on_one_norm():
     assert torch.equal(model(x), make("vit", dtype=torch.float64)(x))
 
 
+def test_another_part_of_the_same_handle_on_the_projection():
+    """What comes to a pair is not what the frozen linear makes: the pair's gradient must not be made of that."""
+    parts = [{"method": "lora", "rank": 2, "targets": ["proj"]}, {"method": "ssf"}]
+    found = []
+    for composed in (True, False):
+        model = make("vit", dtype=torch.float64)
+        handles = [vpeft.attach(model, "compose", parts=parts)] if composed else []
+        for part in () if composed else parts:
+            options = {k: v for k, v in part.items() if k != "method"}
+            handles.append(vpeft.attach(model, part["method"], name=part["method"], **options))
+        for handle in handles:
+            handle.enable()
+        tensors = {n: p for handle in handles for n, p in handle.named_parameters()}
+        with torch.no_grad():
+            for n, name in enumerate(sorted(tensors)):
+                generator = torch.Generator().manual_seed(n)
+                p = tensors[name]
+                p.copy_(0.5 + torch.rand(p.shape, dtype=p.dtype, generator=generator))
+        names = sorted(tensors)
+        loss = model(images(model)).square().sum()
+        found.append(dict(zip(names, torch.autograd.grad(loss, [tensors[n] for n in names]), strict=True)))
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[1].items():
+        assert (found[0][name] - expected).abs().max() <= 1e-9 * max(1, expected.abs().max()), name
+
+
 def test_another_hook_on_the_projection():
     """Where LoRA changes what proj gives before the pair sees it, y is not made anew."""
     model = make("vit", dtype=torch.float64)

@@ -121,12 +121,17 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 
 def attention_output(attn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     """From the heads' outputs y (B, heads, N, d) to (B, N, D); x is what the queries were made from (gates read it)."""
+    return attn.proj_drop(attn.proj(before_projection(attn, y, x)))
+
+
+def before_projection(attn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """What the last linear of ``attention_output`` gets."""
     y = y.transpose(1, 2).flatten(2)
     y = getattr(attn, "norm", nn.Identity())(y)
     gate = getattr(attn, "gate", None)
     if gate is not None:
         y = y * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y))
+    return y
 
 
 def separate_bias(attention: nn.Module) -> Tensor | None:

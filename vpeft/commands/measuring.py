@@ -16,6 +16,20 @@ def bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     return run
 
 
+def bench_kept(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration of `vpeft bench`")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="LABEL", help="instead of all")
+    parser.add_argument("--least", type=float, default=0.005, metavar="SHARE", help="leave out what is less of its row")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="overrides of the configuration")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..bench.kept import list_kept
+
+        print(list_kept(args.cfg, args.set, args.rows, args.least))
+
+    return run
+
+
 def bench_route(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration: backbone, tasks, batch and rows")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")

@@ -29,7 +29,21 @@ def attend_with_prefixes(inner: Inner, prefixes: list["AttentionPrefix"], x: Ten
         batch = x.shape[0]  # not len(x), which torch.export takes for a constant
         keys, values = ([t.to(k.dtype).expand(batch, -1, -1, -1) for t in side] for side in zip(*extra, strict=True))
         k, v = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
+        q = _by_itself(q, k) if attn.fused_attn else q  # else what is kept of it is scaled, and by itself
     return attention_output(attn, attend(attn, q, k, v, bias), x)
+
+
+def _by_itself(q: Tensor, k: Tensor) -> Tensor:
+    """Queries in memory of their own where they are a part of something larger, which they alone would keep for backward.
+
+    The fused linear's output holds keys and values as well, of which there are copies beside the prefixes now.
+    """
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if not recorded or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return q
+    if q._base is None or q._base.numel() <= q.numel():
+        return q
+    return q.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # in the order of (B, N, D)
 
 
 class AttentionPrefix(Intervention):

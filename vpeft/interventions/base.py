@@ -125,6 +125,16 @@ class Intervention(nn.Module):
         found = {} if junction is None or not junction.replaced else junction.tensors(flow)
         return found.get(leaf, getattr(place.module, leaf))
 
+    def alone_at(self, module: nn.Module, *beside: "Intervention") -> bool:
+        """Whether a module computes what its class does, but for what this intervention and these do there.
+
+        Another one may belong to the same handle (``compose``).
+        """
+        if not self.hub.untouched(module, besides=self.owner):
+            return False
+        junction, known = self.hub.junctions.get(module), {id(self), *map(id, beside)}
+        return junction is None or all(id(part) in known for part in junction.parts(self.owner))
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Under here this thread runs a forward of its own in which this handle does not act, though others may."""

@@ -157,6 +157,12 @@ class Junction:
         """Names of the handles that do something here."""
         return {entry[0] for entries in self._lists()[:-1] for entry in entries}
 
+    def parts(self, owner: str) -> list[object]:
+        """What acts here for one handle: interventions, but for what is no method of one."""
+        entries = (entry for entries in self._lists() for entry in entries if entry[0] == owner)
+        changes = [getattr(entry[-1], "func", entry[-1]) for entry in entries]  # of functools.partial
+        return [getattr(change, "__self__", change) for change in changes]
+
     def _lists(self) -> tuple[list, ...]:
         return self.before, self.after, self.around, self.joined, self.replaced, self.padded, self.trained
 

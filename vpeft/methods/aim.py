@@ -8,7 +8,7 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..backbone.attention import attend, attention_inputs, attention_output, check_attention
+from ..backbone.attention import attend, attention_inputs, attention_output, before_projection, check_attention
 from ..backbone.modules import FIRST, BlockSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError, UnsupportedModelError
@@ -16,9 +16,33 @@ from ..interventions.base import ALONG_TIME, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.output import MapOutput
-from ..numerics import unregistered
+from ..numerics import own_backward, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, register, which_blocks
+
+
+class UpOfGelu(torch.autograd.Function):
+    """gelu(h) W^T + b, of which h is kept and gelu(h) made anew for the gradient of W.
+
+    Args (of ``apply``):
+        h, weight, bias: (…, in), (out, in) and (out,).
+    """
+
+    @staticmethod
+    def forward(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(F.gelu(h), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        to_gelu = (grad @ weight.to(grad.dtype)).to(h.dtype)
+        to_weight = rows.t() @ F.gelu(h).reshape(-1, h.shape[-1]).to(grad.dtype)
+        return torch.ops.aten.gelu_backward(to_gelu, h), to_weight.to(weight.dtype), rows.sum(0, dtype=weight.dtype)
 
 
 class _Adapter:
@@ -31,7 +55,20 @@ class _Adapter:
             nn.init.zeros_(tensor)
 
     def change(self, z: Tensor) -> Tensor:
-        return self.up(F.gelu(self.down(z)))
+        return self.upward(self.down(z))
+
+    def change_behind(self, linear: nn.Linear, o: Tensor) -> Tensor:
+        """A(linear(o)), which neither keeps nor needs what the linear gives: the two products follow each other."""
+        weight, bias = self.down.weight @ linear.weight, self.down.bias
+        if linear.bias is not None:
+            bias = F.linear(linear.bias, self.down.weight, bias)
+        return self.upward(F.linear(o, weight, bias))
+
+    def upward(self, h: Tensor) -> Tensor:
+        """gelu(h) Wu^T + bu."""
+        if own_backward() and not torch.compiler.is_compiling():
+            return UpOfGelu.apply(h, self.up.weight, self.up.bias)
+        return self.up(F.gelu(h))
 
 
 class AdapterBeforeTemporal(_Adapter, Intervention):
@@ -61,7 +98,7 @@ class Temporal(_Adapter, MapOutput):
     def __init__(self, method: "AIM", block: BlockSite, clip: Clip, before: AdapterBeforeTemporal | None):
         super().__init__(block, block.index, on_input=True)
         check_attention(block)
-        unregistered(self, clip=clip, before=before)
+        unregistered(self, clip=clip, before=before, spatial=None)
         self.norm1, self.attn = block.norm1, block.attn
         self.add_parts(block.width, block.width // method.reduction)
         self.drop_path = _drop_path(block.branch1)
@@ -78,28 +115,75 @@ class Temporal(_Adapter, MapOutput):
         z = type(self.norm1.module).forward(self.norm1.module, z)
         if self.before is not None:
             z = self.before(z)
-        z = self.change(self.attention(z))
+        z = self.attended(z)
         z = rearrange(z, "(b n) t d -> (b t) n d", n=tokens.shape[1])
         return x + self.drop_path(z.view(x.shape))
 
-    def attention(self, z: Tensor) -> Tensor:
-        """The block's attention among the T frames (B N, T, D) of each position, without rotation and spatial bias."""
+    def attended(self, z: Tensor) -> Tensor:
+        """A of the block's attention among the T frames (B N, T, D) of each position, without rotation and spatial bias."""
         attn, bias = self.attn.module, None
         if self.bias_table is not None:
             time = torch.arange(z.shape[1], device=z.device)
             bias = self.bias_table[time[:, None] - time + self.frames - 1].permute(2, 0, 1)
-        return attention_output(attn, attend(attn, *attention_inputs(attn, z), bias), z)
+        q, k, v = attention_inputs(attn, z)
+        # One frame has itself alone to attend to: q and k need not be kept.
+        y = v.contiguous() if bias is None and self._single(attn) else attend(attn, q, k, v, bias)
+        if (
+            is_projection_plain(self, attn, self.spatial)
+            and self.hub.untouched(attn.proj_drop)
+            and not drops(attn.proj_drop)
+        ):
+            return self.change_behind(attn.proj, before_projection(attn, y, z))
+        return self.change(attention_output(attn, y, z))
+
+    def _single(self, attn: nn.Module) -> bool:
+        """Whether attention gives its values, and nothing else needs a gradient through the scores, be it 0."""
+        if not own_backward() or self.clip.length > 1 or drops(attn.attn_drop) or getattr(attn, "qkv", None) is None:
+            return False
+        return not any(p.requires_grad for p in attn.parameters())
 
 
 class Spatial(_Adapter, MapOutput):
-    """y + A(y) on the output y of the attention module."""
+    """y + A(y) on the output y of the attention module.
+
+    Where y is what the frozen projection makes of o, A(y) is made of o, which the attention keeps for backward anyway.
+    """
 
     def __init__(self, block: BlockSite, size: int):
         super().__init__(block.attn, block.index)
+        self.projection = block.linears("proj")[0]
         self.add_parts(block.width, size)
 
+    def hooked(self) -> list[ModuleRef]:
+        return [*super().hooked(), self.projection]
+
+    def install(self) -> None:
+        super().install()
+        self.act_after(self.projection, self._note)
+
+    def _note(self, args: tuple, output: Tensor) -> None:
+        # In fewer rows than channels the product of both weights costs more than the rows' own.
+        rows = output.numel() // output.shape[-1]
+        if own_backward() and not torch.compiler.is_compiling() and rows >= output.shape[-1]:
+            self.flow.put(self, "projected", (args[0], output, output._version))
+
     def forward(self, y: Tensor) -> Tensor:
+        o, output, version = self.flow.pop(self, "projected") or (None, None, None)
+        if y is output and y._version == version and is_projection_plain(self, self.place.module):
+            return y + self.change_behind(self.projection.module, o)
         return y + self.change(y)
+
+
+def is_projection_plain(part: Intervention, attn: nn.Module, *beside: Intervention) -> bool:
+    """Whether an attention's last linear is torch's own, and nobody does anything there but these, which only look."""
+    if torch.compiler.is_compiling() or type(attn.proj).forward is not nn.Linear.forward:
+        return False
+    return part.alone_at(attn.proj, *beside)
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether it may drop something now."""
+    return dropout.training and getattr(dropout, "p", 0) > 0
 
 
 class Joint(_Adapter, AddToBranch):
@@ -185,11 +269,15 @@ class AIM(Method):
             size = block.width // self.reduction
             if not size:
                 raise MethodError(f"{self.name}.reduction: {self.reduction} leaves nothing of {block.width} channels")
-            path = f"{block.path}.aim"
+            path, temporal = f"{block.path}.aim", None
             if not block.maps or (block.index - first[block.stage]) % 2 == 0:
                 before = AdapterBeforeTemporal(block, size) if self.num_t_adapters == 2 else None
-                yield f"{path}.temporal", Temporal(self, block, clip, before)
+                temporal = Temporal(self, block, clip, before)
+                yield f"{path}.temporal", temporal
                 if before is not None:
                     yield f"{path}.temporal_in", before
-            yield f"{path}.spatial", Spatial(block, size)
+            spatial = Spatial(block, size)
+            if temporal is not None:
+                unregistered(temporal, spatial=spatial)
+            yield f"{path}.spatial", spatial
             yield f"{path}.joint", Joint(self, block, size)

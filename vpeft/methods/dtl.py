@@ -1,7 +1,8 @@
 """DTL and DTL+: a compact side network (Fu, Zhu and Wu, AAAI 2024, arXiv 2312.07856)."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,23 +17,49 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
-from ..numerics import unregistered
+from ..numerics import own_backward, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, grids, register, which_blocks
 
+# A state of at most so many columns in all is handed on as its low-rank terms: below it, the products that sum them up
+# where the state is wanted cost less than the passes over the state that they replace.
+_MOST_COLUMNS = 96
+# Of beta, between which h beta neither overflows nor vanishes.
+_LEAST, _LARGEST = 1e-6, 1e6
+
+Terms = tuple[Tensor, ...]  # x_1 down_1^T, up_1, x_2 down_2^T, up_2 …: h is the sum of the products of two
+
 
 class SideStep(Tap):
-    """h + x down^T up^T, with x the block's input and h the state before (0 at first)."""
+    """h + x down^T up^T, with x the block's input and h the state before (0 at first).
 
-    def __init__(self, block: BlockSite, rank: int, previous: Tap | None, cut: bool):
+    Args:
+        block: whose input is read.
+        rank: of the product.
+        previous: the step before.
+        cut: as a tap's.
+        in_terms: h is handed on as its terms, which are summed up where it is wanted.
+    """
+
+    def __init__(self, block: BlockSite, rank: int, previous: Tap | None, cut: bool, in_terms: bool):
         super().__init__(block, block.index - 1, previous, on_input=True, cut=cut)
+        self.in_terms = in_terms
         bound = block.width**-0.5
         self.down = nn.Parameter(torch.empty(rank, block.width).uniform_(-bound, bound))
         self.up = nn.Parameter(torch.zeros(block.width, rank))
 
-    def forward(self, state: Tensor | None, x: Tensor) -> Tensor:
-        change = F.linear(F.linear(x, self.down), self.up)
+    def forward(self, state: Tensor | Terms | None, x: Tensor) -> Tensor | Terms:
+        low = F.linear(x, self.down)
+        if self.in_terms:
+            return (*(state or ()), low, self.up)
+        change = F.linear(low, self.up)
         return change if state is None else state + change
+
+
+def joined(terms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(…, C) and (D, C), whose product is h."""
+    low = torch.cat(terms[::2], -1)
+    return low, torch.cat(terms[1::2], 1).to(low.dtype)
 
 
 class DepthwiseFusion(nn.Module):
@@ -45,12 +72,65 @@ class DepthwiseFusion(nn.Module):
         self.padding = (low, high, low, high)
         self.weight = nn.Parameter(torch.empty(width, 1, kernel, kernel).uniform_(-1 / kernel, 1 / kernel))
 
-    def forward(self, u: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, u: Tensor, size: tuple[int, int], weight: Tensor) -> Tensor:
+        """``weight`` is its own, as it is in this forward."""
+        passing, image = self._cut(u, size)
+        image = F.conv2d(F.pad(image, self.padding), weight.to(image.dtype), groups=len(weight))
+        return self._joined(passing, image, u)
+
+    def gradients(self, grad: Tensor, u: Tensor, size: tuple[int, int], weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``forward``, those of u and of the weight, from its result's."""
+        padded = F.pad(self._cut(u, size)[1], self.padding)
+        passing, image = self._cut(grad, size)
+        to_weight = torch.nn.grad.conv2d_weight(padded, weight.shape, image, groups=len(weight))
+        to_image = torch.nn.grad.conv2d_input(padded.shape, weight.to(u.dtype), image, groups=len(weight))
+        to_image = F.pad(to_image, [-n for n in self.padding])
+        return self._joined(passing, to_image, u), to_weight.to(weight.dtype)
+
+    @staticmethod
+    def _cut(u: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The tokens that pass (B, P, D), and the map (B, D, H, W)."""
         tokens = u.flatten(1, -2)
         prefix = tokens.shape[1] - math.prod(size)
-        image = tokens[:, prefix:].mT.unflatten(2, size)
-        image = F.conv2d(F.pad(image, self.padding), self.weight.to(image.dtype), groups=len(self.weight))
-        return torch.cat([tokens[:, :prefix], image.flatten(2).mT], 1).view(u.shape)
+        return tokens[:, :prefix], tokens[:, prefix:].mT.unflatten(2, size)
+
+    @staticmethod
+    def _joined(passing: Tensor, image: Tensor, like: Tensor) -> Tensor:
+        return torch.cat([passing, image.flatten(2).mT], 1).view(like.shape)
+
+
+class FedTerms(torch.autograd.Function):
+    """y + F(h sigmoid(beta h)), of which the terms of h alone are kept; for the gradient h is made anew.
+
+    Args (of ``apply``):
+        part: the ``Swish`` that it computes for, with beta and F.
+        size: of the patches' grid; None without F.
+        y: (…, D).
+        weight: of F, or None.
+        terms: of h.
+    """
+
+    @staticmethod
+    def forward(part: "Swish", size: tuple[int, int] | None, y: Tensor, weight: Tensor | None, *terms: Tensor) -> Tensor:
+        return part.fed_terms(size, y, weight, terms)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.part, ctx.size, _, weight, *terms = inputs
+        ctx.save_for_backward(weight, *terms)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        weight, *terms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will be differentiated in its turn
+            needed = ctx.needs_input_grad[3:]
+            # Views, since a later term depends on the earlier ones, too.
+            weight, *terms = (None if t is None else t.view_as(t) for t in (weight, *terms))
+            leaves = [t for t, wanted in zip((weight, *terms), needed, strict=True) if wanted]
+            changed = ctx.part.change(ctx.size, weight, F.linear(*joined(terms)))
+            found = iter(torch.autograd.grad(changed, leaves, grad.to(changed.dtype), create_graph=True))
+            return None, None, grad, *(next(found) if wanted else None for wanted in needed)
+        return None, None, grad, *ctx.part.gradients(ctx.size, grad, weight, terms)
 
 
 class Swish(SideOutput):
@@ -64,9 +144,56 @@ class Swish(SideOutput):
         # Unregistered: shared by the blocks of a stage, and saved once.
         unregistered(self, fusion=fusion, grid=grid)
 
-    def feed(self, state: Tensor, y: Tensor) -> Tensor:
+    def feed(self, state: Tensor | Terms, y: Tensor) -> Tensor:
+        size, weight = (None, None) if self.fusion is None else (self.grid.size, self.fusion.weight)
+        if isinstance(state, Tensor):
+            return y + self.change(size, weight, state)
+        if not self._by_terms(state[0], y):
+            return y + self.change(size, weight, F.linear(*joined(state)))
+        if own_backward():
+            return FedTerms.apply(self, size, y, weight, *state)
+        return self.fed_terms(size, y, weight, state)
+
+    def _by_terms(self, low: Tensor, y: Tensor) -> bool:
+        """Whether beta h can be formed and keeps y's type, and no compiler or tracer looks on, which decides by itself."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        within = _LEAST <= self.beta <= _LARGEST and low.dtype != torch.float16
+        return within and torch.result_type(y, low) == y.dtype
+
+    def change(self, size: tuple[int, int] | None, weight: Tensor | None, state: Tensor) -> Tensor:
+        """F(h sigmoid(beta h))."""
         u = state * torch.sigmoid(self.beta * state)
-        return y + (u if self.fusion is None else self.fusion(u, self.grid.size))
+        return u if self.fusion is None else self.fusion(u, size, weight)
+
+    def fed_terms(self, size: tuple[int, int] | None, y: Tensor, weight: Tensor | None, terms: Sequence[Tensor]) -> Tensor:
+        """``feed`` where autograd records nothing: without F in two passes over h."""
+        scaled, _, _ = self._scaled(terms)
+        u = F.silu(scaled, inplace=True).view(y.shape)
+        if self.fusion is None:
+            return torch.add(y, u, alpha=1 / self.beta)
+        return y + self.fusion(u.div_(self.beta), size, weight)
+
+    def gradients(
+        self, size: tuple[int, int] | None, grad: Tensor, weight: Tensor | None, terms: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Those of F's weight and of the terms, from the result's."""
+        scaled, low, up = self._scaled(terms)
+        to_u, to_weight = grad.to(scaled.dtype), None
+        if self.fusion is not None:
+            u = F.silu(scaled).div_(self.beta).view(grad.shape)
+            to_u, to_weight = self.fusion.gradients(to_u, u, size, weight)
+        to_state = torch.ops.aten.silu_backward.grad_input(to_u.reshape(scaled.shape), scaled, grad_input=scaled)
+        sizes = [t.shape[-1] for t in terms[::2]]
+        to_low, to_up = (to_state @ up).split(sizes, 1), (low.t() @ to_state).t().split(sizes, 1)
+        pairs = sum(zip(to_low, to_up, strict=True), ())
+        return [to_weight, *(g.reshape(t.shape).to(t.dtype) for g, t in zip(pairs, terms, strict=True))]
+
+    def _scaled(self, terms: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """beta h (rows, D), and the (rows, C) and (D, C) whose product h is."""
+        low, up = joined(terms)
+        low = low.flatten(0, -2)
+        return low @ (self.beta * up).t(), low, up
 
 
 class PatchMean(ForPooling):
@@ -168,13 +295,15 @@ class DTL(Method):
         first = self.first_fed(sites)
         read = self.reading(sites, first)
         grid_of_block = (yield from grids(sites)) if self.kernel else None
+        steps = Counter(block.stage for block in sites.blocks if block.index in read)
         tap: Tap | None = None
         fusion: DepthwiseFusion | None = None
         for i, block in enumerate(sites.blocks):
             if i and sites.blocks[i - 1].stage != block.stage:
                 tap = fusion = None
             if i in read:
-                tap = SideStep(block, self.rank, tap, cut=i <= first)
+                in_terms = self.rank * steps[block.stage] <= _MOST_COLUMNS
+                tap = SideStep(block, self.rank, tap, cut=i <= first, in_terms=in_terms)
                 yield f"{block.path}.dtl", tap
             if i < first or tap is None:
                 continue

@@ -154,13 +154,9 @@ class ScaleAndShift(MapOutput):
         if self._keeps_y(y):
             shape = (-1, *(1,) * (y.ndim - 1 - axis))
             return scaled_and_shifted(y, scale.view(shape), shift.view(shape))
-        if self.again and self._alone():
+        if self.again and self.alone_at(self.place.module):
             return ScaleShiftFunction.apply(y, scale, shift, axis, self._once_more, x)
         return ScaleShiftFunction.apply(y, scale, shift, axis, None, None)
-
-    def _alone(self) -> bool:
-        """Whether y is what the frozen module makes of x, with no other method's hook in between."""
-        return self.hub.untouched(self.place.module, besides=self.owner)
 
     def _once_more(self, x: Tensor) -> Tensor:
         return type(self.place.module).forward(self.place.module, x)
