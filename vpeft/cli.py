@@ -53,6 +53,7 @@ COMMANDS = {
     "bench-kept": (measuring.bench_kept, "list what a training step keeps for backward, and which operation keeps it"),
     "bench-route": (measuring.bench_route, "measure batches of mixed tasks beside separate forwards"),
     "bench-decode": (measuring.bench_decode, "measure how many clips per second are decoded"),
+    "bench-loader": (measuring.bench_loader, "measure how many images per second are read, beside timm's loader"),
     "pretrain": (training.pretrain, "train a whole backbone and write its weights as timm reads them"),
 }
 

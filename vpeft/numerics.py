@@ -106,13 +106,18 @@ class RandomStates:
         torch.default_generator.set_state(self._states[2])
 
 
+def seed_all(seed: int) -> None:
+    """Start all three generators from ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """All three generators started from ``seed`` for a while; afterwards they go on where they were."""
     before = RandomStates()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    seed_all(seed)
     try:
         yield
     finally:

@@ -85,15 +85,15 @@ def folder(tmp_path):
 
 def spoiled(monkeypatch, epoch, level):
     """Images of one grey are read as no numbers, in one epoch and later."""
-    real = SeededDataset.__getitem__
+    real = SeededDataset._read
 
-    def read(self, item):
-        image, label = real(self, item)
-        if item[0] >= epoch and abs(float((image[0, 0, 0] * 0.5 + 0.5) * 255) - level) < 0.6:
+    def read(self, at, index):
+        image, label = real(self, at, index)
+        if at >= epoch and abs(float((image[0, 0, 0] * 0.5 + 0.5) * 255) - level) < 0.6:
             image = image * float("nan")
         return image, label
 
-    monkeypatch.setattr(SeededDataset, "__getitem__", read)
+    monkeypatch.setattr(SeededDataset, "_read", read)
 
 
 @pytest.mark.parametrize("epoch", [0, 2])

@@ -58,3 +58,28 @@ def bench_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
         )
 
     return run
+
+
+def bench_loader(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    parser.add_argument("root", nargs="?", metavar="ROOT", help="of ROOT/SPLIT/CLASS/IMAGE; made JPEGs where left out")
+    parser.add_argument("--split", default="train", metavar="NAME", help="its folder")
+    parser.add_argument(
+        "--model", default="vit_base_patch16_224.augreg_in21k", metavar="NAME", help="whose transform is used"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="of each loader")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="passes of each loader")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..bench.loader import bench_loader
+
+        bench_loader(
+            args.root,
+            split=args.split,
+            model=args.model,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            rounds=args.rounds,
+        )
+
+    return run

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
 from ..errors import DataError, VpeftError
-from ..numerics import seeded
+from ..numerics import RandomStates, seed_all
 from .broken import Failed, take, tally_of
 
 
@@ -30,12 +30,21 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, item: tuple[int, int]):
-        epoch, index = item
-        seed = zlib.crc32(f"{self.seed}/{epoch}/{index}".encode())
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Any]:
+        """What torch's loader asks for, a batch: the generators of this process are put back once."""
+        before = RandomStates()
         try:
-            with seeded(seed):
-                return self.dataset[index]
+            return [self._read(*item) for item in items]
+        finally:
+            before.restore()
+
+    def _read(self, epoch: int, index: int) -> Any:
+        try:
+            seed_all(zlib.crc32(f"{self.seed}/{epoch}/{index}".encode()))
+            return self.dataset[index]
         except VpeftError as error:
             return Failed(index, error)
 
