@@ -2,9 +2,9 @@
 
 A frozen linear keeps nothing for backward. A trained product on its input would keep that input, although autograd keeps
 what it was made of: a LayerNorm's input, a GELU's input. Such products (``Intervention.input_times``) keep that.
-
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import is_plain_gelu, is_plain_norm
@@ -108,12 +109,15 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.unflatten(-1, (-1, weight.shape[1])), weight, bias).flatten(-2)
 
 
-class Forwards(Protocol):
+class Surroundings(Protocol):
     """What is asked of the model's hub."""
 
     blocks: list[nn.Module]
     junctions: dict[nn.Module, Any]
     places: dict[nn.Module, tuple[nn.Module, str, str]]
+
+    def acting_now(self) -> tuple[str, ...]:
+        """Names of the handles that act in the forward under way."""
 
     def untouched(self, module: nn.Module) -> bool:
         """Whether a module computes what its class does."""
@@ -131,7 +135,7 @@ class Origins:
         hub: of the model.
     """
 
-    def __init__(self, hub: Forwards):
+    def __init__(self, hub: Surroundings):
         self.hub = hub
         self.readers: dict[nn.Module, set[str]] = {}  # handles' names, by norm or activation
         self.made = WeakTensorKeyDictionary()
@@ -178,6 +182,8 @@ class Origins:
             return None  # what autocast casts is kept besides; the others do not know functions of one's own
         if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
             return None
+        if _within_checkpoint():
+            return None
         return Again(origin.make, InPlaceOf.apply(x, x.new_empty(()).expand(x.shape)), origin.tensors)
 
     def _around(self, module: nn.Module) -> list[nn.Module]:
@@ -191,7 +197,9 @@ class Origins:
         if torch.compiler.is_compiling() or not own_backward() or type(output) is not Tensor or len(args) != 1:
             return
         source, node = args[0], output.grad_fn
-        if node is None or type(source) is not Tensor or module not in self.readers or not self.hub.untouched(module):
+        if node is None or type(source) is not Tensor or self.readers.get(module, set()).isdisjoint(self.hub.acting_now()):
+            return
+        if not self.hub.untouched(module):
             return
         # It is made of this very tensor, and was not changed since.
         if source.grad_fn is None or node.next_functions[0] != (source.grad_fn, source.output_nr) or output._version:
@@ -211,6 +219,18 @@ class Origins:
 
 def _normalised(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _within_checkpoint() -> bool:
+    """Whether torch's activation checkpointing runs what runs now, in forward or again in backward.
+
+    What it runs again may begin behind the norm, whose output is another tensor then; and it wants the same tensors kept as
+    the first time. torch 2.6 does not tell: its functions are looked for among those under way.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:

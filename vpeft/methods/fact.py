@@ -298,7 +298,7 @@ class FactTT(Method):
 
     U (r, D) and V (D, r) are shared by the whole model (by each stage of a Swin, whose widths differ); every slice of
     D x D has a core S (r, r) of its own: q, k, v, proj, and m each for fc1 and fc2. V starts at zero. It stores and
-    optimises little, but keeps the input of every linear for backward: no activation memory is saved.
+    optimises little; no activation memory is saved, beyond the inputs of linears that norms and GELUs can be asked again.
 
     Args:
         rank: r, one for the model since U and V are shared.
