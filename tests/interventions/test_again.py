@@ -1,5 +1,6 @@
 """Inputs of linears that are made again in backward: what is kept, the same gradients, and where the input itself stays."""
 
+import contextlib
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,27 @@ def test_what_others_do_in_between_is_not_lost(place, change, early):
     check_slopes(model, handle.eval())
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("place", ["attn", "mlp", "mlp.act"])
+def test_what_the_models_own_code_does_in_between_is_not_lost(place, recorded):
+    model = make("vit", dtype=torch.float64)
+    part = model.blocks[2].get_submodule(place)
+
+    class Changing(type(part)):
+        def forward(self, x, *args, **kwargs):
+            x = super().forward(x) if place == "mlp.act" else x
+            with torch.set_grad_enabled(recorded):
+                x.mul_(2)
+            return x if place == "mlp.act" else super().forward(x, *args, **kwargs)
+
+    part.__class__ = Changing
+    slot = {"attn": "qkv", "mlp": "fc1", "mlp.act": "fc2"}[place]
+    handle = attached(model, "lora", targets=[slot], blocks="2")
+    randomise(handle, 0.1)
+    model.pos_embed.requires_grad_(True)
+    check_slopes(model, handle.eval())
+
+
 def check_slopes(model, handle, names=".a"):
     x = images(model, 2)
     torch.manual_seed(1)
@@ -335,12 +357,15 @@ class Part:
 
 @pytest.mark.parametrize("method", ["lora", "fact_tt", "repadapter"])
 @pytest.mark.parametrize("how", ["timm", "block", "attn", "mlp", "model"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True, "off the device"])
 def test_activation_checkpointing(how, method, reentrant):
     options = {"targets": ["qkv", "fc1", "fc2"]} if method == "lora" else {}
     model, _ = model_with(method, options)
     x = images(model).requires_grad_()
     expected = gradients(model, x)
+    elsewhere = contextlib.nullcontext()
+    if reentrant == "off the device":  # what it starts again from is another tensor then
+        elsewhere, reentrant = torch.autograd.graph.save_on_cpu(), False
     if how == "timm":
         if reentrant:
             timm.layers.set_reentrant_ckpt(True)
@@ -352,7 +377,8 @@ def test_activation_checkpointing(how, method, reentrant):
             part = block if how == "block" else getattr(block, how)
             part.__class__ = type("Part", (Part, type(part)), {"whole": type(part), "reentrant": reentrant})
     try:
-        y = model(x)
+        with elsewhere:
+            y = model(x)
         y.square().sum().backward()
     finally:
         timm.layers.set_reentrant_ckpt(False)
