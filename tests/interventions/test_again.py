@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import timm
@@ -23,7 +24,15 @@ USERS = [
     ("fact_tt", {"rank": 3}), ("fact_tk", {"rank": 4}), ("lora", {"targets": ALL}), ("dora", {"targets": ALL}), ("pissa", {}),
     ("krona", {"targets": ALL}), ("kadaptation", {}), ("repadapter", {}),
 ]  # fmt: skip
-users = pytest.mark.parametrize(("method", "options"), USERS, ids=[m for m, _ in USERS])
+SHORT = ("fact_tt", "lora", "repadapter")
+
+
+def slow_but(*cases, short):
+    """Parameters, of which those that are not in the short list are in the slow part of the suite."""
+    return [pytest.param(*case, marks=() if short(*case) else pytest.mark.slow) for case in cases]
+
+
+users = pytest.mark.parametrize(("method", "options"), slow_but(*USERS, short=lambda m, _: m in SHORT))
 
 
 def model_with(method, options, kind="vit", dtype=torch.float64, train=False, **kwargs):
@@ -73,21 +82,17 @@ def in_both(method, options, **more):
 
 @pytest.mark.parametrize(
     ("method", "options", "most"),
-    [
-        ("fact_tt", {}, 1.12),
-        ("fact_tk", {}, 1.20),
-        ("lora", {"targets": ALL}, 1.04),
-        ("lora", {"targets": ["fc2"]}, 1.01),
-        ("repadapter", {}, 1.04),
-        ("kadaptation", {}, 1.08),
-    ],
-)
+    slow_but(
+        ("fact_tt", {}, 1.12), ("fact_tk", {}, 1.20), ("lora", {"targets": ALL}, 1.04), ("lora", {"targets": ["fc2"]}, 1.01),
+        ("repadapter", {}, 1.04), ("kadaptation", {}, 1.08), short=lambda m, *_: m.startswith("fact"),
+    ),
+)  # fmt: skip
 def test_kept_over_the_limit(method, options, most):
-    """On four blocks of ViT-S/16."""
+    """On two blocks of ViT-S/16."""
     kept = {}
     for name in ("limit", method):
         torch.manual_seed(0)
-        model = timm.create_model("vit_small_patch16_224", depth=4, num_classes=5)
+        model = timm.create_model("vit_small_patch16_224", depth=2, num_classes=5)
         x = torch.randn(1, 3, 224, 224)
         vpeft.attach(model, "linear" if name == "limit" else method, **({} if name == "limit" else options)).train()
         model.pos_embed.requires_grad_(True)
@@ -96,7 +101,7 @@ def test_kept_over_the_limit(method, options, most):
 
 
 @users
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_same_gradients_from_less(kind, method, options):
     model, other, _ = in_both(method, options, kind=kind, train=True)
     x = images(model)
@@ -191,6 +196,13 @@ def past_autograd(module, args, output):
     output.data.mul_(2)
 
 
+CHANGES, PLACES = (times_two, in_place, past_the_graph, past_autograd), ("norm1", "attn", "attn.qkv", "norm2", "mlp")
+BETWEEN = slow_but(
+    *product(CHANGES, (*PLACES, "mlp.fc1", "mlp.act", "mlp.fc2"), (False, True)),
+    short=lambda change, place, _: change in (times_two, past_autograd) and place in ("norm1", "attn", "mlp.act"),
+)
+
+
 def before(change):
     def hook(module, args):
         changed = change(module, (), args[0])
@@ -199,10 +211,8 @@ def before(change):
     return hook
 
 
-@pytest.mark.parametrize("change", [times_two, in_place, past_the_graph, past_autograd])
-@pytest.mark.parametrize("place", ["norm1", "attn", "attn.qkv", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"])
-@pytest.mark.parametrize("early", [False, True])
-def test_what_others_do_in_between_is_not_lost(place, change, early):
+@pytest.mark.parametrize(("change", "place", "early"), BETWEEN)
+def test_what_others_do_in_between_is_not_lost(change, place, early):
     """The slope of the loss, measured, along a direction of the last block's factors."""
     model = make("vit", dtype=torch.float64)
     module = model.blocks[2].get_submodule(place)
@@ -272,6 +282,11 @@ class TwiceNorm(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
+class RoughNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 0.3)
+
+
 class MovedGELU(nn.GELU):
     def forward(self, x):
         return F.gelu(x + 1)
@@ -284,6 +299,7 @@ class MovedGELU(nn.GELU):
         {"act_layer": nn.ReLU},
         {"act_layer": MovedGELU},
         {"norm_layer": TwiceNorm},
+        {"norm_layer": RoughNorm},
         {"scale_mlp_norm": True},
     ],
 )
@@ -315,6 +331,16 @@ def test_trained_norms():
     same(gradients(model, x), gradients(other, x))
 
 
+@pytest.mark.parametrize(("place", "kind"), [("norm1", RoughNorm), ("norm1", TwiceNorm), ("mlp.act", MovedGELU)])
+def test_modules_that_became_others_after_attach(place, kind):
+    model = make("vit", dtype=torch.float64)
+    handle = attached(model, "lora", targets=["qkv", "fc2"], blocks="2")
+    randomise(handle, 0.1)
+    model.pos_embed.requires_grad_(True)
+    model.blocks[2].get_submodule(place).__class__ = kind
+    check_slopes(model, handle.eval())
+
+
 # ---- where the ordinary product is taken ----
 
 
@@ -328,6 +354,7 @@ def test_autocast_keeps_inputs(method):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "fact_tt"])
 def test_compiled(method):
     model, _ = model_with(method, {"targets": ["qkv", "fc2"]} if method == "lora" else {"rank": 3})
@@ -355,9 +382,13 @@ class Part:
         return checkpoint(self.whole.forward, self, x, use_reentrant=self.reentrant)
 
 
-@pytest.mark.parametrize("method", ["lora", "fact_tt", "repadapter"])
-@pytest.mark.parametrize("how", ["timm", "block", "attn", "mlp", "model"])
-@pytest.mark.parametrize("reentrant", [False, True, "off the device"])
+@pytest.mark.parametrize(
+    ("how", "method", "reentrant"),
+    slow_but(
+        *product(("timm", "block", "attn", "mlp", "model"), SHORT, (False, True, "off the device")),
+        short=lambda how, method, reentrant: method == "lora" and how in ("timm", "mlp") and reentrant is not True,
+    ),
+)
 def test_activation_checkpointing(how, method, reentrant):
     options = {"targets": ["qkv", "fc1", "fc2"]} if method == "lora" else {}
     model, _ = model_with(method, options)
