@@ -22,7 +22,7 @@ from vpeft.interventions.again import Again, InPlaceOf, ProductAgain
 ALL = ["qkv", "proj", "fc1", "fc2"]
 USERS = [
     ("fact_tt", {"rank": 3}), ("fact_tk", {"rank": 4}), ("lora", {"targets": ALL}), ("dora", {"targets": ALL}), ("pissa", {}),
-    ("krona", {"targets": ALL}), ("kadaptation", {}), ("repadapter", {}),
+    ("krona", {"targets": ALL}), ("kadaptation", {}), ("increlora", {"targets": ALL}), ("repadapter", {}),
 ]  # fmt: skip
 SHORT = ("fact_tt", "lora", "repadapter")
 
