@@ -53,6 +53,11 @@ def own_backward() -> bool:
     return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
+def autocast_on(device: str) -> bool:
+    """Whether operations on this kind of device run in autocast's type now."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def weighted_change(values: Sequence[Tensor], weights: Sequence[float], start: Tensor | float) -> Tensor:
     """start + the sum of weight x (value - start), computed in float64, in the first value's type."""
     used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]

@@ -10,6 +10,7 @@ import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
 from tests.support.models import attached, images, make, randomise
 from tests.support.reference import Reference
+from tests.support.saved import saved_bytes
 
 ALL = ["q", "k", "v", "proj", "fc1", "fc2"]
 
@@ -222,29 +223,16 @@ def test_dora_dropout(on, bias):
 # ---- LoRA-FA: what backward holds ----
 
 
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps for backward: each storage once, without the model's own tensors and the image."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    found = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x).sum()
-    return sum(s.nbytes() for s in found.values())
-
-
 @pytest.mark.parametrize("targets", [["q", "v"], ["qkv", "proj", "fc1", "fc2"]])
 def test_lora_fa_keeps_no_input_of_a_linear(targets):
     rank, tokens = 4, 17
 
-    def measure(method, **options):
+    def measure(method, hooked=False, **options):
         model = make("vit")
         handle = vpeft.attach(model, method, **options)
+        for block in model.blocks if hooked else ():
+            for module in (block.norm1, block.norm2, block.mlp.act):
+                module.register_forward_hook(lambda *_: None)
         model.pos_embed.requires_grad_(True)  # the gradient goes all the way, as in the limit
         return saved_bytes(model, images(model)), handle
 
@@ -255,9 +243,13 @@ def test_lora_fa_keeps_no_input_of_a_linear(targets):
     # q and v on a fused linear are stacked to one A (2r, D) and one B (3D, 2r).
     stacked = 4 * (2 * rank * 32 + 96 * 2 * rank) if targets == ["q", "v"] else 0
     assert ours == limit + 3 * (wide + stacked)
-    # LoRA keeps the inputs of qkv, fc1 and fc2; that of proj is there anyway, the attention's own output.
+    # LoRA keeps no input either: norms and GELUs make those of qkv, fc1 and fc2 again (a number says where that is); that
+    # of proj is there anyway, the attention's own output.
+    again = 1 if targets == ["q", "v"] else 3
+    assert lora == ours + 3 * 4 * again
+    # Where they cannot, it does: something else hooks the norms and GELUs.
     inputs = 32 if targets == ["q", "v"] else 32 + 32 + 128
-    assert lora == ours + 3 * (3 * tokens * 4 * inputs)
+    assert measure("lora", hooked=True, rank=rank, targets=targets)[0] == ours + 3 * (3 * tokens * 4 * inputs)
 
 
 def test_lora_fa_stores_a_and_trains_b():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import LayerNorm, use_reentrant_ckpt
+from timm.layers import GELU, GELUTanh, LayerNorm, use_reentrant_ckpt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
@@ -171,6 +171,11 @@ def is_plain_norm(module: nn.Module) -> bool:
     """A LayerNorm with a weight, whose forward is ``F.layer_norm`` of its tensors."""
     plain = type(module).forward in (nn.LayerNorm.forward, LayerNorm.forward)
     return plain and module.weight is not None and not getattr(module, "_fast_norm", False)
+
+
+def is_plain_gelu(module: nn.Module) -> bool:
+    """A GELU, exact or with tanh, as torch and timm have them."""
+    return type(module).forward in (nn.GELU.forward, GELU.forward, GELUTanh.forward)
 
 
 def reentrant_checkpointing() -> bool:

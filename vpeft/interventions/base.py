@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.modules import ModuleRef
 from ..errors import MethodError
+from .again import ProductAgain, multiply
 from .flow import Flow
 from .hub import Hub
 
@@ -99,6 +100,26 @@ class Intervention(nn.Module):
         """``change(inner, *args, **kwargs)`` stands in place of the module's operation ``inner``."""
         with replacing(place):
             self.hub.at(place.module).add_around(self.owner, change)
+
+    def reads_input(self, place: ModuleRef) -> None:
+        """Said in ``install``: ``input_times`` will be called with what a module, or one inside of it, gets."""
+        self.hub.origins.watch(self.owner, place.module)
+
+    def input_times(self, place: ModuleRef, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b for trained tensors, where x is what a module gets: what x is made of is kept for backward, not x.
+
+        Where that is not known, or nothing is gained by it, it is torch's own product.
+
+        Args:
+            place: the module, see ``reads_input``.
+            x: (…, in).
+            weight: (r, in), or (r, in / slices): then slice by slice.
+            bias: (r,) or None.
+
+        Returns (…, r) or (…, slices * r).
+        """
+        again = self.hub.origins.of(x, place.module) if self.hub is not None and weight.requires_grad else None
+        return multiply(x, weight, bias) if again is None else ProductAgain.apply(x, weight, bias, again)
 
     def __dir__(self) -> list[str]:
         # Without properties: some can be read in a forward alone, and torch.jit.trace reads all that is listed before one.

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..numerics import autocast_on
 from .flow import Flow
 from .hub import Hub
 
@@ -44,7 +45,7 @@ class Gathered:
         if flow is None or flow.starter is not member.hub.model or not self._pays(flow, x):
             return None  # where a block is called by itself, other members do not run
         # A part of a model may run without gradients, or in another precision.
-        dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x.device.type) else None
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x.device.type) else None
         name = f"ready {torch.is_grad_enabled()} {dtype}"
         found = flow.get(self, name)
         if found is None:
@@ -53,7 +54,7 @@ class Gathered:
         return found.get(id(member))
 
     def _pays(self, flow: Flow, x: Tensor) -> bool:
-        if not (x.is_cuda or _autocast(x.device.type)):
+        if not (x.is_cuda or autocast_on(x.device.type)):
             return False
         if flow.checkpointed or flow.task is not None or flow.routed or flow.exported:
             return False  # blocks run again by themselves; each sample has its own
@@ -72,7 +73,3 @@ class Gathered:
             ]
             for (member, _), own in zip(found, zip(*(t.unbind() for t in made), strict=True), strict=True):
                 yield id(member), own
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -13,8 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpointing
 from ..errors import MethodError
 from ..shards import gather_uncalled
+from .again import Origins
 from .flow import Flow
-from .junction import Junction, as_ordered, unhook
+from .junction import Junction, as_ordered, hooked_only_by, unhook
 from .operation import with_tensors
 from .rows import RowPart, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 from .watched import Place, check_in_place, watch
@@ -45,6 +46,7 @@ class Hub:
         edition: another text after each change of what is done at the modules, for compiled graphs.
         top: the junction of the model itself, for its own tensors (class token, position embedding).
         own: functions that a user had put in the place of timm's before anything was attached.
+        origins: what the inputs of linears were made of.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
@@ -62,6 +64,7 @@ class Hub:
                 for name, child in module.named_children():
                     self.places[child] = (module, name, f"{path}.{name}".lstrip("."))
         self.watched: dict[str, list[Place]] = {}
+        self.origins = Origins(self)
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -119,6 +122,7 @@ class Hub:
     def remove(self, owner: str) -> None:
         """Take off all that one handle does, at every junction."""
         self.changed()
+        self.origins.remove(owner)
         for module, junction in [*self.junctions.items(), (self.model, self.top)]:
             junction.remove(owner)
             if junction.empty:
@@ -127,6 +131,7 @@ class Hub:
     def rename(self, owner: str, name: str, parts: set[int]) -> None:
         """See ``Junction.rename``; done at every junction."""
         self.changed()
+        self.origins.rename(owner, name)
         for junction in (*self.junctions.values(), self.top):
             junction.rename(owner, name, parts)
 
@@ -155,7 +160,7 @@ class Hub:
     def untouched(self, module: nn.Module, besides: str | None = None) -> bool:
         """Whether a module computes what its class does: nobody acts there (``besides`` may), and no one else hooks it."""
         junction = self.junctions.get(module)
-        if not hooked_only_by(module, self, junction):
+        if not hooked_only_by(module, self, self.origins, junction):
             return False
         return junction is None or not (junction.owners() - {besides}) & set(self.acting_now())
 
@@ -385,11 +390,3 @@ class Hub:
         kept = flow.after_features()
         if kept is not None:
             self.carried[features] = kept
-
-
-def hooked_only_by(module: nn.Module, *known: object) -> bool:
-    """Whether nothing but these objects hooks a module or stands in place of its forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if "forward" in vars(module):
-        hooks.append(vars(module)["forward"])
-    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none

@@ -377,3 +377,11 @@ def as_ordered(hooks: OrderedDict) -> None:
     entries = list(hooks.items())
     hooks.clear()
     hooks.update(entries)
+
+
+def hooked_only_by(module: nn.Module, *known: object) -> bool:
+    """Whether nothing but these objects hooks a module or stands in place of its forward."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in vars(module):
+        hooks.append(vars(module)["forward"])
+    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none

@@ -28,6 +28,7 @@ class AddToLinear(Intervention):
         return [self.site.bias_outside] if self.site.bias_outside else []
 
     def install(self) -> None:
+        self.reads_input(self.site)
         self.act_after(self.site, self._update)
 
     def _update(self, args: tuple, output: Tensor) -> Tensor | None:

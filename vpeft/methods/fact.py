@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
+from ..interventions.again import Again, had_back, kept_for
 from ..interventions.linear import AddToLinear
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, unregistered
+from ..numerics import at_least_float32, autocast_on, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
@@ -32,15 +33,24 @@ class FrozenLinearPlus(torch.autograd.Function):
         x: (…, in).
         weight, bias: frozen; bias may be None.
         u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r).
-        mask: dropout's factors (rows of x, slices out * r), or None.
+        mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
         scale: a number.
+        again: how x is made again in backward; x is kept where it is None.
 
     Returns the output, and (not differentiable) the two inner products, which the backward needs.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, core: Tensor, v: Tensor, mask: Tensor | None, scale: float
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        core: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        again: Again | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(rows.shape[0], core.shape[1])
@@ -54,17 +64,20 @@ class FrozenLinearPlus(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        x, weight, _, u, core, v, mask, ctx.scale = inputs
+        x, weight, _, u, core, v, mask, ctx.scale, *more = inputs
+        again = more[0] if more else None
+        ctx.make = None if again is None else again.make
         _, low, inner = output
         ctx.mark_non_differentiable(low, inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, u, core, v, mask, low, inner)
+        ctx.save_for_backward(weight, u, core, v, mask, low, inner, *kept_for(x, again))
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *_: None) -> tuple:
         if grad is None:
-            return (None,) * 8
-        x, weight, u, core, v, mask, low, inner = ctx.saved_tensors
+            return (None,) * 9
+        weight, u, core, v, mask, low, inner, *kept = ctx.saved_tensors
+        x = had_back(ctx.make, kept)
         if torch.is_grad_enabled():  # a second derivative goes through the two products as well
             low = (x.reshape(-1, u.shape[1]) @ u.t()).view(low.shape)
             inner = low @ core.t() if mask is None else (low @ core.t()) * mask
@@ -80,7 +93,7 @@ class FrozenLinearPlus(torch.autograd.Function):
             to_x = grad.reshape(inner.shape[0], -1) @ weight
             to_x.view(-1, u.shape[1]).addmm_(to_low, u)
             to_x = to_x.view(x.shape)
-        return to_x, None, None, to_u, to_core, to_v, None, None
+        return to_x, None, None, to_u, to_core, to_v, None, None, None
 
 
 class FusedAddToLinear(AddToLinear):
@@ -91,6 +104,7 @@ class FusedAddToLinear(AddToLinear):
     """
 
     def install(self) -> None:
+        self.reads_input(self.site)
         self.act_around(self.site, self._run)
 
     def _run(self, inner: Inner, x: Tensor) -> Tensor:
@@ -104,7 +118,7 @@ class FusedAddToLinear(AddToLinear):
         # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if autocast_on(device):
             return False
         frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
         return frozen and type(module).forward is nn.Linear.forward
@@ -192,17 +206,19 @@ class FactLinear(FusedAddToLinear):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         u, v = self.factors.u, self.factors.v
-        h = F.linear(x.unflatten(-1, (self.slices_in, -1)), u).flatten(-2)
-        h = self.drop(F.linear(h, self.core()))
+        h = self.drop(F.linear(self.input_times(self.site, x, u), self.core()))
         # s, up to 100, multiplies the product with V and not its half-precision operands.
         return torch.addmm(y.reshape(-1, len(v)), h.reshape(-1, len(u)), v.t(), alpha=self.scale).view(y.shape)
 
     def fused(self, x: Tensor) -> Tensor:
-        core, mask = self.core(), None
-        if self.training and self.drop.p:
-            mask = self.drop(x.new_ones(math.prod(x.shape[:-1]), len(core)))
+        core, mask, scale, p = self.core(), None, self.scale, self.drop.p
+        if self.training and p:
+            # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
+            mask = self.drop(x.new_ones(math.prod(x.shape[:-1]), len(core))) != 0
+            scale = scale / (1 - p) if p < 1 else 0.0
         weights = self.site.module.weight, self.site.module.bias
-        return FrozenLinearPlus.apply(x, *weights, self.factors.u, core, self.factors.v, mask, self.scale)[0]
+        again = self.hub.origins.of(x, self.site.module)
+        return FrozenLinearPlus.apply(x, *weights, self.factors.u, core, self.factors.v, mask, scale, again)[0]
 
     def _run_together(self, members: list["FactLinear"], plan: RowPlan, args: tuple) -> Tensor | None:
         """What ``_run`` gives, in inference: added in place to the linear's output, where slices would be joined anew."""
@@ -282,7 +298,7 @@ class FactTT(Method):
 
     U (r, D) and V (D, r) are shared by the whole model (by each stage of a Swin, whose widths differ); every slice of
     D x D has a core S (r, r) of its own: q, k, v, proj, and m each for fc1 and fc2. V starts at zero. It stores and
-    optimises little, but keeps the input of every linear for backward: no activation memory is saved.
+    optimises little; no activation memory is saved, beyond the inputs of linears that norms and GELUs can be asked again.
 
     Args:
         rank: r, one for the model since U and V are shared.

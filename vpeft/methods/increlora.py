@@ -10,6 +10,7 @@ from ..attached.tree import Tree
 from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..interventions.again import Again, had_back, kept_for
 from ..interventions.base import Intervention
 from ..numerics import own_backward
 from ..options import nonnegative, option, probability
@@ -41,6 +42,9 @@ class Growing(nn.Module):
         self.register_buffer("uncertainty", torch.zeros(()))
 
 
+Rows = tuple[tuple[int, int], ...]
+
+
 class _Score(torch.autograd.Function):
     """Passes y on; backward gives each slot's score: sum |U * dL/dU| / sqrt(numel) over its rows of the update U = B A.
 
@@ -48,23 +52,22 @@ class _Score(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: tuple[tuple[int, int], ...], *scores: Tensor
-    ) -> Tensor:
-        ctx.rows, ctx.count = rows, len(scores)
+    def forward(ctx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Rows, again: Again | None, *scores: Tensor) -> Tensor:
+        ctx.rows, ctx.count, ctx.make = rows, len(scores), None if again is None else again.make
         if rows:
-            ctx.save_for_backward(x, a, b)
+            ctx.save_for_backward(a, b, *kept_for(x, again))
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores = [grad.new_zeros(1)] * ctx.count
         if ctx.rows:
-            x, a, b = ctx.saved_tensors
+            a, b, *kept = ctx.saved_tensors
+            x = had_back(ctx.make, kept).detach()
             weight_grad = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
             parts = [(weight_grad[i:j] * (b[i:j] @ a)).abs() for i, j in ctx.rows]
             scores = [(p.sum() / math.sqrt(p.numel())).to(a.dtype)[None] for p in parts]
-        return grad, None, None, None, None, *scores
+        return grad, None, None, None, None, None, *scores
 
 
 class GrowingLinear(LoraLinear):
@@ -108,8 +111,9 @@ class GrowingLinear(LoraLinear):
         if own_backward():
             rows, parts = zip(*self.parts(), strict=True)
             rows = rows if self.scoring else ()
-            y = _Score.apply(y, x.detach(), a.detach(), b.detach(), rows, *[p.score for p in parts])
-        h = nn.functional.linear(x, a)
+            again = self.hub.origins.of(x, self.site.module) if rows else None
+            y = _Score.apply(y, x.detach(), a.detach(), b.detach(), rows, again, *[p.score for p in parts])
+        h = self.input_times(self.site, x, a)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t()).view(y.shape)
 
     def distance(self, part: nn.Module) -> Tensor:

@@ -82,7 +82,7 @@ class KronALinear(AddToRows):
 
     def update(self, slot: str, x: Tensor) -> Tensor:
         a, b = self.pair(slot)
-        h = F.linear(x.unflatten(-1, (a.shape[1], b.shape[1])), b)  # X B^T
+        h = self.input_times(self.site, x, b).unflatten(-1, (a.shape[1], len(b)))  # X B^T
         # Flat, so that torch picks the same product whether or not a gradient is asked for.
         h = F.linear(h.transpose(-1, -2).flatten(0, -2), a).view(*x.shape[:-1], len(b), len(a))  # its transpose times A^T
         return self.scale * h.transpose(-1, -2).flatten(-2)
@@ -222,7 +222,7 @@ class KAdaptationLinear(AddToRows):
     def update(self, slot: str, x: Tensor) -> Tensor:
         down, up = self.factors(slot)
         drop = self.training and self.dropout
-        h = x @ F.dropout(down.t() @ up, self.dropout) if drop else F.linear(x, down) @ up
+        h = x @ F.dropout(down.t() @ up, self.dropout) if drop else self.input_times(self.site, x, down) @ up
         return self.scale * h + self.own.bias
 
     def slot_delta(self, slot: str) -> Tensor:

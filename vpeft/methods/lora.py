@@ -127,7 +127,7 @@ class LoraLinear(AddToLinear):
         """y + scale * x A^T B^T, with the bottleneck's dropout where that is what was asked for."""
         ready = None if self.gathered is None else self.gathered.ready(self, x)
         a, b = self.factors() if ready is None else ready
-        h = nn.functional.linear(x, a)
+        h = self.input_times(self.site, x, a)
         if not self.on_input:
             h = self.drop(h)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)

@@ -46,8 +46,13 @@ class RepBottleneck(MapOutput):
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
+    def install(self) -> None:
+        self.reads_input(self.place)
+        super().install()
+
     def forward(self, n: Tensor) -> Tensor:
-        return n + self.scale * self.up(self.drop(self.down(n)))
+        h = self.input_times(self.place, n, self.down.weight, self.down.bias)
+        return n + self.scale * self.up(self.drop(h))
 
     def why_not_mergeable(self) -> str | None:
         """The reason why it cannot be folded here, or None."""

@@ -1,0 +1,237 @@
+"""Inputs of frozen linears that are made anew in backward, from what norms and activations keep anyway.
+
+A frozen linear keeps nothing for backward. A trained product on its input would keep that input, although autograd keeps
+what it was made of: a LayerNorm's input, a GELU's input. Such products (``Intervention.input_times``) keep that.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..backbone.modules import is_plain_gelu, is_plain_norm
+from ..numerics import autocast_on, own_backward
+from .junction import hooked_only_by, unhook
+
+
+class Again(NamedTuple):
+    """How a tensor is made a second time: ``make(*tensors)``.
+
+    Attributes:
+        make: a function that holds no tensor.
+        place: of the tensor's shape and in its place in the graph, but without memory.
+        tensors: what it is made of.
+    """
+
+    make: Callable[..., Tensor]
+    place: Tensor
+    tensors: tuple[Tensor | None, ...]
+
+
+class Origin(NamedTuple):
+    """What a module's output was made of, and how both were then: in the graph, and in number of changes in place."""
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+    versions: list[int]
+    node: Any
+
+
+class InPlaceOf(torch.autograd.Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def kept_for(x: Tensor, again: Again | None) -> tuple[Tensor | None, ...]:
+    """What a function saves in place of x."""
+    return (x,) if again is None else (again.place, *again.tensors)
+
+
+def had_back(make: Callable[..., Tensor] | None, kept: tuple[Tensor | None, ...]) -> Tensor:
+    """x in a function's backward, from what ``kept_for`` gave and ``again.make``; also for a second derivative."""
+    if make is None:
+        return kept[0]
+    place, *tensors = kept
+    with torch.no_grad():
+        x = make(*tensors)
+    return InPlaceOf.apply(place, x) if torch.is_grad_enabled() else x
+
+
+class ProductAgain(torch.autograd.Function):
+    """As ``multiply``, for an x that is made again in backward.
+
+    Args (of ``apply``):
+        x, weight, bias: see ``multiply``.
+        again: how x is made.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, again: Again) -> Tensor:
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, again = inputs
+        ctx.make = again.make
+        ctx.save_for_backward(weight, *kept_for(x, again))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        rows, to_x, to_weight, to_bias = grad.reshape(-1, len(weight)), None, None, None
+        if ctx.needs_input_grad[0]:
+            to_x = (rows @ weight).view(kept[0].shape)
+        if ctx.needs_input_grad[1]:
+            to_weight = rows.t() @ had_back(ctx.make, kept).reshape(-1, weight.shape[1])
+        if ctx.needs_input_grad[2]:
+            to_bias = rows.sum(0)
+        return to_x, to_weight, to_bias, None
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (…, in) to (…, r); slice by slice, to (…, slices * r), where x is several times as wide as W."""
+    if x.shape[-1] == weight.shape[1]:
+        return F.linear(x, weight, bias)
+    return F.linear(x.unflatten(-1, (-1, weight.shape[1])), weight, bias).flatten(-2)
+
+
+class Surroundings(Protocol):
+    """What is asked of the model's hub."""
+
+    blocks: list[nn.Module]
+    junctions: dict[nn.Module, Any]
+    places: dict[nn.Module, tuple[nn.Module, str, str]]
+
+    def acting_now(self) -> tuple[str, ...]:
+        """Names of the handles that act in the forward under way."""
+
+    def untouched(self, module: nn.Module) -> bool:
+        """Whether a module computes what its class does."""
+
+
+class Origins:
+    """Of a model: what the inputs of its frozen linears were made of, where that can be told for certain.
+
+    It looks at what plain LayerNorms and GELUs give, in blocks where someone asks for it. Whatever another hook, the
+    attention or the MLP does with it before the linear gets it makes it unknown: a new tensor, another place in the graph,
+    a change in place. What a hook writes past autograd (``.data``) cannot be seen: where a module has hooks of others,
+    nothing is told.
+
+    Args:
+        hub: of the model.
+    """
+
+    def __init__(self, hub: Surroundings):
+        self.hub = hub
+        self.readers: dict[nn.Module, set[str]] = {}  # handles' names, by norm or activation
+        self.made = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "made"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.made = WeakTensorKeyDictionary()
+
+    def watch(self, owner: str, module: nn.Module) -> None:
+        """A handle will ask for what this module, or one inside of it, gets: look at the norms and GELUs of its block."""
+        block = (self._around(module) or [None])[-1]
+        for maker in block.modules() if block in self.hub.blocks else ():
+            if is_plain_norm(maker) or is_plain_gelu(maker):
+                if maker not in self.readers:
+                    self.readers[maker] = set()
+                    maker.register_forward_hook(self._note)
+                self.readers[maker].add(owner)
+
+    def remove(self, owner: str) -> None:
+        """A handle does not ask any more."""
+        for maker, owners in list(self.readers.items()):
+            owners.discard(owner)
+            if not owners:
+                del self.readers[maker]
+                unhook(maker, self)
+
+    def rename(self, owner: str, name: str) -> None:
+        """What is asked for by one name may be by another as well."""
+        for owners in self.readers.values():
+            if owner in owners:
+                owners.add(name)
+
+    def of(self, x: Tensor, module: nn.Module) -> Again | None:
+        """How x, which a module gets or one inside of it, is made; None where it is not known, or of no use."""
+        if torch.compiler.is_compiling() or not own_backward():
+            return None
+        origin = self.made.get(x)
+        if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
+            return None
+        if autocast_on(x.device.type) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return None  # what autocast casts is kept besides; the others do not know functions of one's own
+        if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
+            return None
+        if _within_checkpoint():
+            return None
+        return Again(origin.make, InPlaceOf.apply(x, x.new_empty(()).expand(x.shape)), origin.tensors)
+
+    def _around(self, module: nn.Module) -> list[nn.Module]:
+        """A module and those that it is in, up to its block; up to the model where it is in none."""
+        found = [module]
+        while found[-1] not in self.hub.blocks and found[-1] in self.hub.places:
+            found.append(self.hub.places[found[-1]][0])
+        return found
+
+    def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling() or not own_backward() or type(output) is not Tensor or len(args) != 1:
+            return
+        source, node = args[0], output.grad_fn
+        if node is None or type(source) is not Tensor or self.readers.get(module, set()).isdisjoint(self.hub.acting_now()):
+            return
+        if not self.hub.untouched(module):
+            return
+        # It is made of this very tensor, and was not changed since.
+        if source.grad_fn is None or node.next_functions[0] != (source.grad_fn, source.output_nr) or output._version:
+            return
+        tensors: tuple[Tensor | None, ...] = (source,)
+        if node.name() == "NativeLayerNormBackward0" and is_plain_norm(module):
+            tensors += module.weight, module.bias
+            make = partial(_normalised, module.normalized_shape, module.eps)
+        elif node.name() == "GeluBackward0":
+            make = partial(F.gelu, approximate=node._saved_approximate)
+        else:
+            return
+        if any(t is not None and (type(t) not in (Tensor, nn.Parameter) or t.dtype != output.dtype) for t in tensors):
+            return
+        self.made[output] = Origin(make, tensors, _versions(tensors), node)
+
+
+def _normalised(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _within_checkpoint() -> bool:
+    """Whether torch's activation checkpointing runs what runs now, in forward or again in backward.
+
+    What it runs again may begin behind the norm, whose output is another tensor then; and it wants the same tensors kept as
+    the first time. torch 2.6 does not tell: its functions are looked for among those under way.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    return [t._version for t in tensors if t is not None]
