@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from ..engine.config import read_config
 from ..files import write_text
+from .allocator import page_faults
 from .config import BenchConfig, load_tables
 from .gpu import graphed_time, host_time, kernels_of
 from .report import write_report
@@ -24,7 +25,7 @@ from .result import Result
 from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
 
 PASSES = ("step", "cached", "forward", "merged")
-HOST = "host"
+HOST, FAULTS = "host", "faults"
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
@@ -86,12 +87,15 @@ Times = dict[tuple[str, str], float]
 
 
 def _round(rows: list[Row], batch: Batch) -> Times:
-    """One time of everything: (label, pass) to seconds."""
+    """One time of everything: (label, pass) to seconds, and page faults of the steps."""
     found: Times = {}
     for row in rows:
         if row.trains:
             row.training()
+            before = page_faults()
             found[row.label, HOST], found[row.label, "step"] = host_time(batch, row.step)
+            if before is not None:
+                found[row.label, FAULTS] = page_faults() - before
             cached = row.cached()
             if cached is not None:
                 found[row.label, "cached"] = batch.time(cached)
@@ -157,7 +161,9 @@ def _result(row: Row, times: list[Times], memory: dict[str, tuple[int | None, in
         ratios |= {f"peak/{base}": peak / memory[base][1] for base in (FULL, LIMIT)}
     found = {key: value for key, value in ratios.items() if value is not None}
     host = _median(t.get((row.label, HOST)) for t in times) if row.batch.device.type == "cuda" else None
-    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found, host)
+    faults = _median(t.get((row.label, FAULTS)) for t in times)
+    faults = None if faults is None else round(faults)
+    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found, host, faults=faults)
 
 
 def _median(values) -> float | None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ..files import write_text
 from ..reporting.pictures import figure, plain, save
+from .allocator import allocator_named
 from .result import Result
 from .rows import FROZEN, FULL, LIMIT
 
@@ -18,6 +19,7 @@ RATIOS = (
     f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}",
 )  # fmt: skip
 ON_GPU = ("host_s", "kernels", "graphed_s")
+MORE = ("page_faults",)
 
 
 def write_report(config: DictConfig, results: list[Result]) -> str:
@@ -35,7 +37,19 @@ def as_csv(results: list[Result]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
-        ["row", "parameters", "step_s", "cached_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS, *ON_GPU]
+        [
+            "row",
+            "parameters",
+            "step_s",
+            "cached_s",
+            "forward_s",
+            "merged_s",
+            "saved_bytes",
+            "peak_bytes",
+            *RATIOS,
+            *ON_GPU,
+            *MORE,
+        ]
     )
     for r in results:
         values = [
@@ -51,6 +65,7 @@ def as_csv(results: list[Result]) -> str:
             r.host,
             r.kernels,
             r.graphed,
+            r.faults,
         ]
         writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
     return stream.getvalue()
@@ -70,7 +85,7 @@ def markdown(config: DictConfig, results: list[Result]) -> str:
         "merged, ms",
         memory,
         *(k.replace("/", " / ") for k in shown),
-        *(("images / s", "host, ms", "kernels", "graphed, ms") if gpu else ()),
+        *(("images / s", "host, ms", "kernels", "graphed, ms") if gpu else ("page faults",)),
     ]
     lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results:
@@ -78,7 +93,9 @@ def markdown(config: DictConfig, results: list[Result]) -> str:
         cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.cached, r.forward, r.merged))]
         cells.append("–" if amount is None else f"{amount / 2**20:.1f}")
         cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
-        if gpu:
+        if not gpu:
+            cells.append("–" if r.faults is None else f"{r.faults:,}")
+        else:
             rate = "–" if r.step is None else f"{config.batch_size / r.step:,.0f}"
             cells += [rate, _ms(r.host), "–" if r.kernels is None else str(r.kernels), _ms(r.graphed)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -90,7 +107,8 @@ def device_named(config: DictConfig) -> str:
     device = torch.device(config.device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+    kept = allocator_named()
+    return f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time{f', {kept}' if kept else ''}"
 
 
 def _setting(config: DictConfig) -> str:

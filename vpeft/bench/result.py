@@ -19,6 +19,7 @@ class Result:
         peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
         host: of a step on a GPU, until Python has asked for all of it; near ``step``, it is Python that is waited for.
         kernels: that a step runs on a GPU.
+        faults: pages that the system gave the process anew during a step.
         graphed: the merged forward, or the adapted where nothing merges, replayed as a CUDA graph.
         ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
             ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
@@ -36,6 +37,7 @@ class Result:
     host: float | None = None
     kernels: int | None = None
     graphed: float | None = None
+    faults: int | None = None
 
 
 @dataclass

@@ -9,6 +9,10 @@ def bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
+        from ..bench.allocator import start_again_with_thresholds
+
+        if args.whole_process:
+            start_again_with_thresholds()
         from ..bench.measure import bench
 
         bench(args.cfg, args.overrides)
