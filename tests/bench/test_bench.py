@@ -17,7 +17,7 @@ from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
 from vpeft.bench.gpu import counted
 from vpeft.bench.measure import bench, measure, saved_bytes
-from vpeft.bench.rows import make_rows, twin
+from vpeft.bench.rows import built, opened, planned, references, twin
 from vpeft.tasks.labels import LabelStep
 from vpeft.tasks.protocol import TaskModel
 
@@ -34,6 +34,13 @@ rows:
   - {{name: lora, options: {{rank: 2}}}}
   - {{name: adaptformer, label: wide, options: {{bottleneck: 8}}}}
 """
+
+
+def make_rows(config):
+    """The rows of a table and the batch."""
+    plans = [*references(config), *planned(config)]
+    base, batch = opened(config)
+    return built(plans, base, batch, config), batch
 
 
 @pytest.fixture
@@ -298,6 +305,6 @@ def test_the_gpu_command_is_complete():
     folder = Path(__file__).parents[2] / "configs" / "bench"
     found = load_tables(folder / "gpu.yaml", ["device=cpu", "precision=fp32"])
     assert [(c.name, c.compile, c.batch_size) for c in found] == [
-        ("vit_b16_gpu", False, 64), ("vit_b16_gpu_compiled", True, 64), ("vit_l14_gpu", False, 64), ("swin_b_gpu", False, 64),
+        ("vit_b16_gpu", False, 64), ("vit_b16_gpu_compiled", True, 64), ("swin_b_gpu", False, 64), ("vit_l14_gpu", False, 64),
     ]  # fmt: skip
     assert all(c.device == "cpu" for c in found)
