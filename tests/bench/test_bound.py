@@ -83,7 +83,7 @@ def test_what_a_low_rank_method_computes_more(tmp_path):
     ranked = {o: n for o, n in more.items() if o.is_product and any(RANK in s for s in sizes(o))}
     assert sum(ranked.values()) == 3 * 6 - 1
     tokens = session.batch.images.shape[0] * TOKENS
-    assert all({*sizes(o)[-1], *sizes(o)[-2]} <= {RANK, WIDTH, tokens} for o in ranked)
+    assert all({*sizes(o)[-1], *sizes(o)[-2]} <= {RANK, WIDTH, 3 * WIDTH, tokens} for o in ranked)
     head = [o for o in more if o.is_product and sizes(o)[-1] == (2, WIDTH) and o not in ranked]
     assert [more[o] for o in head] == [1], "the gradient of the head's weight"
     assert [n for o, n in more.items() if o.is_product and o not in ranked and o not in head] == [-1], "of the first qkv"

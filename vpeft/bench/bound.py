@@ -51,6 +51,12 @@ class Shaped(NamedTuple):
         return flat.as_strided(self.size, self.stride)
 
 
+def is_product(function: Any) -> bool:
+    """Whether an operation of torch is a product of matrices, a convolution or attention."""
+    packet = function.overloadpacket
+    return packet in flop_registry or packet.__name__ in _PRODUCTS or packet.__name__.startswith(_PRODUCTS_BEGIN)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One of torch's own operations with all that its time depends on.
@@ -73,8 +79,7 @@ class Operation:
 
     @property
     def is_product(self) -> bool:
-        packet = self.function.overloadpacket
-        return packet in flop_registry or self.name in _PRODUCTS or self.name.startswith(_PRODUCTS_BEGIN)
+        return is_product(self.function)
 
     @property
     def is_copy(self) -> bool:

@@ -151,16 +151,25 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
     """
     config = read_config(BenchConfig, file, overrides)
     check_options(config)
+    check_table(config)
+    return config
+
+
+def check_table(config: DictConfig) -> None:
+    """Refuse what does not go together in a table; its model is from now on the experiment's, where it has one.
+
+    Raises:
+        ConfigError: with the key.
+    """
     if config.experiment is None:
         check_model_name(config)
     else:
         config.model.name = load_config(config.experiment).model.name
-    _check_device(config)
+    check_device(config)
     if config.all_methods and interleaved(config) == "all":
         raise ConfigError("interleave: all methods at once do not fit into memory; one at a time does (interleave=one)")
     if config.bound and config.compile:
         raise ConfigError("bound: what a compiled step computes is not seen operation by operation; compile=false")
-    return config
 
 
 def interleaved(config: DictConfig) -> str:
@@ -177,7 +186,7 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     config = read_config(RoutingConfig, file, overrides)
     check_options(config)
     check_model_name(config)
-    _check_device(config)
+    check_device(config)
     if config.tasks > config.batch_size:
         raise ConfigError(f"tasks: {config.tasks} tasks do not all have a sample in a batch of {config.batch_size}")
     if config.dtype == "float64" and config.precision != "fp32":
@@ -187,7 +196,12 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     return config
 
 
-def _check_device(config: DictConfig) -> None:
+def check_device(config: DictConfig) -> None:
+    """Refuse a device, a clock and a precision that do not go together here, and a table without rows.
+
+    Raises:
+        ConfigError: with the key.
+    """
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
