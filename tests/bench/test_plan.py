@@ -1,5 +1,6 @@
 """Memory that is told before training is the memory that training takes."""
 
+import resource
 import time
 
 import pytest
@@ -32,10 +33,9 @@ def really_saved(model, method, options, precision="fp32"):
 @pytest.mark.parametrize(
     ("model", "method", "options", "precision"),
     [
-        (MICRO, "lora", {"rank": 4}, "fp32"),
-        (MICRO, "vpt_deep", {}, "bf16"),
+        (MICRO, "vpt_deep", {"tokens": 9}, "bf16"),
         (MICRO, "magnitude", {}, "fp32"),  # which looks at values first
-        ("swin_micro_patch2_window7_28", "ssf", {}, "fp32"),
+        pytest.param("swin_micro_patch2_window7_28", "ssf", {}, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_saved_bytes_at_another_batch_size(model, method, options, precision):
@@ -50,7 +50,7 @@ def test_saved_bytes_at_another_batch_size(model, method, options, precision):
 def test_saved_bytes_of_every_method(model, method):
     options = on_images(method)
     try:
-        found = plan(model, method, options)
+        found = plan(model, method, {})
     except vpeft.UnsupportedModelError:
         assert model.startswith("swin")
         return
@@ -97,13 +97,15 @@ def test_products_are_zeros_of_the_right_kind():
 
 
 def test_a_large_model_takes_seconds_and_no_memory():
-    """ViT-H/14 has 2.5 GiB of weights, of which next to none are written."""
+    """ViT-H/14 has 2.4 GiB of weights, of which next to none are written."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.process_time()
     with Hollow(making=True):
         model = timm.create_model("vit_huge_patch14_224", num_classes=10)
     with Hollow(), torch.no_grad():
         assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
     assert time.process_time() - begun < 20, "its products alone are 330 gigaflops"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "KiB"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ products, convolutions and attention give zeros of the shape that they would hav
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,7 @@ class Hollow(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if self.making and name == "empty" and str(kwargs.get("device") or "cpu") == "cpu":
-            return torch.zeros(*args, **{k: v for k, v in kwargs.items() if k != "memory_format"})
+            return _zeros(func(*args, **{**kwargs, "device": "meta", "pin_memory": False}))
         if self.making and name in (*_RANDOM, *_FOLLOW) and args[0].numel() > _LARGE:
             return args[0]
         if is_product(func) and not name.endswith("_"):
@@ -58,9 +59,6 @@ def _is(x: Any) -> bool:
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """The system gives large zeros without writing them."""
-    return (
-        torch.zeros(like.untyped_storage().nbytes(), dtype=torch.uint8)
-        .view(like.dtype)
-        .as_strided(like.shape, like.stride())
-    )
+    """NumPy asks the system for zeros, which gives them without writing them; torch writes its own."""
+    flat = torch.from_numpy(np.zeros(like.untyped_storage().nbytes(), dtype=np.uint8))
+    return flat.view(like.dtype).as_strided(like.shape, like.stride())

@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 
 from ..engine.config import check_options
 from ..errors import ConfigError
-from ..methods import Method, create
+from ..methods import Method, create, on_images
 from ..tasks.models import check_model_name
 from .config import BenchConfig, check_device
 from .hollow import Hollow
@@ -106,7 +106,8 @@ def plan(
         MethodError: an unknown method or hyper-parameter.
         UnsupportedModelError: a model that the method does not take.
     """
-    made = create(method, **options)
+    create(method, **options)  # whatever is wrong with what was given
+    made = create(method, **(on_images(method) | options))
     given = {"device": device, "precision": precision, "num_classes": num_classes, "update": False}
     config = OmegaConf.merge(
         OmegaConf.structured(BenchConfig), {**given, "model": {"name": model, "img_size": img_size}, "all_methods": True}
