@@ -12,8 +12,11 @@ from tests.support.models import SMALL
 from vpeft.bench import groups, measure, rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.deadline import Deadline
+from vpeft.bench.groups import result_of
 from vpeft.bench.measure import bench, measured
 from vpeft.bench.report import as_csv, from_csv
+from vpeft.bench.result import Result
+from vpeft.bench.unfinished import Unfinished
 from vpeft.methods import list_methods
 
 TINY = """
@@ -72,6 +75,7 @@ def test_all_methods_and_why_some_are_left_out(file, tmp_path, monkeypatch, caps
     assert "| ssf |" not in captured.out
 
 
+@pytest.mark.slow
 def test_one_method_at_a_time(file, monkeypatch):
     """A row's model and its optimiser's state are gone before the next one is made; the references stay."""
     alive = weakref.WeakSet()
@@ -128,19 +132,22 @@ def test_it_goes_on_after_an_interruption(file, tmp_path, monkeypatch, capsys):
     assert last[:4] == first, "kept as they were measured"
     assert float(last[4]["step/limit"]) > 0
     assert results[4].ratios["saved/limit"] == results[4].saved / results[2].saved
-    bench(file)
-    assert "goes on" not in capsys.readouterr().err, "a table that is whole is measured anew"
 
 
-def test_rows_of_other_settings_are_not_kept(file, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "write_report", lambda *a: pytest.fail("stopped", pytrace=False))
-    for override in ("seed=0", "seed=1"):
-        with pytest.raises(pytest.fail.Exception):
-            bench(file, [override])
-        # The mark is gone with the last row, so it is put back as a kill would leave it.
-        mark = measure.Unfinished(load_bench_config(file, [override]))
-        assert not mark.rows
-    assert "goes on" not in capsys.readouterr().err
+def test_rows_of_other_settings_are_not_kept(file, capsys):
+    """Nor those of a table that is whole, which has no mark; a budget and an output change no number."""
+    row = Result("lora", 5, 1.0, None, 1.0, None, 7, None, {"step/limit": 1.5})
+    Unfinished(load_bench_config(file)).write([row])
+    assert Unfinished(load_bench_config(file, ["budget_minutes=3"])).rows == [row]
+    assert "goes on after 1 rows" in capsys.readouterr().err
+    assert Unfinished(load_bench_config(file, ["seed=1"])).rows == []
+    assert Unfinished(load_bench_config(file)).rows == [], "the other table has taken its place"
+    whole = Unfinished(load_bench_config(file))
+    whole.write([row, result_of("linear", left_out="the budget of 1 minutes was spent")])
+    assert Unfinished(load_bench_config(file)).rows == [row], "what the budget left out is to be measured"
+    whole.finish()
+    assert Unfinished(load_bench_config(file)).rows == []
+    assert capsys.readouterr().err.count("goes on") == 1
 
 
 def test_each_row_by_itself(file, monkeypatch):

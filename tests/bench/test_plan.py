@@ -54,7 +54,8 @@ def test_saved_bytes_of_every_method(model, method):
     except vpeft.UnsupportedModelError:
         assert model.startswith("swin")
         return
-    assert found.saved_at(OTHER) == pytest.approx(really_saved(model, method, options), rel=0.01)
+    off = 0.05 if found.method.needs_calibration else 0.01  # noise and data decide what the former train
+    assert found.saved_at(OTHER) == pytest.approx(really_saved(model, method, options), rel=off)
 
 
 def test_everything_else_is_counted():
@@ -137,6 +138,10 @@ def test_the_command(capsys):
     assert "| batch | weights | gradients | optimiser | images | saved | sum, MiB |" in out
     assert [line.split(" ")[1] for line in out.splitlines() if line[:3] in ("| 8", "| 3")] == ["8", "32"]
     assert f"with {CHECK} that was 0.00 % off" in out
+    assert "What it looks at in the data" not in out
+    main(["bench", "--plan", MICRO, "vp", "--device", "cpu"])
+    main(["bench", "--plan", MICRO, "ilm_vp", "--device", "cpu"])
+    assert capsys.readouterr().out.count("What it looks at in the data was random here") == 1
     with pytest.raises(SystemExit):
         main(["bench"])
     assert "one of the arguments --cfg --plan --check is required" in capsys.readouterr().err

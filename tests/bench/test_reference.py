@@ -25,18 +25,25 @@ rows: [{{name: lora, options: {{rank: 2}}}}]
 """
 
 
-@pytest.fixture
-def cfg(tmp_path):
-    path = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
     path.write_text(TINY.format(model={k: v for k, v in SMALL.items() if k != "num_classes"}))
     return path
 
 
+@pytest.fixture(scope="module")
+def written(cfg, tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "reference.json"
+    write_reference(path, cfg, repeats=2)
+    return path.read_text()
+
+
 @pytest.fixture
-def file(cfg, tmp_path):
+def file(written, tmp_path):
     """A reference, whose times may be off by anything."""
     path = tmp_path / "reference.json"
-    write_reference(path, cfg, repeats=2)
+    path.write_text(written)
     stored = json.loads(path.read_text())
     for ratios in stored["tables"]["tiny"]["rows"].values():
         for key, ratio in ratios.items():

@@ -129,7 +129,7 @@ def _measured(config: DictConfig, method: Method, optim: str, context: Context) 
         base, batch = classifier(config)
     base.model.to(config.device).eval()
     with context(False):
-        row = MethodRow("plan", base, _batch(config, batch, SMALL[0]), method, False)
+        row = MethodRow("plan", base, batch, method, False)
         tensors = {id(t): t for t in [*row.model.parameters(), *row.model.buffers()]}
         saved, peaks = [], []
         for number in (*SMALL, CHECK):
@@ -222,6 +222,11 @@ def told(found: MemoryPlan, batch_sizes: Sequence[int], free: int | None, settin
         f"{SMALL[0]} and {SMALL[1]} images; with {CHECK} that was {100 * found.off:.2f} % off."
         + (" It is not linear in the batch: take the largest numbers as a guess." if found.off > 0.01 else ""),
     ]
+    if found.method.needs_calibration:
+        lines.append(
+            "What it looks at in the data was random here, as the weights were: where that decides what is trained,"
+        )
+        lines.append("the saved bytes may be some percent off.")
     if found.peak is None:
         lines.append("Not in the sum: what backward needs for a while, and, on a GPU, torch's own share.")
     else:
