@@ -166,6 +166,27 @@ def test_what_is_unexplained_is_said(tmp_path):
     assert "| bound, ms | step / bound | products, ms | copies, ms |" in text
 
 
+def test_long_lists_are_timed_in_pieces(monkeypatch):
+    """An optimiser's step on all weights at once would take their memory several times."""
+    weights = [torch.nn.Parameter(torch.ones(n)) for n in (3, 4, 5, 6, 7)]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    with Recorder() as recorder:
+        optimizer.step()
+    (whole,) = [o for o in recorder.found if o.name == "_fused_adamw_"]
+    assert whole.nbytes == 4 * (4 * 25 + 5), "weights, gradients, two moments, and the numbers of steps"
+    assert whole.parts() == [whole]
+    monkeypatch.setattr(bound, "_AT_ONCE", 210)
+    pieces = whole.parts()
+    assert [sizes(p)[: len(sizes(p)) // 5] for p in pieces] == [[(3,), (5,), (7,)], [(4,), (6,)]]
+    assert sum(p.nbytes for p in pieces) == whole.nbytes
+    for p in pieces:
+        args, kwargs = p.arguments()
+        p.function(*args, **kwargs)
+
+
 def test_kernels_are_timed_once(tmp_path, monkeypatch):
     session, _ = session_and_rows(made(tmp_path, "[{name: linear}]"))
     with Recorder() as recorder:

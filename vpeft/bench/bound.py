@@ -6,6 +6,7 @@ step has more often (or less often, which counts against them) are run alone on 
 their times are added to the limit's. Copies are not counted: they are no arithmetic, and a better form may have none.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _COPIES = {
     "new_ones", "new_full", "_reshape_copy", "pixel_shuffle",
 }  # fmt: skip
 _NO_WORK = ("empty", "new_empty", "_local_scalar_dense", "lift_fresh", "detach", "alias", "set_", "is_same_size")
+_AT_ONCE = 2**28  # bytes of the tensors that an operation is timed on
 _SPELL = 0.005  # seconds that one timing of a short operation takes in all
 _MOST = 200  # times that an operation is run within one timing
 
@@ -91,9 +93,36 @@ class Operation:
         leaves = tuple((x.size, x.dtype) if isinstance(x, Shaped) else x for x in self.leaves)
         return self.function, leaves, self.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(math.prod(x.size) * x.dtype.itemsize for x in self.leaves if isinstance(x, Shaped))
+
+    def parts(self) -> "list[Operation]":
+        """Itself, or what does the same in smaller pieces where it takes long lists of tensors (an optimiser's step)."""
+        args, kwargs = tree_unflatten(self.leaves, self.tree)
+        length = max((len(x) for x in (*args, *kwargs.values()) if isinstance(x, list)), default=0)
+        pieces = min(length, -(-self.nbytes // _AT_ONCE))
+        if pieces < 2:
+            return [self]
+
+        def piece(n: int, x: Any) -> Any:
+            return x[n::pieces] if isinstance(x, list) and len(x) == length else x
+
+        return [
+            operation_of(self.function, tuple(piece(n, x) for x in args), {k: piece(n, x) for k, x in kwargs.items()})
+            for n in range(pieces)
+        ]
+
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         """Fresh ones of the same shapes."""
         return tree_unflatten([x.made() if isinstance(x, Shaped) else x for x in self.leaves], self.tree)
+
+
+def operation_of(function: Any, args: tuple, kwargs: dict[str, Any]) -> Operation:
+    """With the arguments that it is called with."""
+    leaves, tree = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Shaped))
+    return Operation(function, tuple(_without_values(x) for x in leaves), str(tree), tree)
 
 
 class Recorder(TorchDispatchMode):
@@ -106,8 +135,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if not func.is_view and not func.overloadpacket.__name__.startswith(_NO_WORK):
-            leaves, tree = tree_flatten((args, kwargs))
-            self.found[Operation(func, tuple(_without_values(x) for x in leaves), str(tree), tree)] += 1
+            self.found[operation_of(func, args, kwargs)] += 1
         return func(*args, **kwargs)
 
 
@@ -185,7 +213,7 @@ class Kernels:
         """Median seconds, or None where it cannot be run with values of no meaning."""
         if operation not in self.seconds:
             try:
-                self.seconds[operation] = self._measured(operation)
+                self.seconds[operation] = sum(self._measured(part) for part in operation.parts())
             except (RuntimeError, TypeError, ValueError, IndexError):
                 self.seconds[operation] = None
         return self.seconds[operation]

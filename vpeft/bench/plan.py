@@ -3,6 +3,7 @@
 Bytes that autograd keeps are measured on small batches and are linear in the batch; everything else follows from shapes.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -239,8 +240,12 @@ def told(found: MemoryPlan, batch_sizes: Sequence[int], free: int | None, settin
 
 
 def free_bytes(device: str) -> int | None:
-    """Of a GPU; None elsewhere."""
-    return torch.cuda.mem_get_info(torch.device(device))[0] if torch.device(device).type == "cuda" else None
+    """Of a GPU, what was measured there given back; None elsewhere."""
+    if torch.device(device).type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
 def _mib(amount: float) -> str:
