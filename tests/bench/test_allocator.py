@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_a_call_from_python_starts_nothing(clean, tmp_path, capsys):
     assert allocator_named().startswith(
         "allocator as the system has it (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ not"
     )
+
+
+def test_what_is_free_goes_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [torch.ones(2**14) for _ in range(4000)]  # of 64 KiB, for which no memory of their own is asked
+    kept, held = pieces[-1], resident()
+    del pieces
+    allocator.give_back()
+    assert held - resident() > 100 * 2**20
+    assert kept.sum() == 2**14
 
 
 def test_page_faults_are_counted():

@@ -4,6 +4,8 @@ Left to itself, glibc gives large pieces back to the system and faults them in a
 the next. It reads the two variables when a process starts, so they are set before that.
 """
 
+import ctypes
+import gc
 import os
 import platform
 import sys
@@ -59,6 +61,13 @@ def allocator_named() -> str:
 
 def _kept() -> bool:
     return all(os.environ.get(v) in (_HIGH, _OLD_MMAP) for v in THRESHOLDS)
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, which it would not do by itself under the thresholds."""
+    gc.collect()  # models are in circles that Python finds when it looks
+    if matters():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def page_faults() -> int | None:

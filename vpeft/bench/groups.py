@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from ..backbone.sites import Sites
 from ..tasks.protocol import TaskModel
-from .allocator import page_faults
+from .allocator import give_back, page_faults
 from .bound import Kernels, OwnWork
 from .config import interleaved
 from .deadline import Deadline
@@ -77,8 +77,10 @@ def results_of(session: Session, rows: list[Row], shown: list[Row]) -> list[Resu
     more: dict[str, dict[str, Any]] = {row.label: {} for row in shown}
     for row in shown:
         more[row.label] |= start_times(session.base, row, config.starts)
+        give_back()  # what files took, of which the rounds need nothing
     limits = _own_limits(session, rows, shown) if config.bound else {}
     work = {label: session.kernels.own_work(*pair) for label, pair in limits.items()}
+    give_back()
     timed = [*rows, *{id(limit): limit for _, limit in limits.values() if limit not in rows}.values()]
     for _ in range(config.warmup):
         _round(timed, batch)

@@ -5,7 +5,6 @@ timed one after another within each round, so that whatever else the machine doe
 medians over the rounds; a ratio is the median of the ratios within the rounds.
 """
 
-import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from ..engine.config import read_config
 from ..errors import VpeftError
 from ..files import write_text
+from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
 from .deadline import Deadline
 from .groups import Session, result_of, results_of
@@ -78,8 +78,8 @@ def _told(row: Result) -> str:
 
 
 def _forget() -> None:
-    """Give back the memory of what was measured; models are in circles that Python finds when it looks."""
-    gc.collect()
+    """Give back the memory of what was measured."""
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
