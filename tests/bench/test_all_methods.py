@@ -172,6 +172,38 @@ def test_each_row_by_itself(file, monkeypatch):
     assert lora.ratios["saved/limit"] == lora.saved / limit.saved
 
 
+def test_a_row_that_trains_everything_has_the_memory_of_full_fine_tuning(file, monkeypatch):
+    rounds, one = [], groups._round
+
+    def watched(together, batch):
+        rounds.append(({r.label for r in together}, full[0].optimizer is None or len(full[0].optimizer.state)))
+        return one(together, batch)
+
+    full, make = [], rows.MethodRow.__init__
+
+    def kept(row, label, *args):
+        make(row, label, *args)
+        if label == "full":
+            full.append(row)
+
+    monkeypatch.setattr(groups, "_round", watched)
+    monkeypatch.setattr(rows.MethodRow, "__init__", kept)
+    listed = "rows=[{name: linear}, {name: full, label: again}, {name: lora}]"
+    results = list(measured(load_bench_config(file, [listed])))
+    references = {"full", "frozen", "limit"}
+    assert [r for r, _ in rounds] == [
+        references,
+        references | {"linear"},
+        (references - {"full"}) | {"again"},
+        references | {"lora"},
+    ]
+    assert [bool(n) for _, n in rounds] == [False, True, False, False]
+    again = results[4]
+    assert again.ratios["step/full"] == again.step / results[0].step
+    assert again.ratios["saved/full"] == 1
+    assert again.ratios["step/limit"] > 0
+
+
 def test_what_the_budget_leaves_out_is_named(file, tmp_path, monkeypatch, capsys):
     spent = iter([False] * 2 + [True] * 100)  # asked before the table, and before each row
     monkeypatch.setattr(Deadline, "over", lambda self: next(spent))

@@ -127,7 +127,10 @@ def measured(config: DictConfig, deadline: Deadline | None = None, known: Sequen
 
 
 def _beside_references(session: Session, plans: list[Planned]) -> Iterator[Result]:
-    """One row at a time, in rounds with the references."""
+    """One row at a time, in rounds with the references.
+
+    Full fine-tuning is not among them where the row itself trains so much that an optimiser's state of both is large.
+    """
     beside = built(plans[:3], session.base, session.batch, session.config)
     if any(row.label not in session.known for row in beside):
         yield from session.remember(results_of(session, beside, beside))
@@ -153,6 +156,9 @@ def _one(session: Session, plan: Planned, beside: list) -> Result:
         return result_of(plan.label, left_out=str(session.deadline))
     try:
         row = built([plan], session.base, session.batch, session.config)
+        if beside and 4 * row[0].weight > beside[0].weight:  # no room for both
+            beside[0].forget_state()
+            beside = beside[1:]
         return results_of(session, [*beside, *row], row)[0]
     except VpeftError as error:
         if not plan.swept:

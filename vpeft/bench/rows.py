@@ -85,6 +85,16 @@ class Row:
         return 0
 
     @property
+    def weight(self) -> int:
+        """Numbers that the optimiser sees."""
+        return sum(p.numel() for p in self.trained)
+
+    def forget_state(self) -> None:
+        """Drop what the optimiser keeps; its next step makes it anew."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
+    @property
     def trains(self) -> bool:
         """Whether a training step has a meaning."""
         return True
