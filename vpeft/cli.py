@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         try:
             with any_characters(), printing():
                 args = _parsed(argv, command)
+                args.whole_process = argv is None
                 args.run(args)
         except KeyboardInterrupt as stop:
             if first:

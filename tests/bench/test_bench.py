@@ -17,7 +17,8 @@ from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
 from vpeft.bench.gpu import counted
 from vpeft.bench.kept import kept
-from vpeft.bench.measure import bench, measure, saved_bytes
+from vpeft.bench.measure import bench, measure
+from vpeft.bench.memory import saved_bytes
 from vpeft.bench.rows import make_rows, twin
 from vpeft.cli import main
 from vpeft.tasks.labels import LabelStep
@@ -316,6 +317,6 @@ def test_the_gpu_command_is_complete():
     folder = Path(__file__).parents[2] / "configs" / "bench"
     found = load_tables(folder / "gpu.yaml", ["device=cpu", "precision=fp32"])
     assert [(c.name, c.compile, c.batch_size) for c in found] == [
-        ("vit_b16_gpu", False, 64), ("vit_b16_gpu_compiled", True, 64), ("vit_l14_gpu", False, 64), ("swin_b_gpu", False, 64),
+        ("vit_b16_gpu", False, 64), ("vit_b16_gpu_compiled", True, 64), ("swin_b_gpu", False, 64), ("vit_l14_gpu", False, 64),
     ]  # fmt: skip
     assert all(c.device == "cpu" for c in found)

@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from vpeft.bench.config import BenchConfig
-from vpeft.bench.measure import saved_bytes
+from vpeft.bench.memory import saved_bytes
 from vpeft.bench.rows import LIMIT, make_rows
 
 VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4}

@@ -14,6 +14,7 @@ from ..options import SEED, SIZE, option
 from ..tasks.models import check_model_name
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+INTERLEAVES = ("all", "one", "none")
 # The row that huggingface's library gives, where it is installed.
 PEFT = "huggingface_lora"
 
@@ -49,7 +50,11 @@ class BenchConfig:
     With ``experiment``, an experiment's YAML, the task's own model and loss are measured, on its first training samples;
     of the experiment's method no notice is taken, and ``model`` and ``num_classes`` are the experiment's.
 
-    With ``tables``, everything but ``name`` and ``output`` is those files' own, and one more page has all of them.
+    With ``tables``, everything but ``name``, ``output`` and ``budget_minutes`` is those files' own, and one more page has
+    all of them.
+
+    Where rows are not measured all together (``interleave``), each is written when it is done, and the same command goes
+    on after an interruption.
     """
 
     name: str = option("bench", free="the table's name")
@@ -64,6 +69,18 @@ class BenchConfig:
     rounds: int = option(10, ge=1, unit="rounds")
     warmup: int = option(1, ge=0, unit="rounds", help="before the first that counts")
     update: bool = option(True, help="a step includes the optimiser's")
+    interleave: str | None = option(
+        None,
+        choices=INTERLEAVES,
+        help="rows of a round: `all`; `one` at a time and the references; `none`, each by itself; `all` where none, and "
+        "`one` with `all_methods`",
+    )
+    all_methods: bool = option(False, help="after `rows`, every registered method with its defaults")
+    starts: int = option(0, ge=0, le=1000, unit="times", help="that attaching and loading are measured")
+    bound: bool = option(False, help="beside each row what its step cannot undercut, see docs/speed.md")
+    budget_minutes: float | None = option(
+        None, gt=0, unit="minutes", help="after which the rows and tables that are left are named and not measured"
+    )
     compile: bool = option(False, help="by `torch.compile`, every row by itself; the warm-up makes the code")
     compile_mode: str = option("default", choices=COMPILE_MODES, help="of `torch.compile`")
     tables: list[str] = option([], free="files beside this one, each a table")
@@ -134,12 +151,30 @@ def load_bench_config(file: str | Path, overrides: Sequence[str] = ()) -> DictCo
     """
     config = read_config(BenchConfig, file, overrides)
     check_options(config)
+    check_table(config)
+    return config
+
+
+def check_table(config: DictConfig) -> None:
+    """Refuse what does not go together in a table; its model is from now on the experiment's, where it has one.
+
+    Raises:
+        ConfigError: with the key.
+    """
     if config.experiment is None:
         check_model_name(config)
     else:
         config.model.name = load_config(config.experiment).model.name
-    _check_device(config)
-    return config
+    check_device(config)
+    if config.all_methods and interleaved(config) == "all":
+        raise ConfigError("interleave: all methods at once do not fit into memory; one at a time does (interleave=one)")
+    if config.bound and config.compile:
+        raise ConfigError("bound: what a compiled step computes is not seen operation by operation; compile=false")
+
+
+def interleaved(config: DictConfig) -> str:
+    """Which rows a round has: one of ``INTERLEAVES``."""
+    return config.interleave or ("one" if config.all_methods else "all")
 
 
 def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -151,7 +186,7 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     config = read_config(RoutingConfig, file, overrides)
     check_options(config)
     check_model_name(config)
-    _check_device(config)
+    check_device(config)
     if config.tasks > config.batch_size:
         raise ConfigError(f"tasks: {config.tasks} tasks do not all have a sample in a batch of {config.batch_size}")
     if config.dtype == "float64" and config.precision != "fp32":
@@ -161,7 +196,12 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     return config
 
 
-def _check_device(config: DictConfig) -> None:
+def check_device(config: DictConfig) -> None:
+    """Refuse a device, a clock and a precision that do not go together here, and a table without rows.
+
+    Raises:
+        ConfigError: with the key.
+    """
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
@@ -172,5 +212,5 @@ def _check_device(config: DictConfig) -> None:
         raise ConfigError("clock: processor time is a step's time only on the CPU with threads=1")
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU; bf16 works on the CPU")
-    if not config.rows:
+    if not config.rows and not config.get("all_methods"):
         raise ConfigError("rows: nothing to measure")

@@ -1,30 +1,30 @@
 """Step and forward times and memory of many methods on one backbone, in proportion to what bounds them.
 
-All rows live in one process, on the same frozen weights, and are timed one after another within each round, so that
-whatever else the machine does meets them alike. What is reported are medians over the rounds; a ratio is the median of
-the ratios within the rounds.
+All rows live in one process, on the same frozen weights. Those of a group (all of them, or one beside the references) are
+timed one after another within each round, so that whatever else the machine does meets them alike. What is reported are
+medians over the rounds; a ratio is the median of the ratios within the rounds.
 """
 
-import gc
-from collections.abc import Sequence
-from dataclasses import replace
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from ..engine.config import read_config
+from ..errors import VpeftError
 from ..files import write_text
-from .config import BenchConfig, load_tables
-from .gpu import graphed_time, host_time, kernels_of
+from .allocator import give_back
+from .config import BenchConfig, interleaved, load_tables
+from .deadline import Deadline
+from .groups import Session, result_of, results_of
 from .report import write_report
 from .result import Result
-from .rows import FROZEN, FULL, LIMIT, Batch, Row, make_rows, merged_forward
-
-PASSES = ("step", "cached", "forward", "merged")
-HOST = "host"
+from .rows import Planned, built, opened, planned, references
+from .unfinished import Unfinished
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
@@ -33,137 +33,135 @@ def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
     Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last.
     """
     tables, results, texts = load_tables(file, overrides), [], []
-    for config in tables:
-        found = measure(config)
-        texts.append(write_report(config, found))
-        print(texts[-1], flush=True)
-        results += found
-        _forget()
     whole = read_config(BenchConfig, file, overrides)
+    deadline = Deadline(whole.budget_minutes)
+    for config in tables:
+        if deadline.over():
+            texts.append(f"{config.name} is left out: {deadline}.")
+        else:
+            found = _table(config, Deadline(config.budget_minutes, deadline))
+            texts.append(write_report(config, found))
+            results += found
+        print(texts[-1], flush=True)
+        _forget()
     if whole.tables:
         write_text(Path(whole.output) / f"{whole.name}.md", "\n\n".join(texts) + "\n")
     return results
 
 
+def _table(config: DictConfig, deadline: Deadline) -> list[Result]:
+    """Its rows, those kept that an interruption has left; told one by one where they come one by one."""
+    if interleaved(config) == "all":
+        return list(measured(config, deadline))
+    journal = Unfinished(config)
+    results, begun = list(journal.rows), time.monotonic()
+    number = 3 + len(planned(config))
+    for row in measured(config, deadline, journal.rows):
+        results.append(row)
+        journal.write(results)
+        new = len(results) - len(journal.rows)
+        left = (time.monotonic() - begun) / new * (number - len(results)) / 60
+        print(f"[{len(results)}/{number}] {_told(row)}; about {left:.0f} min left", file=sys.stderr, flush=True)
+    journal.finish()
+    return results
+
+
+def _told(row: Result) -> str:
+    if row.left_out:
+        return f"{row.label}: left out: {row.left_out}"
+    step = "" if row.step is None else f", step {1000 * row.step:.1f} ms"
+    ratio = row.ratios.get("step/limit")
+    return f"{row.label}{step}" + ("" if ratio is None else f", {ratio:.3f} of the limit")
+
+
 def _forget() -> None:
-    """Give back the memory of the table before; its models are in circles that Python finds when it looks."""
-    gc.collect()
+    """Give back the memory of what was measured."""
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure(config: DictConfig) -> list[Result]:
     """Every row's numbers."""
-    from rich.progress import track
+    return list(measured(config))
 
-    threads = torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+
+def measured(config: DictConfig, deadline: Deadline | None = None, known: Sequence[Result] = ()) -> Iterator[Result]:
+    """Every row's numbers, as they come.
+
+    Args:
+        config: of the table.
+        deadline: after it, no more rounds than a few are measured, and rows that come one by one are left out.
+        known: of an interrupted measurement; their rows are not measured again.
+
+    Raises:
+        ConfigError: a row that cannot be, before the first model is built.
+        UnsupportedModelError: a method among ``rows`` that this backbone does not take.
+    """
+    deadline = deadline or Deadline(None)
+    with _threads(config.threads):
+        plans = [*references(config), *planned(config)]
+        base, batch = opened(config)
+        session = Session(config, batch, deadline, base, {r.label: r for r in known})
+        if interleaved(config) == "all":
+            rows = built(plans, base, batch, config)
+            yield from results_of(session, rows, rows)
+        elif interleaved(config) == "one":
+            yield from _beside_references(session, plans)
+        else:
+            yield from _each_by_itself(session, plans)
+
+
+def _beside_references(session: Session, plans: list[Planned]) -> Iterator[Result]:
+    """One row at a time, in rounds with the references.
+
+    Full fine-tuning is not among them where the row itself trains so much that an optimiser's state of both is large.
+    """
+    beside = built(plans[:3], session.base, session.batch, session.config)
+    if any(row.label not in session.known for row in beside):
+        yield from session.remember(results_of(session, beside, beside))
+    for plan in plans[3:]:
+        if plan.label not in session.known:
+            yield _one(session, plan, beside)
+            _forget()
+
+
+def _each_by_itself(session: Session, plans: list[Planned]) -> Iterator[Result]:
+    """One row at a time, in rounds of its own; compiled code of the others is gone."""
+    for plan in plans:
+        if plan.label not in session.known:
+            yield from session.remember([_one(session, plan, [])])
+            _forget()
+            if session.config.compile:
+                torch._dynamo.reset()
+
+
+def _one(session: Session, plan: Planned, beside: list) -> Result:
+    """The numbers of a row, or why it has none: of all methods, those that the model refuses or that fail are told."""
+    if session.deadline.over():
+        return result_of(plan.label, left_out=str(session.deadline))
     try:
-        rows, batch = make_rows(config)
-        memory = {row.label: (saved_bytes(row), peak_bytes(row)) if row.trains else (None, None) for row in rows}
-        for _ in range(config.warmup):
-            _round(rows, batch)
-        rounds = track(range(config.rounds), "rounds", transient=True)
-        times = [_round(rows[n % len(rows) :] + rows[: n % len(rows)], batch) for n in rounds]
-        more = {row.label: _on_gpu(row, config) for row in rows}
-    finally:
-        torch.set_num_threads(threads)
-    return [replace(_result(row, times, memory), **more[row.label]) for row in rows]
-
-
-def _on_gpu(row: Row, config: DictConfig) -> dict[str, Any]:
-    """What a GPU alone has; a compiled row's forward is no plain one, and is not captured by itself."""
-    if row.batch.device.type != "cuda":
-        return {}
-    return {
-        "kernels": kernels_of(row) if row.trains else None,
-        "graphed": None if config.compile else graphed_time(row, config.rounds),
-    }
-
-
-Times = dict[tuple[str, str], float]
-
-
-def _round(rows: list[Row], batch: Batch) -> Times:
-    """One time of everything: (label, pass) to seconds."""
-    found: Times = {}
-    for row in rows:
-        if row.trains:
-            row.training()
-            found[row.label, HOST], found[row.label, "step"] = host_time(batch, row.step)
-            cached = row.cached()
-            if cached is not None:
-                found[row.label, "cached"] = batch.time(cached)
-    for row in rows:
-        row.inference()
-        found[row.label, "forward"] = batch.time(row.forward)
-    for row in rows:
-        row.inference()
-        merged = merged_forward(row)
-        if merged is not None:
-            found[row.label, "merged"] = batch.time(merged)
-            row.handle.unmerge()
-    return found
-
-
-def saved_bytes(row: Row) -> int:
-    """Bytes that autograd keeps for backward, each piece of memory once, beyond parameters, buffers and the images."""
-    row.training()
-    there = [*row.model.parameters(), *row.model.buffers(), row.batch.images]
-    known = {t.untyped_storage().data_ptr() for t in there}
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in known:
-            sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor.detach()  # an operation that keeps its own result as it is would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = row.loss()  # held, so that no address is used twice
-    total = sum(sizes.values())
-    del loss
-    return total
-
-
-def peak_bytes(row: Row) -> int | None:
-    """Highest GPU memory of a step, as if the row were alone on the device; None elsewhere."""
-    device = row.batch.device
-    if device.type != "cuda":
-        return None
-    row.training()
-    row.step()  # the optimiser's state exists from now on
-    row.batch.finish()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    row.step()
-    row.batch.finish()
-    own = sum(t.nbytes for t in [*row.model.parameters(), *row.model.buffers()])
-    if row.optimizer is not None:
-        own += sum(t.nbytes for state in row.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
-    return torch.cuda.max_memory_allocated(device) - before + own
-
-
-def _result(row: Row, times: list[Times], memory: dict[str, tuple[int | None, int | None]]) -> Result:
-    middle = {p: _median(t.get((row.label, p)) for t in times) for p in PASSES}
-    saved, peak = memory[row.label]
-    ratios = {f"step/{base}": _ratio(times, (row.label, "step"), (base, "step")) for base in (FULL, LIMIT)}
-    ratios["cached/step"] = _ratio(times, (row.label, "cached"), (row.label, "step"))
-    ratios |= {f"{p}/{FROZEN}": _ratio(times, (row.label, p), (FROZEN, "forward")) for p in PASSES if p != "cached"}
-    if saved is not None:
-        ratios |= {f"saved/{base}": saved / memory[base][0] for base in (FULL, LIMIT)}
-    if peak is not None:
-        ratios |= {f"peak/{base}": peak / memory[base][1] for base in (FULL, LIMIT)}
-    found = {key: value for key, value in ratios.items() if value is not None}
-    host = _median(t.get((row.label, HOST)) for t in times) if row.batch.device.type == "cuda" else None
-    return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found, host)
-
-
-def _median(values) -> float | None:
-    values = [v for v in values if v is not None]
-    return median(values) if values else None
-
-
-def _ratio(times: list[Times], part: tuple[str, str], whole: tuple[str, str]) -> float | None:
-    return _median(t[part] / t[whole] for t in times if part in t)
+        row = built([plan], session.base, session.batch, session.config)
+        if beside and 4 * row[0].weight > beside[0].weight:  # no room for both
+            beside[0].forget_state()
+            beside = beside[1:]
+        return results_of(session, [*beside, *row], row)[0]
+    except VpeftError as error:
+        if not plan.swept:
+            raise
+        return result_of(plan.label, left_out=str(error))
+    except Exception as error:  # one method must not end the table of all
+        if not plan.swept:
+            raise
+        return result_of(plan.label, left_out=f"failed with {type(error).__name__}: {error}")

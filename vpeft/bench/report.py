@@ -2,7 +2,9 @@
 
 import csv
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -10,14 +12,27 @@ from omegaconf import DictConfig
 
 from ..files import write_text
 from ..reporting.pictures import figure, plain, save
+from .allocator import allocator_named
+from .config import interleaved
 from .result import Result
 from .rows import FROZEN, FULL, LIMIT
 
 RATIOS = (
     f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", "cached/step", f"forward/{FROZEN}", f"merged/{FROZEN}",
-    f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}",
+    f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}", "step/bound",
 )  # fmt: skip
-ON_GPU = ("host_s", "kernels", "graphed_s")
+# Columns of the CSV that are attributes of a result, in front of the ratios and behind them.
+FIRST = {
+    "row": "label", "parameters": "parameters", "step_s": "step", "cached_s": "cached", "forward_s": "forward",
+    "merged_s": "merged", "saved_bytes": "saved", "peak_bytes": "peak",
+}  # fmt: skip
+MORE = {
+    "host_s": "host", "kernels": "kernels", "graphed_s": "graphed", "page_faults": "faults", "attach_s": "attach",
+    "load_s": "load", "bound_s": "bound", "products_s": "products", "copies_s": "copies", "rounds": "rounds",
+    "left_out": "left_out",
+}  # fmt: skip
+_WHOLE = ("parameters", "saved", "peak", "kernels", "faults", "rounds")
+UNEXPLAINED = 1.10  # a step over its bound, above which the table says so
 
 
 def write_report(config: DictConfig, results: list[Result]) -> str:
@@ -34,55 +49,98 @@ def as_csv(results: list[Result]) -> str:
     """Plain numbers, one line per row."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["row", "parameters", "step_s", "cached_s", "forward_s", "merged_s", "saved_bytes", "peak_bytes", *RATIOS, *ON_GPU]
-    )
+    writer.writerow([*FIRST, *RATIOS, *MORE])
     for r in results:
-        values = [
-            r.label,
-            r.parameters,
-            r.step,
-            r.cached,
-            r.forward,
-            r.merged,
-            r.saved,
-            r.peak,
-            *(r.ratios.get(k) for k in RATIOS),
-            r.host,
-            r.kernels,
-            r.graphed,
-        ]
+        first, more = ([getattr(r, name) for name in names.values()] for names in (FIRST, MORE))
+        values = [*first, *(r.ratios.get(k) for k in RATIOS), *more]
         writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in values])
     return stream.getvalue()
 
 
+def from_csv(text: str) -> list[Result]:
+    """The results of a table that ``as_csv`` wrote, as far as its digits go."""
+    found = []
+    for line in csv.DictReader(io.StringIO(text)):
+        values = {name: _read(name, line[column]) for column, name in (FIRST | MORE).items()}
+        ratios = {key: float(line[key]) for key in RATIOS if line[key]}
+        found.append(Result(**values, ratios=ratios))
+    return found
+
+
+def _read(name: str, text: str) -> Any:
+    if name in ("label", "left_out"):
+        return text
+    return None if not text else int(text) if name in _WHOLE else float(text)
+
+
 def markdown(config: DictConfig, results: list[Result]) -> str:
-    """A table for people, with what it was measured on."""
-    gpu = any(r.peak is not None for r in results)
-    shown = [k for k in RATIOS if gpu or not k.startswith("peak")]
-    memory = "peak, MiB" if gpu else "saved, MiB"
-    head = [
-        "row",
-        "parameters",
-        "step, ms",
-        "cached, ms",
-        "forward, ms",
-        "merged, ms",
+    """A table for people, with what it was measured on; a column that no row has is left out."""
+    columns = _columns(config, any(r.peak is not None for r in results))
+    there = [r for r in results if not r.left_out]
+    columns = [c for c in columns if not c.optional or any(c.cell(r) != "–" for r in there)]
+    lines = [_setting(config, there), "", f"| {' | '.join(c.title for c in columns)} |"]
+    lines.append("|---|" + "---:|" * (len(columns) - 1))
+    lines += [f"| {' | '.join(c.cell(r) for c in columns)} |" for r in there]
+    return "\n".join([*lines, *_notes(results)])
+
+
+def _notes(results: list[Result]) -> Iterator[str]:
+    """What the table does not show."""
+    above = [r.label for r in results if r.ratios.get("step/bound", 0) > UNEXPLAINED]
+    if above:
+        yield from ("", f"Above {UNEXPLAINED:.2f} of their own bound, unexplained: {', '.join(above)}.")
+    left = [r for r in results if r.left_out]
+    if left:
+        yield from ("", "Left out:", "")
+        yield from (f"- {r.label}: {' '.join(r.left_out.split())}" for r in left)
+
+
+class Column(NamedTuple):
+    """One of the table: its title, what it says of a row, and whether it goes where it says nothing of any row."""
+
+    title: str
+    cell: Callable[[Result], str]
+    optional: bool = False
+
+
+def _columns(config: DictConfig, gpu: bool) -> list[Column]:
+    shown = [k for k in RATIOS if k != "step/bound" and (gpu or not k.startswith("peak"))]
+    ratios = [Column(k.replace("/", " / "), lambda r, k=k: _ratio(r, k)) for k in shown]
+    times = [Column(f"{n}, ms", lambda r, n=n: _ms(getattr(r, n))) for n in ("step", "cached", "forward", "merged")]
+    memory = Column("peak, MiB", lambda r: _mib(r.peak)) if gpu else Column("saved, MiB", lambda r: _mib(r.saved))
+    return [
+        Column("row", lambda r: r.label),
+        Column("parameters", lambda r: f"{r.parameters:,}"),
+        *times,
         memory,
-        *(k.replace("/", " / ") for k in shown),
-        *(("images / s", "host, ms", "kernels", "graphed, ms") if gpu else ()),
+        *ratios,
+        *(_on_gpu(config) if gpu else [Column("page faults", lambda r: _count(r.faults))]),
+        *(Column(f"{n}, ms", lambda r, n=n: _ms(getattr(r, n)), True) for n in ("attach", "load", "bound")),
+        Column("step / bound", lambda r: _ratio(r, "step/bound"), True),
+        Column("products, ms", lambda r: _ms(r.products), True),
+        Column("copies, ms", lambda r: _ms(r.copies), True),
     ]
-    lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    for r in results:
-        amount = r.peak if gpu else r.saved
-        cells = [r.label, f"{r.parameters:,}", *(_ms(t) for t in (r.step, r.cached, r.forward, r.merged))]
-        cells.append("–" if amount is None else f"{amount / 2**20:.1f}")
-        cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
-        if gpu:
-            rate = "–" if r.step is None else f"{config.batch_size / r.step:,.0f}"
-            cells += [rate, _ms(r.host), "–" if r.kernels is None else str(r.kernels), _ms(r.graphed)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+
+def _on_gpu(config: DictConfig) -> list[Column]:
+    return [
+        Column("images / s", lambda r: "–" if r.step is None else f"{config.batch_size / r.step:,.0f}"),
+        Column("host, ms", lambda r: _ms(r.host)),
+        Column("kernels", lambda r: "–" if r.kernels is None else str(r.kernels)),
+        Column("graphed, ms", lambda r: _ms(r.graphed)),
+    ]
+
+
+def _mib(amount: int | None) -> str:
+    return "–" if amount is None else f"{amount / 2**20:.1f}"
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _ratio(row: Result, key: str) -> str:
+    return f"{row.ratios[key]:.3f}" if key in row.ratios else "–"
 
 
 def device_named(config: DictConfig) -> str:
@@ -90,16 +148,26 @@ def device_named(config: DictConfig) -> str:
     device = torch.device(config.device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time"
+    kept = allocator_named()
+    return f"CPU, {config.threads or torch.get_num_threads()} thread(s), {config.clock} time{f', {kept}' if kept else ''}"
 
 
-def _setting(config: DictConfig) -> str:
+_ROUNDS = {
+    "all": "interleaved rounds",
+    "one": "rounds, each row interleaved with the references",
+    "none": "rounds, each row by itself",
+}
+
+
+def _setting(config: DictConfig, results: list[Result]) -> str:
+    rounds = sorted({r.rounds for r in results if r.rounds is not None}) or [config.rounds]
+    counted = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     update = "with" if config.update else "without"
     mode = "" if config.compile_mode == "default" else f" ({config.compile_mode})"
     compiled = f", compiled{mode}" if config.compile else ""
     return (
         f"{_subject(config)}, batch {config.batch_size}, {config.precision}{compiled}, {device_named(config)}, "
-        f"medians of {config.rounds} interleaved rounds, a step {update} AdamW's update; torch {torch.__version__}, "
+        f"medians of {counted} {_ROUNDS[interleaved(config)]}, a step {update} AdamW's update; torch {torch.__version__}, "
         f"timm {timm.__version__}"
     )
 

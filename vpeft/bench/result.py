@@ -19,6 +19,14 @@ class Result:
         peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
         host: of a step on a GPU, until Python has asked for all of it; near ``step``, it is Python that is waited for.
         kernels: that a step runs on a GPU.
+        faults: pages that the system gave the process anew during a step.
+        attach: the method to a fresh model.
+        load: the method's file on a fresh model, which is compared with the file's fingerprint.
+        bound: what the step cannot undercut, see ``bound.py``; ``ratios`` has ``step/bound``.
+        products: the part of ``bound`` above the row's own limit that is matrix products and convolutions.
+        copies: of what the row moves in memory more than its own limit does; not in ``bound``.
+        rounds: how many rounds the medians are of.
+        left_out: why nothing was measured, "" where it was.
         graphed: the merged forward, or the adapted where nothing merges, replayed as a CUDA graph.
         ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
             ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
@@ -28,7 +36,7 @@ class Result:
     parameters: int
     step: float | None
     cached: float | None
-    forward: float
+    forward: float | None
     merged: float | None
     saved: int | None
     peak: int | None
@@ -36,6 +44,14 @@ class Result:
     host: float | None = None
     kernels: int | None = None
     graphed: float | None = None
+    faults: int | None = None
+    attach: float | None = None
+    load: float | None = None
+    bound: float | None = None
+    products: float | None = None
+    copies: float | None = None
+    rounds: int | None = None
+    left_out: str = ""
 
 
 @dataclass

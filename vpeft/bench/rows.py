@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ..backbone.modules import FIRST
 from ..backbone.reading import input_size
 from ..backbone.sites import Sites
 from ..data.loader import make_loader
@@ -18,7 +20,7 @@ from ..engine.cache import CachedLoader, FeatureCache, why_not
 from ..engine.config import load_config
 from ..engine.opening import open_data
 from ..errors import ConfigError, MethodError, VpeftError
-from ..methods import Method, create
+from ..methods import Method, create, list_methods, on_images
 from ..tasks.labels import LabelStep
 from ..tasks.protocol import TaskModel
 from ..tasks.registry import get_task
@@ -70,6 +72,7 @@ class Row:
     """
 
     handle: Handle | None = None
+    forwards = True  # whether forwards are measured too
 
     def __init__(self, label: str, subject: TaskModel, batch: Batch, trained: list, update: bool):
         self.label, self.subject, self.model, self.batch = label, subject, subject.model, batch
@@ -80,6 +83,16 @@ class Row:
     def parameters(self) -> int:
         """Trained numbers, the heads' left out."""
         return 0
+
+    @property
+    def weight(self) -> int:
+        """Numbers that the optimiser sees."""
+        return sum(p.numel() for p in self.trained)
+
+    def forget_state(self) -> None:
+        """Drop what the optimiser keeps; its next step makes it anew."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
 
     @property
     def trains(self) -> bool:
@@ -132,17 +145,30 @@ class FrozenRow(Row):
 
 class LimitRow(Row):
     """The frozen backbone with a gradient carried to the first block's input, and nothing else: what no method that
-    acts in the first block can undercut."""
+    acts in the first block can undercut.
 
-    def __init__(self, label: str, subject: TaskModel, batch: Batch):
+    Args:
+        boundary: carry it to this module instead: its input, or the output of what takes the image.
+    """
+
+    def __init__(self, label: str, subject: TaskModel, batch: Batch, boundary: str | None = None):
         subject.model.requires_grad_(False)
         super().__init__(label, subject, batch, [], False)
-        Sites(subject.backbone).blocks[0].module.register_forward_pre_hook(_carry)
+        sites = Sites(subject.backbone)
+        self.boundary = boundary or sites.blocks[0].path
+        module = subject.backbone.get_submodule(self.boundary)
+        if self.boundary == sites.boundary(FIRST):
+            module.register_forward_hook(lambda module, args, output: _first_carried(output))
+        else:
+            module.register_forward_pre_hook(lambda module, args: _first_carried(args))
 
 
-def _carry(module: nn.Module, args: tuple) -> tuple:
-    x, *rest = args
-    return x.detach().requires_grad_(torch.is_grad_enabled()), *rest
+def _first_carried(x: Tensor | tuple) -> Tensor | tuple:
+    return _carried(x) if isinstance(x, Tensor) else (_carried(x[0]), *x[1:])
+
+
+def _carried(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(torch.is_grad_enabled())
 
 
 class MethodRow(Row):
@@ -221,32 +247,80 @@ def twin(subject: TaskModel) -> TaskModel:
     return copy.deepcopy(subject, memo)
 
 
-def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
-    """All rows of a table: full fine-tuning, the frozen forward, the limit, and what the configuration asks for.
+@dataclass
+class Planned:
+    """A row that is to be.
+
+    Attributes:
+        label: what the table calls it.
+        build: makes it, on a model of its own.
+        swept: one of all methods, which the model may refuse.
+    """
+
+    label: str
+    build: Callable[[TaskModel, Batch], Row]
+    swept: bool = False
+
+
+def references(config: DictConfig) -> list[Planned]:
+    """Full fine-tuning, the frozen forward and the limit."""
+    return [
+        Planned(FULL, lambda subject, batch: MethodRow(FULL, subject, batch, create("full"), config.update)),
+        Planned(FROZEN, lambda subject, batch: FrozenRow(FROZEN, _frozen(subject), batch, [], False)),
+        Planned(LIMIT, lambda subject, batch: LimitRow(LIMIT, subject, batch)),
+    ]
+
+
+def planned(config: DictConfig) -> list[Planned]:
+    """What the configuration asks for beside the references.
 
     Raises:
-        ConfigError: a row that cannot be, before the first model is built.
-        UnsupportedModelError: a method that this backbone does not take.
+        ConfigError: a row that cannot be.
     """
-    builders = [_plan(row, config.update) for row in config.rows]
-    labels = [FULL, FROZEN, LIMIT, *(row.label or row.name for row in config.rows)]
+    found = [_plan(row, config.update) for row in config.rows]
+    labels = [FULL, FROZEN, LIMIT, *(p.label for p in found)]
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
+    if config.all_methods:
+        found += [_swept(name, config.update) for name in list_methods() if name not in labels]
+    return found
+
+
+def _swept(name: str, update: bool) -> Planned:
+    def build(subject: TaskModel, batch: Batch) -> Row:
+        options = on_images(name) if batch.images.ndim == 4 else {}
+        return MethodRow(name, subject, batch, create(name, **options), update)
+
+    return Planned(name, build, swept=True)
+
+
+def opened(config: DictConfig) -> tuple[TaskModel, Batch]:
+    """The model that every row has a twin of, and the batch."""
     base, batch = _experiment(config) if config.experiment else classifier(config)
     base.model.to(config.device).eval()
-    rows: list[Row] = [
-        MethodRow(FULL, twin(base), batch, create("full"), config.update),
-        FrozenRow(FROZEN, _frozen(twin(base)), batch, [], False),
-        LimitRow(LIMIT, twin(base), batch),
-    ]
-    for label, build in zip(labels[3:], builders, strict=True):
-        rows.append(build(label, twin(base), batch))
+    return base, batch
+
+
+def built(plans: list[Planned], base: TaskModel, batch: Batch, config: DictConfig) -> list[Row]:
+    """The rows, each on a twin of the model, which torch compiles where that was asked for.
+
+    Raises:
+        UnsupportedModelError: a method that this backbone does not take.
+    """
+    rows = [p.build(twin(base), batch) for p in plans]
     if config.compile:  # the rows share timm's code, of which each needs editions for training, inference and merged
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * len(rows))
         for row in rows:
             row.model.compile(mode=None if config.compile_mode == "default" else config.compile_mode)
-    return rows, batch
+    return rows
+
+
+def make_rows(config: DictConfig) -> tuple[list[Row], Batch]:
+    """All rows of a table at once, the references first, and the batch. Raises as ``planned`` and ``built`` do."""
+    plans = [*references(config), *planned(config)]
+    base, batch = opened(config)
+    return built(plans, base, batch, config), batch
 
 
 def _frozen(subject: TaskModel) -> TaskModel:
@@ -280,8 +354,8 @@ def _experiment(config: DictConfig) -> tuple[TaskModel, Batch]:
     return task.assemble(backbone, len(data.classes)), Batch(config, *next(iter(loader)))
 
 
-def _plan(row: DictConfig, update: bool) -> Callable[[str, TaskModel, Batch], Row]:
-    options = OmegaConf.to_container(row.options)
+def _plan(row: DictConfig, update: bool) -> Planned:
+    options, label = OmegaConf.to_container(row.options), row.label or row.name
     if row.name == PEFT:
         if not peft_installed():
             raise ConfigError(f"rows: '{PEFT}' needs huggingface's peft; install it with: pip install vpeft[bench]")
@@ -289,12 +363,12 @@ def _plan(row: DictConfig, update: bool) -> Callable[[str, TaskModel, Batch], Ro
         if unknown:
             raise ConfigError(f"rows: {PEFT} has no option '{min(unknown)}'; it has rank, targets and alpha")
         options = {"rank": 8, "targets": ["qkv"], "alpha": 8.0} | options
-        return lambda label, subject, batch: PeftRow(label, subject, batch, update, **options)
+        return Planned(label, lambda subject, batch: PeftRow(label, subject, batch, update, **options))
     try:
         method = create(row.name, **options)
     except VpeftError as error:
         raise ConfigError(f"rows: {error}") from error
-    return lambda label, subject, batch: MethodRow(label, subject, batch, method, update)
+    return Planned(label, lambda subject, batch: MethodRow(label, subject, batch, method, update))
 
 
 def merged_forward(row: Row) -> Callable[[], Tensor] | None:

@@ -5,10 +5,39 @@ from collections.abc import Callable
 
 
 def bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration: backbone, batch, device and rows")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="FILE", help="YAML configuration: backbone, batch, device and rows")
+    what.add_argument(
+        "--plan",
+        nargs=2,
+        metavar=("MODEL", "METHOD"),
+        help="tell the memory of a training step instead, without the weights; key=value are the method's options",
+    )
+    what.add_argument(
+        "--check", metavar="FILE", help="measure again what --write-reference wrote; status 1 where rows moved"
+    )
+    parser.add_argument("--write-reference", metavar="FILE", help="with --cfg: the ratios and their noise, for --check")
+    parser.add_argument("--repeats", type=int, metavar="N", help="measurements for --write-reference (3) or --check (1)")
+    plan = parser.add_argument_group("with --plan")
+    plan.add_argument("--batch-size", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="16, 64 and 256")
+    plan.add_argument("--precision", default="fp32", help="fp32, bf16 or, on a GPU, fp16")
+    plan.add_argument("--optim", default="adamw", metavar="NAME", help="an optimiser of timm; adamw")
+    plan.add_argument("--device", help="cpu or cuda; a GPU where there is one")
+    plan.add_argument("--num-classes", type=int, default=100, metavar="N", help="100")
+    plan.add_argument("--img-size", type=int, metavar="N", help="the model's own")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
+        if args.plan:
+            _plan(args)
+            return
+        from ..bench.allocator import start_again_with_thresholds
+
+        if args.whole_process:
+            start_again_with_thresholds()
+        if args.check or args.write_reference:
+            _reference(args)
+            return
         from ..bench.measure import bench
 
         bench(args.cfg, args.overrides)
@@ -28,6 +57,33 @@ def bench_kept(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
         print(list_kept(args.cfg, args.set, args.rows, args.least))
 
     return run
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..bench.plan import free_bytes, plan, settings, told
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = plan(
+        *args.plan,
+        settings(args.overrides),
+        precision=args.precision,
+        optim=args.optim,
+        device=device,
+        num_classes=args.num_classes,
+        img_size=args.img_size,
+    )
+    print(told(found, args.batch_size, free_bytes(device), f"{args.precision}, {args.optim}, {device}"))
+
+
+def _reference(args: argparse.Namespace) -> None:
+    from ..bench.reference import check_reference, write_reference
+
+    if args.check is None:
+        write_reference(args.write_reference, args.cfg, args.overrides, repeats=args.repeats or 3)
+    elif check_reference(args.check, args.overrides, repeats=args.repeats or 1):
+        raise SystemExit(1)
 
 
 def bench_route(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
