@@ -278,7 +278,8 @@ def test_two_processes_share_the_runs_and_a_killed_benchmark_goes_on(tmp_path):
     done = read_results(out / "results.csv")
     assert 1 <= len(done) < 6
     seen = {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
-    subprocess.run(command, check=True, timeout=600)
+    second = subprocess.run(command, check=True, timeout=600, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in second.stderr, "its processes are gone before it ends"
     found = read_results(out / "results.csv")
     assert len(found) == 6
     assert {key: found[key] for key in done} == done

@@ -29,6 +29,8 @@ def test_the_default_is_chosen_on_validation_data_alone():
         rate("c", 0.1, 40, 80), rate("c", 0.2, 41, 70), rate("a", 0.4, 99),
     ]  # fmt: skip
     assert default_rate(results, ["a", "b"]) == 0.1
+    assert default_rate(results, ["c"]) == 0.2
+    assert default_rate([*results, rate("c", 0.05, 40.6)], ["c"]) == 0.05, "half a point tells nothing apart"
     assert default_rate(results, ["a", "z"]) is None
     assert distance(results, 0.1, ["c", "z"]) == {"c": (80, 70)}
 

@@ -117,7 +117,7 @@ def _outcomes(jobs: Sequence[Job], processes: int, log: Path | None) -> Iterator
                         f"{job.name}: a process ended at work ({error}); the same command goes on, with fewer at a time"
                     ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not running, cancel_futures=True)  # not waited for, its end can meet that of Python itself
         if running:  # left early: what is half done goes on with the same command, and is not waited for
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
