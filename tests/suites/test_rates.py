@@ -31,6 +31,8 @@ def test_the_default_is_chosen_on_validation_data_alone():
     assert default_rate(results, ["a", "b"]) == 0.1
     assert default_rate(results, ["c"]) == 0.2
     assert default_rate([*results, rate("c", 0.05, 40.6)], ["c"]) == 0.05, "half a point tells nothing apart"
+    sixths = [rate(t, lr, val) for t in "defghi" for lr, val in ((1, 66 + 1 / 3), (2, 66 + 5 / 6))]
+    assert default_rate(sixths, "defghi") == 1, "nor where sums are not exact"
     assert default_rate(results, ["a", "z"]) is None
     assert distance(results, 0.1, ["c", "z"]) == {"c": (80, 70)}
 

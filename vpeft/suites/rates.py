@@ -136,7 +136,8 @@ def default_rate(results: Iterable[RateResult], tasks: Sequence[str]) -> float |
     for r in results:
         by_rate.setdefault(r.lr, {})[r.task] = r.val
     whole = {lr: mean(of[t] for t in tasks) for lr, of in by_rate.items() if set(tasks) <= set(of)}
-    return min((lr for lr, found in whole.items() if found >= max(whole.values()) - EVEN), default=None)
+    near = max(whole.values(), default=0) - EVEN - 1e-6  # sums of fractions are not exact
+    return min((lr for lr, found in whole.items() if found >= near), default=None)
 
 
 def distance(results: Sequence[RateResult], lr: float, tasks: Iterable[str]) -> dict[str, tuple[float, float]]:
