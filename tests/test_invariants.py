@@ -410,7 +410,7 @@ def test_timm_calls_still_work(method, kind):
     assert model(x).shape == (3, 9)
 
 
-@sweep
+@pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 def test_boundary_needs_no_gradient_below(method, kind):
     model = make(kind)
     handle = attached(model, method)

@@ -43,6 +43,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_all_methods_and_why_some_are_left_out(file, tmp_path, monkeypatch, capsys):
     """Those that the model refuses, or that fail, end nothing; the listed ones come first, with their own options."""
     monkeypatch.setattr(rows, "list_methods", lambda: FOUR)
@@ -150,6 +151,7 @@ def test_rows_of_other_settings_are_not_kept(file, capsys):
     assert capsys.readouterr().err.count("goes on") == 1
 
 
+@pytest.mark.slow
 def test_each_row_by_itself(file, monkeypatch):
     """As compiled ones are measured: no two rows in a round, nothing compiled is kept; ratios are of medians."""
     rounds, reset = [], []
@@ -172,6 +174,7 @@ def test_each_row_by_itself(file, monkeypatch):
     assert lora.ratios["saved/limit"] == lora.saved / limit.saved
 
 
+@pytest.mark.slow
 def test_a_row_that_trains_everything_has_the_memory_of_full_fine_tuning(file, monkeypatch):
     rounds, one = [], groups._round
 
@@ -204,6 +207,7 @@ def test_a_row_that_trains_everything_has_the_memory_of_full_fine_tuning(file, m
     assert again.ratios["step/limit"] > 0
 
 
+@pytest.mark.slow
 def test_what_the_budget_leaves_out_is_named(file, tmp_path, monkeypatch, capsys):
     spent = iter([False] * 2 + [True] * 100)  # asked before the table, and before each row
     monkeypatch.setattr(Deadline, "over", lambda self: next(spent))

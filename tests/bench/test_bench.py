@@ -229,6 +229,7 @@ def test_row_of_huggingface(file, monkeypatch):
     assert asked == {"r": 3, "lora_alpha": 8.0, "target_modules": ["qkv"], "modules_to_save": ["head"]}
 
 
+@pytest.mark.slow
 def test_stored_features_and_their_step(file):
     """Where something frozen lies below, a step is also measured from stored features; elsewhere it is not."""
     config = load_bench_config(
@@ -280,6 +281,7 @@ rows: [{{name: lora, options: {{rank: 2}}}}]
     assert "vit_tiny_patch16_224, seg, batch 2, fp32" in next(tmp_path.rglob("*.md")).read_text(), "whose figures they are"
 
 
+@pytest.mark.slow
 def test_several_tables_by_one_command(tmp_path, capsys):
     small = {k: v for k, v in SMALL.items() if k != "num_classes"}
     for name in ("one", "two"):

@@ -82,6 +82,7 @@ def test_what_is_kept(cfg, tmp_path, monkeypatch, capsys):
     assert "4 rows, each the median of 3 measurements" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_moved(file, capsys):
     assert check_reference(file) == []
     out = capsys.readouterr().out
@@ -94,8 +95,8 @@ def test_nothing_moved(file, capsys):
     ("key", "factor", "moved"),
     [
         ("saved/limit", 1.02, "smaller"),
-        ("saved/limit", 0.98, "larger"),
-        ("saved/full", 1.005, None),
+        pytest.param("saved/limit", 0.98, "larger", marks=pytest.mark.slow),
+        pytest.param("saved/full", 1.005, None, marks=pytest.mark.slow),
         ("step/limit", 10.0, "smaller"),
     ],
 )
@@ -128,6 +129,7 @@ def test_rows_that_are_gone_and_new_ones(file, capsys):
     assert "| new |" in out
 
 
+@pytest.mark.slow
 def test_on_another_processor_memory_alone_is_judged(file, capsys):
     stored = json.loads(file.read_text())
     stored["machine"]["processor"] = "Another one"

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import vpeft
-from tests.support.models import CASES as CASES_OF_METHODS
-from tests.support.models import attached, images, make, randomise
+from tests.support.models import SHORT_SWEEP, attached, images, make, randomise
 from vpeft.engine.cache import CacheError, FeatureCache, why_not
 from vpeft.engine.config import load_config
 from vpeft.engine.train import train
@@ -209,7 +208,7 @@ def test_methods_that_read_every_block_keep_it_running():
     assert "nothing frozen lies below" in why_not(handle)
 
 
-@pytest.mark.parametrize(("method", "kind"), CASES_OF_METHODS)
+@pytest.mark.parametrize(("method", "kind"), SHORT_SWEEP)
 def test_every_method_computes_the_same_from_the_cache(method, kind):
     """Restricted to the last block, where a method has that option, so that something lies below it."""
     model = make(kind)

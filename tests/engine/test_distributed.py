@@ -23,6 +23,7 @@ def same(runs) -> None:
         assert torch.allclose(value, two[name], atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_small_processes_equal_one(tiny, tiny_file):
     """An epoch of SGD with an uneven last batch; started without torchrun, whose own process takes longer than the run."""
     options = ["optim.name=sgd", "optim.lr=0.05", "train.epochs=1", "data.num_samples=60", "data.val_size=23",

@@ -255,6 +255,7 @@ def test_the_results_folder_is_looked_at_before_anything_is_trained(tmp_path, ca
     assert not (tmp_path / "report/lock.json").exists()
 
 
+@pytest.mark.slow
 def test_costs_of_a_timm_model():
     found = measured("test_vit.r160_in1k", ["bitfit"], rounds=1)
     assert found.keys() == {("test_vit.r160_in1k", "bitfit")} | {("test_vit.r160_in1k", "full")} & found.keys()

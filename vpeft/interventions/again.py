@@ -166,9 +166,11 @@ class Origins:
                 unhook(maker, self)
 
     def rename(self, owner: str, name: str) -> None:
-        """What is asked for by one name may be by another as well."""
+        """Some of what a handle does goes by another name for a while, or by the handle's own again, which had stayed."""
         for owners in self.readers.values():
-            if owner in owners:
+            if owner in owners and name in owners:
+                owners.discard(owner)
+            elif owner in owners:
                 owners.add(name)
 
     def of(self, x: Tensor, module: nn.Module) -> Again | None:
