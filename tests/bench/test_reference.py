@@ -59,6 +59,7 @@ def changed(path, change):
     return path
 
 
+@pytest.mark.slow
 def test_what_is_kept(cfg, tmp_path, monkeypatch, capsys):
     steps = iter([1.10, 1.20, 1.15])
     measured = reference.measure
@@ -97,7 +98,7 @@ def test_nothing_moved(file, capsys):
         ("saved/limit", 1.02, "smaller"),
         pytest.param("saved/limit", 0.98, "larger", marks=pytest.mark.slow),
         pytest.param("saved/full", 1.005, None, marks=pytest.mark.slow),
-        ("step/limit", 10.0, "smaller"),
+        pytest.param("step/limit", 10.0, "smaller", marks=pytest.mark.slow),
     ],
 )
 def test_a_row_that_moved(file, key, factor, moved, capsys):
