@@ -96,6 +96,18 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """So many threads of torch's for a while, as many as there are where None; afterwards what it was."""
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class RandomStates:
     """The states of Python's, numpy's and torch's random generators on the CPU, as they are when this is made."""
 

@@ -25,7 +25,7 @@ def test_both_give_the_same_batches(folder):
             "data": {"source": "folder", "root": str(folder), "train_split": "val", "test_split": "val"},
         }
     )
-    pairs = zip(loader._own(config, 4, 0), loader._timms(config, 4, 0), strict=True)
+    pairs = zip(*loader.both(config, 4, 0).values(), strict=True)
     for (images, labels), (theirs, their_labels) in pairs:
         assert torch.equal(labels, their_labels)
         torch.testing.assert_close(images, theirs)

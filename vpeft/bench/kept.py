@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import load_tables
+from .memory import new_memory
 from .rows import LIMIT, Row, make_rows
 
 
@@ -36,20 +37,19 @@ class Kept:
 def kept(row: Row) -> list[Kept]:
     """What a step of the row keeps, each piece of memory once, beyond parameters, buffers and the images; most first."""
     row.training()
-    there = [*row.model.parameters(), *row.model.buffers(), row.batch.images]
-    known = {t.untyped_storage().data_ptr() for t in there}
-    pieces: dict[int, tuple[int, tuple[int, ...], set[str], set[str]]] = {}  # by address: bytes, shape, operations, lines
-    asked: list[int] = []
+    piece_of = new_memory(row)
+    pieces: dict[int, tuple[int, tuple[int, ...], set[str], set[str]]] = {}  # bytes, shape, operations, lines
+    asked: list[int | None] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in known:
-            piece = pieces.setdefault(memory.data_ptr(), (memory.nbytes(), tuple(tensor.shape), set(), set()))
+        number = piece_of(tensor)
+        if number is not None:
+            piece = pieces.setdefault(number, (tensor.untyped_storage().nbytes(), tuple(tensor.shape), set(), set()))
             piece[3].add(_line())
         return tensor.detach()
 
     def give(tensor: Tensor) -> Tensor:
-        asked.append(tensor.untyped_storage().data_ptr())
+        asked.append(piece_of(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
@@ -59,9 +59,9 @@ def kept(row: Row) -> list[Kept]:
         for name in dir(node):
             if name == "saved_tensors" or (name.startswith("_saved_") and not name.endswith("_raw")):
                 getattr(node, name)
-        for address in asked:
-            if address in pieces:
-                pieces[address][2].add(node.name())
+        for number in asked:
+            if number in pieces:
+                pieces[number][2].add(node.name())
     groups: dict[tuple, list[int]] = {}
     for size, shape, operations, lines in pieces.values():
         groups.setdefault((shape, tuple(sorted(operations)), tuple(sorted(lines))), []).append(size)

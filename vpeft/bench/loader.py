@@ -59,7 +59,7 @@ def bench_loader(
                 "data": {"source": "folder", "root": str(root), "train_split": split, "test_split": split},
             }
         )
-        loaders = {"vpeft": _own(config, batch_size, workers), "timm": _timms(config, batch_size, workers)}
+        loaders = both(config, batch_size, workers)
         clock = time.perf_counter if workers else time.process_time
         passes = [{name: _rate(loader, clock) for name, loader in loaders.items()} for _ in range(1 + rounds)][1:]
     rates = {name: median(p[name] for p in passes) for name in loaders}
@@ -70,20 +70,16 @@ def bench_loader(
     return {**rates, "ratio": ratio}
 
 
-def _own(config: DictConfig, batch_size: int, workers: int) -> DataLoader:
-    task = get_task(config)
-    data, _ = open_data(config, task)
-    return make_loader(data.test, batch_size, train=False, workers=workers)
-
-
-def _timms(config: DictConfig, batch_size: int, workers: int) -> DataLoader:
-    _, stats = get_task(config).open_data()
+def both(config: DictConfig, batch_size: int, workers: int) -> dict[str, DataLoader]:
+    """This library's loader and timm's of a configuration's test split, with one transform."""
+    data, stats = open_data(config, get_task(config))
     files = create_dataset("", root=str(Path(config.data.root) / config.data.test_split))
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
-    return create_loader(
+    theirs = create_loader(
         files, batch_size=batch_size, is_training=False, use_prefetcher=False, num_workers=workers,
         persistent_workers=workers > 0, **{key: stats[key] for key in keys},
     )  # fmt: skip
+    return {"vpeft": make_loader(data.test, batch_size, train=False, workers=workers), "timm": theirs}
 
 
 def _rate(loader: Iterable[Any], clock: Callable[[], float]) -> float:

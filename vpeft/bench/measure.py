@@ -8,7 +8,6 @@ medians over the rounds; a ratio is the median of the ratios within the rounds.
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from omegaconf import DictConfig
 from ..engine.config import read_config
 from ..errors import VpeftError
 from ..files import write_text
+from ..numerics import torch_threads
 from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
 from .deadline import Deadline
@@ -81,17 +81,6 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def measure(config: DictConfig) -> list[Result]:
     """Every row's numbers."""
     return list(measured(config))
@@ -110,7 +99,7 @@ def measured(config: DictConfig, deadline: Deadline | None = None, known: Sequen
         UnsupportedModelError: a method among ``rows`` that this backbone does not take.
     """
     deadline = deadline or Deadline(None)
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         plans = [*references(config), *planned(config)]
         base, batch = opened(config)
         session = Session(config, batch, deadline, base, {r.label: r for r in known})

@@ -1,21 +1,34 @@
 """Memory of a row's step: what autograd keeps, and a GPU's peak."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from .rows import Row
+
+
+def new_memory(row: Row) -> Callable[[Tensor], int | None]:
+    """Gives a number for the piece of memory that a tensor lies in, or None where a step finds it there: the model's, the
+    images'."""
+    there = {t.untyped_storage()._cdata for t in (*row.model.parameters(), *row.model.buffers(), row.batch.images)}
+
+    def piece(tensor: Tensor) -> int | None:
+        number = tensor.untyped_storage()._cdata
+        return None if number in there else number
+
+    return piece
 
 
 def saved_bytes(row: Row) -> int:
     """Bytes that autograd keeps for backward, each piece of memory once, beyond parameters, buffers and the images."""
     row.training()
-    there = [*row.model.parameters(), *row.model.buffers(), row.batch.images]
-    known = {t.untyped_storage()._cdata for t in there}
-    sizes: dict[int, int] = {}
+    piece_of, sizes = new_memory(row), {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        memory = tensor.untyped_storage()
-        if memory._cdata not in known:
-            sizes[memory._cdata] = memory.nbytes()
+    def keep(tensor: Tensor) -> Tensor:
+        piece = piece_of(tensor)
+        if piece is not None:
+            sizes[piece] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # an operation that keeps its own result as it is would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

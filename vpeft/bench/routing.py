@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, VpeftError
 from ..methods import Method, create
+from ..numerics import torch_threads
 from ..tasks.protocol import TaskModel
 from ..tuning.attaching import attach
 from ..tuning.handle import Handle
@@ -62,10 +63,7 @@ def measure_routing(config: DictConfig) -> Iterator[RoutingResult]:
         if labels.count(label) > 1:
             raise ConfigError(f"rows: two are called '{label}'; give one of them another label")
     groups = _groups(config, labels, methods)
-    threads = torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    try:
+    with torch_threads(config.threads):
         base, batch = classifier(config)
         base.model.to(config.device, getattr(torch, config.dtype)).eval()
         batch.images = batch.images.to(getattr(torch, config.dtype))
@@ -74,8 +72,6 @@ def measure_routing(config: DictConfig) -> Iterator[RoutingResult]:
                 _check_routable(method, base.model)
         for group in groups:
             yield from _measured(config, batch, [make(base, batch, config) for make in group])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _method(row: DictConfig) -> Method:

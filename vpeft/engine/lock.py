@@ -130,6 +130,13 @@ class RunLock:
                 with suppress(OSError):
                     self.file.unlink(missing_ok=True)
 
+    def __enter__(self) -> "RunLock":
+        self.take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def _holder(self) -> Holder | None:
         try:
             found = Holder(**json.loads(self.file.read_text()))

@@ -31,12 +31,8 @@ def benchmark(
     out = Path(out)
     jobs: dict[Key, Job] = {key: planned for part in wanted for key, planned in part.jobs().items()}
     _check({key[:1] + key[2:3]: planned for key, planned in jobs.items()}.values())
-    lock = RunLock(out, "choose another --out")  # two would each write their own results over the other's
-    lock.take()
-    try:
+    with RunLock(out, "choose another --out"):  # two would each write their own results over the other's
         _benchmark(jobs, out, processes, again, costs)
-    finally:
-        lock.release()
 
 
 def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, costs: bool) -> None:

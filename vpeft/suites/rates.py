@@ -89,12 +89,8 @@ def tune(
         VpeftError: another process is at work in the folder; results of other settings in the table; or at the end, the
             runs that failed.
     """
-    out, lock = Path(out), RunLock(Path(out), "choose another --out")
-    lock.take()
-    try:
-        return _tune(rate_jobs(backbone, entries, tasks, overrides), out, processes)
-    finally:
-        lock.release()
+    with RunLock(Path(out), "choose another --out"):
+        return _tune(rate_jobs(backbone, entries, tasks, overrides), Path(out), processes)
 
 
 def _tune(jobs: dict[RateKey, Job], out: Path, processes: int) -> str:

@@ -6,7 +6,6 @@ where there are two classes; a head needs one row for each class.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
+
+from ...numerics import torch_threads
 
 SMALL = 10**7  # multiplications of a step, below which threads do not pay
 STEPS = 10_000
@@ -62,7 +63,8 @@ def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequenc
     x, start = (features - mean) / std, np.zeros(classes * (features.shape[1] + 1))
     for l2 in sorted(set(strengths), reverse=True):
         problem = _Problem(x, labels, classes, l2)
-        with _few_threads(x.numel() * classes):
+        # Thousands of small products: on a busy machine several threads wait for each other, forty times as long.
+        with torch_threads(1 if x.numel() * classes < SMALL else None):
             found = minimize(
                 problem, start, jac=True, method="L-BFGS-B",
                 options={"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 20, "gtol": TOLERANCE, "ftol": 1e-15},
@@ -72,18 +74,6 @@ def solutions(features: Tensor, labels: Tensor, classes: int, strengths: Sequenc
         weight = own[:, :-1] / std
         gradient = float(abs(found.jac).max())
         yield Solution(weight, own[:, -1] - weight @ mean, l2, int(found.nit), gradient)
-
-
-@contextmanager
-def _few_threads(products: int) -> Iterator[None]:
-    """One thread for thousands of small products: on a busy machine several wait for each other, forty times as long."""
-    before = torch.get_num_threads()
-    if products < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Problem:
