@@ -13,7 +13,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import vpeft
-from vpeft.engine import table as tables
 from vpeft.engine.cache import FeatureCache
 from vpeft.engine.config import load_config
 from vpeft.engine.solvers.choosing import chosen_on, parts
@@ -21,6 +20,7 @@ from vpeft.engine.solvers.logistic import solutions
 from vpeft.engine.solvers.neighbours import compared
 from vpeft.engine.test import test as evaluate
 from vpeft.engine.train import train
+from vpeft.suites.table import table
 
 PROBE = ("method.name=linear", "method.options={}", "data.val_size=0", "data.num_samples=200")
 LBFGS = (*PROBE, "train.solver=lbfgs", "solve.l2=[0.1,0.01]")
@@ -205,7 +205,7 @@ def test_nearest_neighbours_have_metrics_and_no_checkpoint(tiny, tmp_path):
 
 def test_nearest_neighbours_are_a_row_of_a_table(tiny_file, tmp_path):
     out = tmp_path / "table"
-    (row,) = tables.table([tiny_file], KNN, seeds=(0,), out=out)
+    (row,) = table([tiny_file], KNN, seeds=(0,), out=out)
     assert (row["parameters"], row["with_head"], row["merge_error"]) == (0, 0, None)
     assert row["scores"][0] > 40
     assert out.with_suffix(".png").stat().st_size > 1000

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from vpeft.bench.report import plot as plot_bench
 from vpeft.bench.result import Result
-from vpeft.engine.table import _plot as plot_table
 from vpeft.errors import WriteError
+from vpeft.suites.table import _plot as plot_table
 from vpeft.tasks.segmentation.pictures import draw_overlays
 from vpeft.tasks.video.pictures import _draw as draw_clips
 

@@ -33,8 +33,6 @@ def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
             ignored = [name for name in alone if getattr(args, name)]
             if getattr(args, key) and ignored:
                 raise ConfigError(f"--{key}: --{ignored[0].replace('_', '-')} would change nothing; leave it out")
-        if args.processes < 1:
-            raise ConfigError(f"--processes: {args.processes} is no number of processes; give at least 1")
         if args.report:
             report(args.out)
             return

@@ -51,11 +51,8 @@ def suite(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 
     def run(args: argparse.Namespace) -> None:
         from ..engine.recipes import suite as named
-        from ..errors import ConfigError
         from ..suites.whole import jobs, run_suite
 
-        if args.processes < 1:
-            raise ConfigError(f"--processes: {args.processes} is impossible; it must be at least 1")
         given = [*args.overrides, *settings(args.tasks, args.seeds, args.lists)]
         tasks = [v for v in args.tasks if "=" not in v]
         of = named(args.name)

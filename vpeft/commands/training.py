@@ -41,12 +41,13 @@ def table(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--cfg", required=True, nargs="+", metavar="FILE", help="YAML configurations, one row each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/table", metavar="PATH", help="of the results, without .md, .json, .png")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at the same time")
     parser.add_argument("--set", nargs="*", default=[], metavar="key.sub=value", help="overrides for every configuration")
 
     def run(args: argparse.Namespace) -> None:
-        from ..engine.table import table
+        from ..suites.table import table
 
-        table(args.cfg, args.set, seeds=args.seeds, out=args.out)
+        table(args.cfg, args.set, seeds=args.seeds, out=args.out, processes=args.processes)
 
     return run
 

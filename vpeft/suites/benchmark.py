@@ -9,7 +9,7 @@ from .costs import COSTS, measured, read_costs, write_costs
 from .keeping import refuse_failed, run_and_keep
 from .offline import RESULTS, Key, Selection, read_results, result_of, takes_steps, undone
 from .report import write_report
-from .runner import Job
+from .runner import Job, check_processes
 
 
 def benchmark(
@@ -28,6 +28,7 @@ def benchmark(
         VpeftError: a run that cannot work, or a folder that cannot be written or in which another process is at work,
             before any is done; or at the end, those that failed.
     """
+    check_processes(processes)
     out = Path(out)
     jobs: dict[Key, Job] = {key: planned for part in wanted for key, planned in part.jobs().items()}
     _check({key[:1] + key[2:3]: planned for key, planned in jobs.items()}.values())

@@ -20,7 +20,7 @@ from ..files import write_text
 from .keeping import refuse_failed, run_and_keep
 from .offline import job, recipes, settings_of, takes_steps
 from .rows import read_rows
-from .runner import Job, Outcome
+from .runner import Job, Outcome, check_processes
 
 RateKey = tuple[str, str, str, float]  # backbone, task, entry, rate
 EVEN = 0.5  # points of mean validation accuracy
@@ -89,6 +89,7 @@ def tune(
         VpeftError: another process is at work in the folder; results of other settings in the table; or at the end, the
             runs that failed.
     """
+    check_processes(processes)
     with RunLock(Path(out), "choose another --out"):
         return _tune(rate_jobs(backbone, entries, tasks, overrides), Path(out), processes)
 

@@ -20,7 +20,7 @@ from ..engine.plan import place
 from ..engine.run import settle
 from ..engine.settings import differences, harmful, stored_config
 from ..engine.train import train
-from ..errors import VpeftError
+from ..errors import ConfigError, VpeftError
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class Outcome:
     folder: Path
     error: str | None = None
     seconds: float = 0.0
+
+
+def check_processes(processes: int) -> None:
+    """Refuse a list of runs that cannot be shared out as asked for.
+
+    Raises:
+        ConfigError: no process, or torchrun has started several, which would each do the whole list.
+    """
+    if processes < 1:
+        raise ConfigError(f"--processes: {processes} is no number of processes; give at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("each run of a list is trained in one process; start it without torchrun, with --processes N")
 
 
 def finished(job: Job, config: Any | None = None) -> bool:

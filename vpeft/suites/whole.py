@@ -22,7 +22,7 @@ from ..tasks.registry import get_task
 from .measured import below, gathered
 from .page import plain, table, text
 from .published import PublishedRow, benchmarks, published
-from .runner import Job, finished, run_all
+from .runner import Job, check_processes, finished, run_all
 
 
 def jobs(
@@ -89,6 +89,7 @@ def run_suite(of: Suite, todo: Sequence[Job], *, processes: int = 1, say: Callab
         VpeftError: a data set that is missing, a finished run with other settings, or no room for a run, before
             anything is trained; or runs that failed, after all others are done.
     """
+    check_processes(processes)
     configs = {job.name: load_config(job.file, [*job.overrides, f"name={job.name}"], tell=False) for job in todo}
     again = to_replace(list(configs.values()))
     todo = [job if job.name in again else replace(job, overrides=(*job.overrides, "overwrite=false")) for job in todo]

@@ -165,7 +165,7 @@ def test_masks_of_the_users_own(make, tmp_path):
 
 def test_a_table_of_segmentation(make, tmp_path):
     """Merging is measured on whatever the task's model gives."""
-    from vpeft.engine.table import table
+    from vpeft.suites.table import table
 
     rows = table([tmp_path / "tiny.yaml"], ["train.epochs=1"], seeds=(0,), out=tmp_path / "table")
     assert rows[0]["merge_error"] < 1e-4

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import vpeft
-from vpeft.engine import table as module
+from vpeft.suites import runner
+from vpeft.suites import table as module
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path
     text = out.with_suffix(".md").read_text()
     assert f"| t/low | {rows[0]['parameters']:,} |" in text
     assert out.with_suffix(".png").stat().st_size > 1000
-    monkeypatch.setattr(module, "train", lambda config: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("a finished run was repeated"))
     assert module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out) == rows
     (tmp_path / "runs" / "t" / "low-seed0" / "best.safetensors").unlink()
     with pytest.raises(vpeft.CheckpointError, match=r"low-seed0/best\.safetensors"):
@@ -44,14 +45,14 @@ def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path
 
 def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_path, monkeypatch):
     two_files[1].write_text(two_files[1].read_text().replace("name: linear", "name: lineal"))
-    monkeypatch.setattr(module, "train", lambda config: pytest.fail("trained before all were checked"))
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("trained before all were checked"))
     with pytest.raises(vpeft.ConfigError, match=r"probe\.yaml: method: unknown method 'lineal'; did you mean 'linear'"):
         module.table(two_files, out=tmp_path / "table")
 
 
 def test_rows_that_would_be_one_run_are_refused(two_files, tmp_path, monkeypatch):
     """Else the second configuration's row would show the first one's run, and a seed given twice would count as two."""
-    monkeypatch.setattr(module, "train", lambda config: pytest.fail("trained"))
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("trained"))
     with pytest.raises(vpeft.ConfigError, match=r"low\.yaml and \S+probe\.yaml would both be the run \S+same-seed0"):
         module.table(two_files, ["name=same"], seeds=(0, 1), out=tmp_path / "table")
     with pytest.raises(vpeft.ConfigError, match="--seeds: 0 1 0 has a seed twice"):
@@ -65,7 +66,7 @@ def test_rows_that_would_be_one_run_are_refused(two_files, tmp_path, monkeypatch
 def test_a_finished_run_with_other_settings_is_refused_before_anything_trains(two_files, tmp_path, monkeypatch):
     common = {"seeds": (0,), "out": tmp_path / "table"}
     module.table(two_files[:1], ["train.epochs=1"], **common)
-    monkeypatch.setattr(module, "train", lambda config: trained.append(config.name))
+    monkeypatch.setattr(runner, "train", lambda config: trained.append(config.name))
     trained = []
     for change in ("optim.lr=0.1", "train.epochs=2"):
         with pytest.raises(
@@ -90,3 +91,58 @@ def test_without_a_test_split_the_validation_is_shown(two_files, tmp_path, optio
     assert rows[0]["scores"] == ([stored["val_top1"]] if not options else [])
     assert title in out.with_suffix(".md").read_text()
     assert rows[0]["merge_error"] < 1e-5
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_their_row(two_files, tmp_path, monkeypatch):
+    def dies(config):
+        if config.name == "t/low-seed1":
+            raise MemoryError("no room")
+        return train(config)
+
+    train = runner.train
+    monkeypatch.setattr(runner, "train", dies)
+    out = tmp_path / "table"
+    with pytest.raises(vpeft.VpeftError, match=r"1 runs failed: t/low-seed1 \(MemoryError: no room\); the same command"):
+        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
+    assert [row["experiment"] for row in json.loads(out.with_suffix(".json").read_text())] == ["t/probe"]
+    monkeypatch.setattr(runner, "train", train)
+    rows = module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
+    assert [row["experiment"] for row in rows] == ["t/low", "t/probe"]
+
+
+def test_two_runs_at_a_time_give_the_same_table(two_files, tmp_path):
+    both = ["train.epochs=1"]
+    alone = module.table(two_files[1:], [*both, f"output={tmp_path / 'a'}"], seeds=(0, 1), out=tmp_path / "alone")
+    shared = module.table(
+        two_files[1:], [*both, f"output={tmp_path / 'b'}"], seeds=(0, 1), out=tmp_path / "shared", processes=2
+    )
+    assert [row["scores"] for row in shared] == [row["scores"] for row in alone]
+    assert list((tmp_path / "shared.log").iterdir()), "what the processes print is kept"
+
+
+@pytest.mark.parametrize("command", ["table", "benchmark", "rates", "suite"])
+def test_lists_of_runs_are_shared_out_by_run(two_files, tmp_path, monkeypatch, command):
+    """Under torchrun each process would do the whole list, all in the same folders."""
+    from vpeft.engine.recipes import suite
+    from vpeft.suites.benchmark import benchmark
+    from vpeft.suites.offline import plans
+    from vpeft.suites.rates import tune
+    from vpeft.suites.whole import jobs, run_suite
+
+    def start(processes):
+        if command == "table":
+            module.table(two_files, out=tmp_path / "out/table", processes=processes)
+        elif command == "benchmark":
+            benchmark(plans(True, tasks=["digits"]), tmp_path / "out", processes=processes)
+        elif command == "rates":
+            tune("vit", ["lora"], ["digits"], tmp_path / "out", processes=processes)
+        else:
+            of = suite("vtab")
+            run_suite(of, jobs(of, "lora", [f"output={tmp_path / 'out'}"]), processes=processes)
+
+    with pytest.raises(vpeft.ConfigError, match="--processes: 0 is no number"):
+        start(0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(vpeft.ConfigError, match=r"without torchrun, with --processes N"):
+        start(1)
+    assert not (tmp_path / "out").exists()

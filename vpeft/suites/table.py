@@ -4,6 +4,8 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -14,6 +16,12 @@ from omegaconf import DictConfig
 
 from .. import checkpoint
 from ..data.loader import make_loader
+from ..engine.checks import check_files
+from ..engine.config import load_config
+from ..engine.opening import open_split
+from ..engine.plan import place
+from ..engine.replacing import to_replace
+from ..engine.train import check
 from ..errors import ConfigError
 from ..files import write_text
 from ..reporting.pictures import figure, plain, save
@@ -21,12 +29,8 @@ from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
 from ..tuning.loading import load
-from .checks import check_files
-from .config import load_config
-from .opening import open_split
-from .plan import place
-from .replacing import to_replace
-from .train import check, train
+from .keeping import refuse_failed
+from .runner import Job, check_processes, run_all
 
 
 def table(
@@ -35,39 +39,58 @@ def table(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     out: str | Path = "runs/table",
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
     """Train every configuration under every seed and compare them; returns the rows.
 
     A run is ``OUTPUT/NAME-seedS``. Finished runs are read, not repeated, and an unfinished one continues, so that a killed
-    table goes on where it was. Every configuration is checked before the first one trains.
+    table goes on where it was. Every configuration is checked before the first one trains. A row is written as soon as its
+    seeds are done.
 
     Args:
         files: YAML configurations; each gives one row.
         overrides: ``key.sub=value`` for all of them.
         seeds: of the runs behind each row.
         out: path without suffix of the three results (``.md``, ``.json``, ``.png``).
+        processes: runs at the same time, each with its share of the cores; what they print goes to ``OUT.log/``.
 
     Raises:
-        VpeftError: a configuration that cannot work; names it.
+        VpeftError: a configuration that cannot work, before anything trains; names it. Or runs that failed, after all
+            others are done.
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose runs would be one")
-    _check_out(Path(out))
+    check_processes(processes)
+    out = Path(out)
+    _check_out(out)
     plans = [(Path(f), [_plan(f, overrides, seed) for seed in seeds]) for f in files]
     if not plans:
         raise ConfigError("table: no configuration given")
     _check_distinct(plans)
-    again = to_replace([config for _, configs in plans for config in configs], "table: ")
-    rows = []
-    for number, (file, configs) in enumerate(plans, 1):
-        for config in configs:
-            if config.name in again or not _metrics(config).exists():
-                print(f"[{number}/{len(plans)}] {config.name}", flush=True)
-                train(config)
-        rows.append(_row(file, configs))
-        _write(Path(out), rows)
-    print(markdown(rows))
-    return rows
+    configs = [config for _, of in plans for config in of]
+    again = to_replace(configs, "table: ")
+    jobs = [
+        Job(c.name, file, (*overrides, f"seed={c.seed}", f"overwrite={'true' if c.name in again else 'false'}"))
+        for file, of in plans
+        for c in of
+    ]
+    rows: dict[Path, dict[str, Any]] = {}
+    failed, done = [], set()
+    say = partial(print, flush=True)
+    with closing(run_all(jobs, processes=processes, log=out.with_suffix(".log"), say=say)) as outcomes:
+        for outcome in outcomes:
+            if outcome.error:
+                failed.append(f"{outcome.job.name} ({outcome.error})")
+                continue
+            done.add(outcome.job.name)
+            for file, of in plans:
+                if file not in rows and done.issuperset(c.name for c in of):
+                    rows[file] = _row(file, of)
+                    _write(out, [rows[f] for f, _ in plans if f in rows])
+    refuse_failed(failed)
+    found = [rows[file] for file, _ in plans]
+    print(markdown(found))
+    return found
 
 
 def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
