@@ -58,6 +58,12 @@ def autocast_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def in_autocasts_type(x: Tensor) -> Tensor:
+    """A factor of a product as autocast, where it is on, would give it to the product; with its gradient."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if autocast_on(kind) and x.dtype != torch.float64 else x
+
+
 def weighted_change(values: Sequence[Tensor], weights: Sequence[float], start: Tensor | float) -> Tensor:
     """start + the sum of weight x (value - start), computed in float64, in the first value's type."""
     used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]

@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import is_plain_gelu, is_plain_norm
-from ..numerics import autocast_on, own_backward
+from ..numerics import own_backward
 from .junction import hooked_only_by, unhook
 
 
@@ -75,13 +75,14 @@ class ProductAgain(torch.autograd.Function):
     """As ``multiply``, for an x that is made again in backward.
 
     Args (of ``apply``):
-        x, weight, bias: see ``multiply``.
+        x: see ``multiply``; in W's type where that is another one, as under autocast.
+        weight, bias: see ``multiply``.
         again: how x is made.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, again: Again) -> Tensor:
-        return multiply(x, weight, bias)
+        return multiply(x.to(weight.dtype), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -94,9 +95,9 @@ class ProductAgain(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         rows, to_x, to_weight, to_bias = grad.reshape(-1, len(weight)), None, None, None
         if ctx.needs_input_grad[0]:
-            to_x = (rows @ weight).view(kept[0].shape)
+            to_x = (rows @ weight).view(kept[0].shape).to(kept[0].dtype)
         if ctx.needs_input_grad[1]:
-            to_weight = rows.t() @ had_back(ctx.make, kept).reshape(-1, weight.shape[1])
+            to_weight = rows.t() @ had_back(ctx.make, kept).reshape(-1, weight.shape[1]).to(rows.dtype)
         if ctx.needs_input_grad[2]:
             to_bias = rows.sum(0)
         return to_x, to_weight, to_bias, None
@@ -180,8 +181,8 @@ class Origins:
         origin = self.made.get(x)
         if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
             return None
-        if autocast_on(x.device.type) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return None  # what autocast casts is kept besides; the others do not know functions of one's own
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return None  # these do not know functions of one's own
         if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
             return None
         if _within_checkpoint():

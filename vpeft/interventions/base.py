@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.modules import ModuleRef
 from ..errors import MethodError
+from ..numerics import in_autocasts_type
 from .again import ProductAgain, multiply
 from .flow import Flow
 from .hub import Hub
@@ -119,7 +120,9 @@ class Intervention(nn.Module):
         Returns (…, r) or (…, slices * r).
         """
         again = self.hub.origins.of(x, place.module) if self.hub is not None and weight.requires_grad else None
-        return multiply(x, weight, bias) if again is None else ProductAgain.apply(x, weight, bias, again)
+        if again is None:
+            return multiply(x, weight, bias)
+        return ProductAgain.apply(x, in_autocasts_type(weight), None if bias is None else in_autocasts_type(bias), again)
 
     def __dir__(self) -> list[str]:
         # Without properties: some can be read in a forward alone, and torch.jit.trace reads all that is listed before one.
