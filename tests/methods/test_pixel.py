@@ -277,6 +277,30 @@ def test_classes_that_share_an_output_are_named():
     assert "share" not in attached(make("vit"), "evp").summary()
 
 
+def test_some_classes_that_share_an_output_are_named(recwarn):
+    """Dark images of classes 0, 2 and 4, light ones of 1 and 3, and a classifier that tells dark from light."""
+    model = make("vit")
+    kinds = torch.stack([torch.full(images(model).shape[1:], value) for value in (-1.0, 1.0)])
+    with torch.no_grad():
+        seen = model.forward_head(model.forward_features(kinds), pre_logits=True)
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.weight[:2] = seen - seen.mean(0)
+    labels = torch.arange(5)
+    for options, count in (({}, 2), ({"map": "unique"}, 5)):
+        handle = vpeft.attach(model, "evp", **options)
+        recwarn.clear()
+        handle.calibrate([(kinds[labels % 2], labels)])
+        told = [str(w.message) for w in recwarn if "share" in str(w.message)]
+        assert len(handle.state_dict()["evp.map"].unique()) == count
+        assert [t.partition(";")[0] for t in told] == (
+            ["evp: 5 of 5 classes share a pretrained class with another, and have equal logits then: only 2 can be told apart"]
+            if count == 2
+            else []
+        )
+        handle.detach()
+
+
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 @pytest.mark.parametrize("options", [{"map": "mode"}, {"map": "unique"}])
 def test_evp_maps_from_images_of_the_inner_size(kind, options):

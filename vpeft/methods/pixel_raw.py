@@ -310,6 +310,12 @@ class EVP(RawMethod):
                 "are equal and nothing can be learned; attach with map='unique', or to a model that tells the images apart",
                 stacklevel=3,
             )
+        elif alike := sum(count for count in found.bincount().tolist() if count > 1):
+            warnings.warn(
+                f"{self.name}: {alike} of {shape[1]} classes share a pretrained class with another, and have equal logits "
+                f"then: only {len(found.unique())} can be told apart; map='unique' gives each class its own",
+                stacklevel=3,
+            )
         prompt.map.copy_(found)
 
     def notes(self, tree: Tree) -> list[tuple[str, str]]:
