@@ -182,7 +182,7 @@ class Junction:
         if flow is None:  # a module called by itself
             with self.hub.running():
                 return self._enter(module, args, kwargs)
-        if module is not self.module:
+        if module is not self.module and not self._stands_for_it(module):
             return self._taken_over(module, flow)
         if flow.plan is None:
             return self._changed_inputs(flow, args, kwargs)
@@ -203,7 +203,7 @@ class Junction:
         if flow is None:
             with self.hub.running():
                 return self._leave(module, args, kwargs, output)
-        if module is not self.module:
+        if module is not self.module and not self._stands_for_it(module):
             return self._taken_over(module, flow)
         if flow.plan is None:
             return self._changed_output(flow, args, output)
@@ -216,6 +216,11 @@ class Junction:
                 if changed is not None:
                     output = changed
         return output
+
+    def _stands_for_it(self, module: nn.Module) -> bool:
+        """Whether this is torch.export's proxy of the module, which it makes where a model holds one module twice."""
+        base = getattr(type(module), "get_base", None)
+        return base is not None and base(module) is self.module
 
     def _taken_over(self, module: nn.Module, flow: Flow) -> None:
         """Another module has these hooks now, as quantisation does it; torch calls them there in another form."""
