@@ -1,5 +1,6 @@
 """Memory that is told before training is the memory that training takes."""
 
+import re
 import resource
 import time
 
@@ -115,7 +116,7 @@ def test_a_large_model_takes_seconds_and_no_memory():
         (["no_such_model", "lora"], "ConfigError: model.name: timm has no 'no_such_model'"),
         ([MICRO, "lorra"], "MethodError: unknown method 'lorra'; did you mean 'lora'"),
         ([MICRO, "lora", "ranks=2"], "MethodError: lora has no hyper-parameter 'ranks'; did you mean 'rank'"),
-        ([MICRO, "lora", "rank=["], "ConfigError: 'rank=['"),
+        ([MICRO, "lora", "rank=["], "ConfigError: option 'rank=['"),
         ([MICRO, "lora", "--precision", "fp31"], "ConfigError: precision: 'fp31' is not one of"),
         ([MICRO, "lora", "--precision", "fp16"], "ConfigError: precision: fp16 needs a GPU"),
         ([MICRO, "lora", "--optim", "adamww"], "ConfigError: --optim: timm cannot make 'adamww'"),
@@ -163,4 +164,7 @@ def test_what_fits_into_what_is_free():
 
 def test_settings_are_read_as_yaml():
     assert settings(["rank=4", "targets=[q, v]", "scale=0.5"]) == {"rank": 4, "targets": ["q", "v"], "scale": 0.5}
+    for wrong in ("rank", "rank=[1,"):
+        with pytest.raises(vpeft.ConfigError, match=f"option '{re.escape(wrong)}'"):
+            settings([wrong])
     assert SMALL["depth"] == 3

@@ -287,15 +287,17 @@ def test_some_classes_that_share_an_output_are_named(recwarn):
         model.head.bias.zero_()
         model.head.weight[:2] = seen - seen.mean(0)
     labels = torch.arange(5)
-    for options, count in (({}, 2), ({"map": "unique"}, 5)):
+    for options, distinct in (({}, 2), ({"map": "unique"}, 5)):
         handle = vpeft.attach(model, "evp", **options)
         recwarn.clear()
         handle.calibrate([(kinds[labels % 2], labels)])
         told = [str(w.message) for w in recwarn if "share" in str(w.message)]
-        assert len(handle.state_dict()["evp.map"].unique()) == count
+        assert len(handle.state_dict()["evp.map"].unique()) == distinct
         assert [t.partition(";")[0] for t in told] == (
-            ["evp: 5 of 5 classes share a pretrained class with another, and have equal logits then: only 2 can be told apart"]
-            if count == 2
+            [
+                "evp: 5 of 5 classes share a pretrained class with another, and have equal logits then: only 2 can be told apart"
+            ]
+            if distinct == 2
             else []
         )
         handle.detach()

@@ -65,7 +65,7 @@ def test_a_recipe_becomes_a_configuration(entry):
     assert config.train.epochs == 5
     assert config.name == f"swin/motion_trail/{entry}-seed3"
     if entry == "evp":
-        assert config.method.options == {"classes": 8}
+        assert config.method.options == {"classes": 8, "map": "unique"}
     if entry == "scratch":
         assert not config.model.pretrained
 
@@ -91,8 +91,8 @@ def test_the_whole_benchmark_and_the_quick_one():
         ({"seeds": [1, 1]}, "--seeds: 1 1"),
         ({"tasks": []}, "--tasks: nothing"),
         ({"seeds": [0, -1]}, "--seeds: -1 is impossible"),
-        ({"overrides": ["lr"]}, "--set lr: expected key.sub=value"),
-        ({"overrides": ["a={"]}, "--set a={: "),
+        ({"overrides": ["lr"]}, "--set 'lr': expected key.sub=value"),
+        ({"overrides": ["a={"]}, "--set 'a={': "),
         # A row would be called after another backbone, method, task or seed than it was trained with.
         (
             {"overrides": ["model.name=vit_tiny_patch16_224"]},

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 
 from ..engine.config import check_options
+from ..engine.layers import setting
 from ..errors import ConfigError
 from ..methods import Method, create, on_images
 from ..tasks.models import check_model_name
@@ -70,13 +71,7 @@ def settings(items: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one that is not readable; names it.
     """
-    found: dict[str, Any] = {}
-    for item in items:
-        try:
-            found |= OmegaConf.to_container(OmegaConf.from_dotlist([item]))
-        except Exception as error:  # yaml's own errors have several unrelated classes
-            raise ConfigError(f"'{item}': {str(error).splitlines()[0]}") from error
-    return found
+    return {key: value for item in items for key, value in OmegaConf.to_container(setting(item, "option")).items()}
 
 
 def plan(

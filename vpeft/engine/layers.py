@@ -29,14 +29,8 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: as ``load_config``.
     """
-    layers, given = _read(local_or_shipped(Path(file)), ()), []
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override '{item}': expected key.sub=value")
-        try:
-            given.append(OmegaConf.from_dotlist([item]))
-        except Exception as error:  # yaml's own errors have several unrelated classes
-            raise ConfigError(f"override '{item}': {error}") from error
+    layers = _read(local_or_shipped(Path(file)), ())
+    given = [setting(item) for item in overrides]
     config = OmegaConf.structured(schema)
     found = expand(layers, given, config.method.name) if any(f.name == "origin" for f in fields(schema)) else None
     if found is None:
@@ -48,6 +42,24 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = (), *
     if tell and os.environ.get("RANK", "0") == "0":
         print(*found.dropped, config.origin, sep="\n", file=sys.stderr)
     return config
+
+
+def setting(item: str, what: str = "override") -> DictConfig:
+    """One ``key.sub=value``, as YAML has values.
+
+    Args:
+        item: as it was given.
+        what: it is, at the beginning of an error.
+
+    Raises:
+        ConfigError: it is not of this form; names it.
+    """
+    if "=" not in item:
+        raise ConfigError(f"{what} '{item}': expected key.sub=value")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as error:  # yaml's own errors have several unrelated classes
+        raise ConfigError(f"{what} '{item}': {str(error).splitlines()[0]}") from error
 
 
 def _all_laid(config: DictConfig, files: list[DictConfig], given: list[DictConfig]) -> DictConfig:

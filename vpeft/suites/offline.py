@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..data.generated.offline import TASKS, VERSION
+from ..engine.layers import setting
 from ..engine.plan import BEST
 from ..engine.settings import HARMLESS, WATCHING, flat
 from ..errors import ConfigError, did_you_mean
@@ -147,13 +148,7 @@ class Selection:
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Refuse settings under which a row would not be what its key says, or there would be none."""
     for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"--set {item}: expected key.sub=value")
-        try:
-            keys = dict(flat(OmegaConf.to_container(OmegaConf.from_dotlist([item]))))
-        except Exception as error:  # yaml's own errors have several unrelated classes
-            raise ConfigError(f"--set {item}: {error}") from error
-        for key in keys:
+        for key in dict(flat(OmegaConf.to_container(setting(item, "--set")))):
             if key in FIXED:
                 raise ConfigError(f"--set {item}: the benchmark sets {key} itself; {FIXED[key]}")
 
