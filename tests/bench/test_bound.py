@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.support.fashion import fashion_root
 from tests.support.models import SMALL
 from vpeft.bench import bound, groups
 from vpeft.bench.bound import Kernels, Operation, Recorder, Shaped, difference, recorded
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.groups import _own_limits
-from vpeft.bench.measure import measured
+from vpeft.bench.measure import bench, measured
 from vpeft.bench.rows import LimitRow, built, opened, planned, references, twin
 
 TINY = """
@@ -164,6 +165,32 @@ def test_what_is_unexplained_is_said(tmp_path):
     text = markdown(config, results)
     assert "Above 1.10 of their own bound, unexplained: lora." in text
     assert "| bound, ms | step / bound | products, ms | copies, ms |" in text
+
+
+@pytest.mark.slow
+def test_bound_of_what_trains_a_tasks_own_head(tmp_path):
+    """SAN: no gradient enters the backbone, whose classifier is not called; its bound is its own arithmetic on the forward."""
+    experiment = tmp_path / "san.yaml"
+    experiment.write_text(f"""
+task: segmentation
+model: {{name: vit_tiny_patch16_224, pretrained: false, img_size: 16, kwargs: {{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}}}}
+method: {{name: linear}}
+data: {{source: scenes, root: {fashion_root(tmp_path / "fashion")}}}
+seg: {{head: san, options: {{width: 16, depth: 4, heads: 2, queries: 4, hidden: 8, patch: 8, loss: {{points: 32}}}}, scenes: {{train: 4, size: 40}}}}
+""")
+    table = tmp_path / "bench.yaml"
+    table.write_text(f"""
+name: t
+output: {tmp_path}
+experiment: {experiment}
+batch_size: 2
+rounds: 1
+bound: true
+rows: [{{name: linear, label: san}}]
+""")
+    results = {r.label: r for r in bench(table)}
+    assert results["san"].bound > results["san"].products
+    assert results["san"].products > 0
 
 
 def test_long_lists_are_timed_in_pieces(monkeypatch):

@@ -161,6 +161,12 @@ class LimitRow(Row):
             module.register_forward_hook(lambda module, args, output: _first_carried(output))
         else:
             module.register_forward_pre_hook(lambda module, args: _first_carried(args))
+        self.everywhere = boundary is None
+
+    def update(self, loss: Tensor) -> None:
+        # Where a task's own heads alone are trained, the model's classifier, their boundary, may not be called at all.
+        if self.everywhere or loss.requires_grad:
+            super().update(loss)
 
 
 def _first_carried(x: Tensor | tuple) -> Tensor | tuple:

@@ -84,7 +84,8 @@ class SetLoss:
 
     def cost(self, logits: Tensor, classes: Tensor, labels: Tensor, there: Tensor) -> Tensor:
         """(Q, K) from mask logits (Q, P) and truth (K, P) at the same points."""
-        binary = (F.softplus(-logits) @ there.T + F.softplus(logits) @ (1 - there).T) / logits.shape[1]
+        # softplus(-x) t + softplus(x) (1 - t), with softplus(-x) = softplus(x) - x.
+        binary = (F.softplus(logits).sum(1)[:, None] - logits @ there.T) / logits.shape[1]
         inside = logits.sigmoid()
         dice = 1 - (2 * inside @ there.T + 1) / (inside.sum(1)[:, None] + there.sum(1) + 1)
         probability = classes.softmax(-1)[:, labels]
@@ -96,7 +97,7 @@ class SetLoss:
         like = {"dtype": masks.dtype, "device": masks.device}
         candidates = torch.rand(len(masks), int(self.points * self.oversample), 2, **like)
         uncertain = int(self.importance * self.points)
-        nearest = at_points(masks, candidates).abs().topk(uncertain, 1, largest=False).indices
+        nearest = at_points(masks, candidates).abs().topk(uncertain, 1, largest=False, sorted=False).indices
         chosen = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
         return torch.cat([chosen, torch.rand(len(masks), self.points - uncertain, 2, **like)], 1)
 
