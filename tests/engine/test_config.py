@@ -82,6 +82,17 @@ def test_class_count_must_fit(tiny):
         ImageClassification(tiny("data.val_size=1000")).open_data()
 
 
+def test_a_leading_tilde_is_the_users_folder(tiny_file, tmp_path, monkeypatch):
+    """As behind ``key=``, where a shell does not see to it; and in a file, which no shell reads."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tiny_file.write_text(tiny_file.read_text() + "cache: {folder: ~/features}\n")
+    config = load_config(tiny_file, ["output=~/runs", "name=~x", "method.options={}"])
+    assert config.output == str(tmp_path / "home/runs")
+    assert config.cache.folder == str(tmp_path / "home/features")
+    assert config.name == "~x"
+    assert load_config(tiny_file, ["data.root=null"]).data.root is None
+
+
 def test_base_files_and_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {epochs: 7, batch_size: 32}\noptim: {lr: 0.5}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")

@@ -32,6 +32,8 @@ def read_config(schema: type, file: str | Path, overrides: Sequence[str] = (), *
     layers = _read(local_or_shipped(Path(file)), ())
     given = [setting(item) for item in overrides]
     config = OmegaConf.structured(schema)
+    for layer in (*layers, *given):
+        _at_home(layer)
     found = expand(layers, given, config.method.name) if any(f.name == "origin" for f in fields(schema)) else None
     if found is None:
         return _all_laid(config, layers, given)
@@ -60,6 +62,17 @@ def setting(item: str, what: str = "override") -> DictConfig:
         return OmegaConf.from_dotlist([item])
     except Exception as error:  # yaml's own errors have several unrelated classes
         raise ConfigError(f"{what} '{item}': {str(error).splitlines()[0]}") from error
+
+
+def _at_home(node: Any) -> None:
+    """Put the user's folder in the place of a leading ``~/``, which a shell leaves alone behind ``key=``."""
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            _at_home(node[key])
+        elif isinstance(node[key], str) and node[key].startswith("~/"):
+            node[key] = os.path.expanduser(node[key])
 
 
 def _all_laid(config: DictConfig, files: list[DictConfig], given: list[DictConfig]) -> DictConfig:
