@@ -233,6 +233,7 @@ def test_the_shorter_of_two_budgets_counts():
     assert str(Deadline(None, Deadline(7.5))) == "the budget of 7.5 minutes was spent"
 
 
+@pytest.mark.slow
 def test_a_table_is_read_back(file):
     results = list(measured(load_bench_config(file, ["starts=1", "bound=true"])))
     again = from_csv(as_csv(results))

@@ -14,7 +14,7 @@ import pytest
 from tests.support.models import CASES
 from tests.support.places import ENVIRONMENT, ROOT
 
-MAIN = ("lora", "adaptformer", "vpt_deep", "ssf", "fact_tt", "bitfit", "dtl", "vqt")  # all: in the slow sweep
+MAIN = ("lora", "vpt_deep", "bitfit", "dtl")  # all: in the slow sweep
 FAST = [
     *(f"train_save_load:blocks:{method}:vit" for method in MAIN),
     "train_save_load:ddp:lora:vit", "train_save_load:ddp:bitfit:vit", "train_save_load:small:vqt:vit",
