@@ -463,6 +463,31 @@ def test_functional_gradients():
     same([found[n] for n in held], [by_id[id(p)] for p in held.values()])
 
 
+# Those that have functions of their own in training; torch.func and forward derivatives know none of them.
+OWN = [("fact_tt", {}), ("fact_tk", {}), ("aim", {}), ("dtl", {}), ("dtl_plus", {}), ("ssf", {}), ("repadapter", {})]
+
+
+@pytest.mark.parametrize(("method", "options"), OWN)
+def test_gradients_of_each_sample(method, options):
+    model, _ = model_with(method, options)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x, names = images(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(model(x).square().sum(), list(names.values()), allow_unused=True)
+
+    def loss(p, x):
+        return torch.func.functional_call(model, p, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))({n: p.detach() for n, p in names.items()}, x)
+    for own, whole in zip(found.values(), expected, strict=True):
+        assert whole is None or (own.sum(0) - whole).abs().max() <= 1e-12 * max(1, whole.abs().max())
+    direction = torch.randn_like(x)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    (backwards,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x)  # DTL cuts both
+    assert torch.allclose(slope.sum(), (backwards * direction).sum(), rtol=1e-9)
+
+
 # ---- life ----
 
 

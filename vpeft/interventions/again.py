@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import is_plain_gelu, is_plain_norm
-from ..numerics import own_backward
+from ..numerics import leaner_backward
 from .junction import hooked_only_by, unhook
 
 
@@ -176,13 +175,11 @@ class Origins:
 
     def of(self, x: Tensor, module: nn.Module) -> Again | None:
         """How x, which a module gets or one inside of it, is made; None where it is not known, or of no use."""
-        if torch.compiler.is_compiling() or not own_backward():
+        if not leaner_backward():
             return None
         origin = self.made.get(x)
         if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
             return None
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return None  # these do not know functions of one's own
         if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
             return None
         if _within_checkpoint():
@@ -197,7 +194,7 @@ class Origins:
         return found
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or not own_backward() or type(output) is not Tensor or len(args) != 1:
+        if not leaner_backward() or type(output) is not Tensor or len(args) != 1:
             return
         source, node = args[0], output.grad_fn
         if node is None or type(source) is not Tensor or self.readers.get(module, set()).isdisjoint(self.hub.acting_now()):

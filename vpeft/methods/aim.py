@@ -16,7 +16,7 @@ from ..interventions.base import ALONG_TIME, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.output import MapOutput
-from ..numerics import own_backward, unregistered
+from ..numerics import leaner_backward, own_backward, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, register, which_blocks
 
@@ -66,7 +66,7 @@ class _Adapter:
 
     def upward(self, h: Tensor) -> Tensor:
         """gelu(h) Wu^T + bu."""
-        if own_backward() and not torch.compiler.is_compiling():
+        if leaner_backward():
             return UpOfGelu.apply(h, self.up.weight, self.up.bias)
         return self.up(F.gelu(h))
 
@@ -164,7 +164,7 @@ class Spatial(_Adapter, MapOutput):
     def _note(self, args: tuple, output: Tensor) -> None:
         # In fewer rows than channels the product of both weights costs more than the rows' own.
         rows = output.numel() // output.shape[-1]
-        if own_backward() and not torch.compiler.is_compiling() and rows >= output.shape[-1]:
+        if leaner_backward() and rows >= output.shape[-1]:
             self.flow.put(self, "projected", (args[0], output, output._version))
 
     def forward(self, y: Tensor) -> Tensor:
