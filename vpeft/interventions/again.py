@@ -37,6 +37,7 @@ class Again(NamedTuple):
 class Origin(NamedTuple):
     """What a module's output was made of, and how both were then: in the graph, and in number of changes in place."""
 
+    maker: nn.Module
     make: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
     versions: list[int]
@@ -180,7 +181,8 @@ class Origins:
         origin = self.made.get(x)
         if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
             return None
-        if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
+        passed = self._between(origin.maker, module)
+        if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in passed):
             return None
         if _within_checkpoint():
             return None
@@ -192,6 +194,15 @@ class Origins:
         while found[-1] not in self.hub.blocks and found[-1] in self.hub.places:
             found.append(self.hub.places[found[-1]][0])
         return found
+
+    def _between(self, maker: nn.Module, module: nn.Module) -> list[nn.Module]:
+        """Modules that may have had in hand what one of a block gives and another one, or one inside of that, gets."""
+        around = self._around(module)[:-1]
+        for outer in around[1:]:
+            inside = list(outer.modules())
+            if maker in inside:
+                return [*around, *inside]
+        return around
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not leaner_backward() or type(output) is not Tensor or len(args) != 1:
@@ -205,7 +216,7 @@ class Origins:
         if source.grad_fn is None or node.next_functions[0] != (source.grad_fn, source.output_nr) or output._version:
             return
         tensors: tuple[Tensor | None, ...] = (source,)
-        if node.name() == "NativeLayerNormBackward0" and is_plain_norm(module):
+        if node.name() == "NativeLayerNormBackward0" and _has_own_tensors(module) and is_plain_norm(module):
             tensors += module.weight, module.bias
             make = partial(_normalised, module.normalized_shape, module.eps)
         elif node.name() == "GeluBackward0":
@@ -214,7 +225,12 @@ class Origins:
             return
         if any(t is not None and (type(t) not in (Tensor, nn.Parameter) or t.dtype != output.dtype) for t in tensors):
             return
-        self.made[output] = Origin(make, tensors, _versions(tensors), node)
+        self.made[output] = Origin(module, make, tensors, _versions(tensors), node)
+
+
+def _has_own_tensors(norm: nn.Module) -> bool:
+    """Whether a norm's weight and bias are what it holds, and not made anew, maybe of random numbers, when they are read."""
+    return {"weight", "bias"} <= norm._parameters.keys()
 
 
 def _normalised(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -384,9 +384,19 @@ def as_ordered(hooks: OrderedDict) -> None:
     hooks.update(entries)
 
 
+# Of torch's module: hooks that are called at every module.
+_EVERYWHERE = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
 def hooked_only_by(module: nn.Module, *known: object) -> bool:
-    """Whether nothing but these objects hooks a module or stands in place of its forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    """Whether nothing but these objects hooks a module, in forward or backward, or stands in place of its forward."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    hooks = [hook for table in (*own, *_EVERYWHERE) for hook in table.values()]
     if "forward" in vars(module):
         hooks.append(vars(module)["forward"])
     return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
