@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import is_plain_gelu, is_plain_norm
 from ..numerics import leaner_backward
-from .junction import hooked_only_by, unhook
+from .hooks import hooked_only_by, unhook
 
 
 class Again(NamedTuple):

@@ -15,7 +15,8 @@ from ..errors import MethodError
 from ..shards import gather_uncalled
 from .again import Origins
 from .flow import Flow
-from .junction import Junction, as_ordered, hooked_only_by, unhook
+from .hooks import as_ordered, hooked_only_by, unhook
+from .junction import Junction
 from .operation import with_tensors
 from .rows import RowPart, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 from .watched import Place, check_in_place, watch

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..backbone.modules import CONTAINER
 from .hub import Hub
-from .junction import hooked_only_by
+from .hooks import hooked_only_by
 from .operation import with_tensors
 
 
