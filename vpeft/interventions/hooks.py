@@ -4,6 +4,14 @@ from collections import OrderedDict
 
 from torch import nn
 
+# Of torch's module: hooks that are called at every module.
+_EVERYWHERE = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
 
 def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:
     """Take an object's hooks off a module: those before it, those after it, or both."""
@@ -24,15 +32,6 @@ def as_ordered(hooks: OrderedDict) -> None:
     entries = list(hooks.items())
     hooks.clear()
     hooks.update(entries)
-
-
-# Of torch's module: hooks that are called at every module.
-_EVERYWHERE = (
-    nn.modules.module._global_forward_hooks,
-    nn.modules.module._global_forward_pre_hooks,
-    nn.modules.module._global_backward_hooks,
-    nn.modules.module._global_backward_pre_hooks,
-)
 
 
 def hooked_only_by(module: nn.Module, *known: object) -> bool:

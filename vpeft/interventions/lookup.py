@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..backbone.modules import CONTAINER
-from .hub import Hub
 from .hooks import hooked_only_by
+from .hub import Hub
 from .operation import with_tensors
 
 
