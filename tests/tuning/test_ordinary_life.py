@@ -285,6 +285,44 @@ def test_another_input_size_is_of_the_saved_file_too(tmp_path):
 # ---- weights that are made anew in every forward ----
 
 
+def _doubled(linear):
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _halved(linear):
+    prune.random_unstructured(linear, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [_halved, _doubled])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["aim", "repadapter", "adaptformer", "adapter"])
+def test_a_methods_own_linears_that_a_user_changes(method, autocast, change):
+    """Training computes what inference does, step after step."""
+    model = make("vit", dtype=torch.float32 if autocast else torch.float64)
+    handle = vpeft.attach(model, method)
+    randomise(handle, 0.1)
+    handle.eval()
+    x = images(model, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = model(x)
+    for name, module in handle.root.named_modules():
+        if name.endswith((".up", ".down")) and isinstance(module, nn.Linear):
+            change(module)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            recorded = model(x)
+            with torch.no_grad():
+                expected = model(x)
+        tolerance = 0.02 * expected.abs().max() if autocast else 1e-12
+        assert (recorded - expected).abs().max() <= tolerance
+        assert (before - expected).abs().max() > 2 * tolerance
+        recorded.square().sum().backward()
+        with torch.no_grad():
+            for p in handle.trainable_parameters():
+                p.sub_(p.grad, alpha=0.1)
+                p.grad = None
+
+
 def _pruned(linear):
     prune.l1_unstructured(linear, "weight", 0.3)
 

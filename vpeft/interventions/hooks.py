@@ -41,3 +41,11 @@ def hooked_only_by(module: nn.Module, *known: object) -> bool:
     if "forward" in vars(module):
         hooks.append(vars(module)["forward"])
     return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module's call is torch's own product of its weight and bias, so that these can do without the call.
+
+    Hooks may change what it gives, or make its weight before each call, as pruning does.
+    """
+    return type(module).forward is nn.Linear.forward and hooked_only_by(module)
