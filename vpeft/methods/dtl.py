@@ -127,6 +127,8 @@ class FedTerms(torch.autograd.Function):
             # Views, since a later term depends on the earlier ones, too.
             weight, *terms = (None if t is None else t.view_as(t) for t in (weight, *terms))
             leaves = [t for t, wanted in zip((weight, *terms), needed, strict=True) if wanted]
+            if not leaves:
+                return None, None, grad, *(None for _ in needed)
             changed = ctx.part.change(ctx.size, weight, F.linear(*joined(terms)))
             found = iter(torch.autograd.grad(changed, leaves, grad.to(changed.dtype), create_graph=True))
             return None, None, grad, *(next(found) if wanted else None for wanted in needed)
