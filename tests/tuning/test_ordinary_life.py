@@ -444,6 +444,40 @@ def test_reentrant_checkpointing(method):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients(), expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("lst", "vit"),
+        ("ladder_adapter", "vit"),
+        ("vqt", "vit"),
+        ("dtl", "vit"),
+        ("vpt_shallow", "vit"),
+        ("vpt_deep", "swin"),
+    ],
+)
+def test_reentrant_checkpointing_of_what_leaves_a_block_beside_its_output(method, kind):
+    """Also where the block's input needs a gradient, which is all that comes back through it."""
+    model = make(kind)
+    handle = attached(model, method)
+    randomise(handle, 0.1)
+    x = images(model).requires_grad_()
+    p = list(handle.trainable_parameters())
+    expected = torch.autograd.grad(model(x).square().sum(), p, allow_unused=True)
+    model.set_grad_checkpointing(True)
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(vpeft.MethodError, match=r"reentrant .*hands on from .*set_reentrant_ckpt\(False\)"):
+            model(x)
+        run(model, x)
+        with handle.disable():
+            model(x).square().sum().backward()
+    finally:
+        timm.layers.set_reentrant_ckpt(before)
+    found = torch.autograd.grad(model(x).square().sum(), p, allow_unused=True)
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
 # ---- patches that are left out ----
 
 
