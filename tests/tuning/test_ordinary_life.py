@@ -293,6 +293,34 @@ def _halved(linear):
     prune.random_unstructured(linear, "weight", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "leaf"),
+    [
+        ("prefix", {"form": "perceptron", "tokens": 3}, "up"),
+        ("prefix", {"form": "perceptron", "tokens": 3}, "down"),
+        ("vpt_deep", {"path": "fast", "project": 8, "tokens": 3}, "proj"),
+        ("e2vpt", {"path": "fast", "project": 8, "tokens": 3}, "proj"),
+    ],
+)
+def test_keys_that_are_kept_in_inference_follow_a_users_hooks(method, options, leaf):
+    model = make("vit", dtype=torch.float64)
+    handle = vpeft.attach(model, method, **options)
+    randomise(handle)
+    handle.eval()
+    x = images(model)
+    makers = [m for n, m in handle.root.named_modules() if n.endswith(leaf)]
+    before = run(model, x)
+    for module in makers:
+        _halved(module)
+    halved = run(model, x)
+    for module in makers:
+        module.weight_mask.zero_()
+    without = run(model, x)
+    assert torch.allclose(without, model(x), atol=1e-12)
+    assert not torch.allclose(halved, before, atol=1e-8)
+    assert not torch.allclose(without, halved, atol=1e-8)
+
+
 @pytest.mark.parametrize("change", [_halved, _doubled])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("method", ["aim", "repadapter", "adaptformer", "adapter"])
