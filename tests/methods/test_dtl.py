@@ -139,7 +139,6 @@ def test_second_derivatives_past_what_is_frozen(method):
     assert torch.allclose(run(), expected, rtol=1e-10, atol=1e-12)
 
 
-
 @pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
 def test_backward_twice_and_what_was_changed_between(method):
     model = make("vit", dtype=torch.float64)
