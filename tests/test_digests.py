@@ -77,6 +77,45 @@ def test_a_change_of_any_kind_is_seen(change):
     assert digest_of(there.items()) != before
 
 
+def _broken(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).index_fill_(0, torch.tensor(7), float("nan"))
+
+
+KINDS = {
+    "half": lambda: torch.randn(8192).mul_(0.02).half(),
+    "bfloat16": lambda: torch.randn(8192).mul_(0.02).bfloat16(),
+    "float": lambda: torch.randn(8192).mul_(0.02),
+    "small beside large": lambda: torch.randn(8192).mul_(1e-6).index_fill_(0, torch.tensor(0), 1.0),
+    "beside no number": lambda: _broken(8192),
+    "index": lambda: torch.arange(8192),
+    "flags": lambda: torch.rand(8192) > 0.5,
+    "order": lambda: torch.eye(64, dtype=torch.int64).view(-1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_values_that_change_places_past_the_counter_are_seen(kind):
+    torch.manual_seed(0)
+    values = KINDS[kind]()
+    word = max(8 // values.element_size(), 1)  # the same bytes of two words
+    for _ in range(20):
+        before = digest_of([("it", values)])
+        places = torch.randint(4096 // 8, (2,)) * word  # of one piece
+        one, other = values.data[places].clone()
+        values.data[places] = values.data[places.flip(0)].clone()
+        changed = not torch.equal(one, other)
+        assert (digest_of([("it", values)]) != before) == changed
+
+
+def test_an_index_in_another_order_is_seen():
+    order = torch.eye(64, dtype=torch.int64)
+    before = digest_of([("it", order)])
+    order.data.copy_(
+        order[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    )  # the same sums in all directions
+    assert digest_of([("it", order)]) != before
+
+
 def test_values_that_stay_the_same_are_hashed_once(monkeypatch):
     there = tensors()
     before = digest_of(there.items())

@@ -2,8 +2,10 @@
 
 A model's frozen weights are compared with every file that is loaded, and hashing is most of what that costs. A digest is
 remembered under a probe that reads the weights at the speed of memory: of each tensor where it lies, how often torch has
-written to it, and two sums of every 4,096 bytes. The sums see what torch's counter does not (writes through ``tensor.data``
-or numpy): one of whole numbers, which every changed bit changes, and one weighted by place, which a new order changes.
+written to it, and sums. The sums see what torch's counter does not (writes through ``tensor.data`` or numpy). Two are of
+whole numbers: of every 4,096 bytes, and over all of these at each place in them. A changed bit changes both, and so does
+a value that moves one of them. The third is of floats weighted by place, which a new order of many changes. Of what is no
+floating-point numbers (few values, which are often the same) all is read.
 """
 
 import hashlib
@@ -67,17 +69,19 @@ def _probe(named: Named) -> bytes:
         place = tensor.device, tensor.data_ptr(), written
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {place}".encode())
         flat = _bytes(tensor)
-        for part in _sums(flat) if flat.storage_offset() % 8 == 0 else (flat,):
+        for part in _sums(flat) if tensor.is_floating_point() and flat.storage_offset() % 8 == 0 else (flat,):
             digest.update(_memory(_bytes(part)))
     return digest.digest()
 
 
 def _sums(flat: Tensor) -> Iterable[Tensor]:
-    """Two sums of each piece, and the rest as it is."""
+    """Two sums of each piece, one of all at each place in a piece, and the rest as it is."""
     pieces = len(flat) // _PIECE
     body = flat[: pieces * _PIECE]
     if pieces:
-        yield body.view(torch.int64).view(pieces, -1).sum(1)
+        words = body.view(torch.int64).view(pieces, -1)
+        yield words.sum(1)
+        yield words.sum(0)
         yield body.view(torch.float32).view(pieces, -1) @ _weights(flat.device)
     yield flat[pieces * _PIECE :]
 

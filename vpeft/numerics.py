@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedTensorMixin
 
 
@@ -51,6 +52,21 @@ def own_backward() -> bool:
     it records (a traced model cannot hold such a function).
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward derivatives run what runs now: they know no autograd function of one's own
+    without rules for them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def leaner_backward() -> bool:
+    """Whether an autograd function of the library's own may stand in for torch's operations, to keep less for backward.
+
+    See ``own_backward``; and what follows the operations must know it. Compilers decide by themselves what is kept.
+    """
+    return own_backward() and not torch.compiler.is_compiling() and not transformed()
 
 
 def autocast_on(device: str) -> bool:

@@ -230,8 +230,10 @@ def past_autograd(module, args, output):
 
 CHANGES, PLACES = (times_two, in_place, past_the_graph, past_autograd), ("norm1", "attn", "attn.qkv", "norm2", "mlp")
 BETWEEN = slow_but(
-    *product(CHANGES, (*PLACES, "mlp.fc1", "mlp.act", "mlp.fc2"), (False, True)),
-    short=lambda change, place, _: change in (times_two, past_autograd) and place in ("norm1", "attn", "mlp.act"),
+    *product(CHANGES, (*PLACES, "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.norm", "mlp.fc2"), (False, True)),
+    short=lambda change, place, _: (
+        change in (times_two, past_autograd) and place in ("norm1", "attn", "mlp.act", "mlp.drop1")
+    ),
 )
 
 
@@ -255,7 +257,9 @@ def test_what_others_do_in_between_is_not_lost(change, place, early):
         else:
             module.register_forward_pre_hook(before(change))
 
-    slot = {"norm1": "qkv", "attn": "qkv", "attn.qkv": "qkv", "mlp.act": "fc2", "mlp.fc2": "fc2"}.get(place, "fc1")
+    slot = {"norm1": "qkv", "attn": "qkv", "attn.qkv": "qkv", "norm2": "fc1", "mlp": "fc1", "mlp.fc1": "fc1"}.get(
+        place, "fc2"
+    )
     if early:
         disturb()
     handle = attached(model, "lora", targets=[slot], blocks="2")
@@ -264,6 +268,20 @@ def test_what_others_do_in_between_is_not_lost(change, place, early):
     if not early:
         disturb()
     check_slopes(model, handle.eval())
+
+
+def test_what_hooks_of_all_modules_do_is_not_lost():
+    model, handle = model_with("lora", {"targets": ["qkv"], "blocks": "2"})
+
+    def double(module, args, output):
+        if module is model.blocks[2].norm1:
+            output.data.mul_(2)
+
+    hook = nn.modules.module.register_module_forward_hook(double)
+    try:
+        check_slopes(model, handle.eval())
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -373,6 +391,24 @@ def test_modules_that_became_others_after_attach(place, kind):
     check_slopes(model, handle.eval())
 
 
+class Noise(nn.Module):
+    def forward(self, weight):
+        return weight * (1 + 0.5 * torch.rand_like(weight))
+
+
+def test_norms_whose_weight_is_drawn_anew_each_time():
+    def run(kept):
+        model = make("vit", dtype=torch.float64)
+        nn.utils.parametrize.register_parametrization(model.blocks[2].norm1, "weight", Noise())
+        randomise(attached(model, "lora", targets=["qkv"], blocks="2"), 0.1)
+        model.pos_embed.requires_grad_(True)
+        if kept:
+            keep_inputs(model)
+        return gradients(model, images(model))
+
+    same(run(False), run(True))
+
+
 # ---- where the ordinary product is taken ----
 
 
@@ -461,6 +497,31 @@ def test_functional_gradients():
     )
     by_id = {id(q): g for q, g in zip(names.values(), expected, strict=True)}
     same([found[n] for n in held], [by_id[id(p)] for p in held.values()])
+
+
+# Those that have functions of their own in training; torch.func and forward derivatives know none of them.
+OWN = [("fact_tt", {}), ("fact_tk", {}), ("aim", {}), ("dtl", {}), ("dtl_plus", {}), ("ssf", {}), ("repadapter", {})]
+
+
+@pytest.mark.parametrize(("method", "options"), OWN)
+def test_gradients_of_each_sample(method, options):
+    model, _ = model_with(method, options)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x, names = images(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(model(x).square().sum(), list(names.values()), allow_unused=True)
+
+    def loss(p, x):
+        return torch.func.functional_call(model, p, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))({n: p.detach() for n, p in names.items()}, x)
+    for own, whole in zip(found.values(), expected, strict=True):
+        assert whole is None or (own.sum(0) - whole).abs().max() <= 1e-12 * max(1, whole.abs().max())
+    direction = torch.randn_like(x)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    (backwards,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x)  # DTL cuts both
+    assert torch.allclose(slope.sum(), (backwards * direction).sum(), rtol=1e-9)
 
 
 # ---- life ----

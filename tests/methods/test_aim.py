@@ -131,6 +131,20 @@ def test_what_comes_between_the_projection_and_the_adapters(what):
         assert torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.parametrize("place", ["attn", "attn.proj", "attn.proj_drop"])
+def test_what_a_hook_does_past_autograd_is_read(place):
+    model = make("vit", dtype=torch.float64)
+    for block in model.blocks:
+        block.get_submodule(place).register_forward_hook(lambda module, args, output: (output.data.mul_(1.5), None)[1])
+    handle = vpeft.attach(model, "aim", frames=2)
+    randomise(handle)
+    rows = images(model, 6)
+    handle.eval()
+    with torch.no_grad():
+        expected = model(rows)
+    assert torch.allclose(model(rows), expected, atol=1e-12)
+
+
 def test_autocast():
     model = make("vit")
     handle = vpeft.attach(model, "aim", frames=2)

@@ -120,6 +120,26 @@ def test_second_derivatives(method, beta):
 
 
 @pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
+def test_second_derivatives_past_what_is_frozen(method):
+    """Of the image: the state at the first block that is fed is a constant then."""
+    model = make("vit", dtype=torch.float64)
+    handle = vpeft.attach(model, method)
+    randomise(handle)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x = images(model).requires_grad_()
+
+    def run():
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    expected = run()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert torch.allclose(run(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dtl", "dtl_plus"])
 def test_backward_twice_and_what_was_changed_between(method):
     model = make("vit", dtype=torch.float64)
     handle = attached(model, method, beta=1.0)

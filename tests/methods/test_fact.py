@@ -357,3 +357,36 @@ def test_the_separate_path_serves_autocast_trained_weights_and_second_methods():
     assert torch.equal(model(x), alone)
     other.detach()
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_a_parametrised_linear_that_trains_gets_its_gradient():
+    """Its weight is no parameter of its own."""
+    model = make("vit", dtype=torch.float64)
+    linear = model.blocks[2].mlp.fc1
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    randomise(attached(model, "fact_tt", rank=3).eval())
+    (first, second), x = linear.parametrizations.weight.parameters(), images(model)
+    for p in (first, second):
+        p.requires_grad_(True)
+    model(x).square().sum().backward()
+    for p in (first, second):
+        direction = torch.randn_like(p)
+        values = []
+        for step in (1e-6, -2e-6, 1e-6):
+            p.data.add_(direction, alpha=step)
+            values.append(model(x).square().sum())
+        assert torch.allclose((p.grad * direction).sum(), (values[0] - values[1]) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fact_tt", "fact_tk"])
+def test_backward_under_autocast_of_a_forward_without(name):
+    model = make("vit")
+    handle = attached(model, name, rank=3)
+    randomise(handle)
+    loss = model(images(model)).square().sum()
+    tensors = list(handle.parameters())
+    expected = torch.autograd.grad(loss, tensors, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, tensors)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 0.05 * b.abs().max()

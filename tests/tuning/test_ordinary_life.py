@@ -285,6 +285,72 @@ def test_another_input_size_is_of_the_saved_file_too(tmp_path):
 # ---- weights that are made anew in every forward ----
 
 
+def _doubled(linear):
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _halved(linear):
+    prune.random_unstructured(linear, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "leaf"),
+    [
+        ("prefix", {"form": "perceptron", "tokens": 3}, "up"),
+        ("prefix", {"form": "perceptron", "tokens": 3}, "down"),
+        ("vpt_deep", {"path": "fast", "project": 8, "tokens": 3}, "proj"),
+        ("e2vpt", {"path": "fast", "project": 8, "tokens": 3}, "proj"),
+    ],
+)
+def test_keys_that_are_kept_in_inference_follow_a_users_hooks(method, options, leaf):
+    model = make("vit", dtype=torch.float64)
+    handle = vpeft.attach(model, method, **options)
+    randomise(handle)
+    handle.eval()
+    x = images(model)
+    makers = [m for n, m in handle.root.named_modules() if n.endswith(leaf)]
+    before = run(model, x)
+    for module in makers:
+        _halved(module)
+    halved = run(model, x)
+    for module in makers:
+        module.weight_mask.zero_()
+    without = run(model, x)
+    assert torch.allclose(without, model(x), atol=1e-12)
+    assert not torch.allclose(halved, before, atol=1e-8)
+    assert not torch.allclose(without, halved, atol=1e-8)
+
+
+@pytest.mark.parametrize("change", [_halved, _doubled])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["aim", "repadapter", "adaptformer", "adapter"])
+def test_a_methods_own_linears_that_a_user_changes(method, autocast, change):
+    """Training computes what inference does, step after step."""
+    model = make("vit", dtype=torch.float32 if autocast else torch.float64)
+    handle = vpeft.attach(model, method)
+    randomise(handle, 0.1)
+    handle.eval()
+    x = images(model, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = model(x)
+    for name, module in handle.root.named_modules():
+        if name.endswith((".up", ".down")) and isinstance(module, nn.Linear):
+            change(module)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            recorded = model(x)
+            with torch.no_grad():
+                expected = model(x)
+        tolerance = 0.02 * expected.abs().max() if autocast else 1e-12
+        assert (recorded - expected).abs().max() <= tolerance
+        assert (before - expected).abs().max() > 2 * tolerance
+        recorded.square().sum().backward()
+        with torch.no_grad():
+            for p in handle.trainable_parameters():
+                p.sub_(p.grad, alpha=0.1)
+                p.grad = None
+
+
 def _pruned(linear):
     prune.l1_unstructured(linear, "weight", 0.3)
 
@@ -404,6 +470,40 @@ def test_reentrant_checkpointing(method):
     finally:
         timm.layers.set_reentrant_ckpt(before)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients(), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("lst", "vit"),
+        ("ladder_adapter", "vit"),
+        ("vqt", "vit"),
+        ("dtl", "vit"),
+        ("vpt_shallow", "vit"),
+        ("vpt_deep", "swin"),
+    ],
+)
+def test_reentrant_checkpointing_of_what_leaves_a_block_beside_its_output(method, kind):
+    """Also where the block's input needs a gradient, which is all that comes back through it."""
+    model = make(kind)
+    handle = attached(model, method)
+    randomise(handle, 0.1)
+    x = images(model).requires_grad_()
+    p = list(handle.trainable_parameters())
+    expected = torch.autograd.grad(model(x).square().sum(), p, allow_unused=True)
+    model.set_grad_checkpointing(True)
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(vpeft.MethodError, match=r"reentrant .*hands on from .*set_reentrant_ckpt\(False\)"):
+            model(x)
+        run(model, x)
+        with handle.disable():
+            model(x).square().sum().backward()
+    finally:
+        timm.layers.set_reentrant_ckpt(before)
+    found = torch.autograd.grad(model(x).square().sum(), p, allow_unused=True)
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
 # ---- patches that are left out ----

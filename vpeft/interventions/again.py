@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backbone.modules import is_plain_gelu, is_plain_norm
-from ..numerics import own_backward
-from .junction import hooked_only_by, unhook
+from ..numerics import leaner_backward
+from .hooks import hooked_only_by, unhook
 
 
 class Again(NamedTuple):
@@ -38,6 +37,7 @@ class Again(NamedTuple):
 class Origin(NamedTuple):
     """What a module's output was made of, and how both were then: in the graph, and in number of changes in place."""
 
+    maker: nn.Module
     make: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
     versions: list[int]
@@ -176,14 +176,13 @@ class Origins:
 
     def of(self, x: Tensor, module: nn.Module) -> Again | None:
         """How x, which a module gets or one inside of it, is made; None where it is not known, or of no use."""
-        if torch.compiler.is_compiling() or not own_backward():
+        if not leaner_backward():
             return None
         origin = self.made.get(x)
         if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
             return None
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return None  # these do not know functions of one's own
-        if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in self._around(module)[:-1]):
+        passed = self._between(origin.maker, module)
+        if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in passed):
             return None
         if _within_checkpoint():
             return None
@@ -196,8 +195,17 @@ class Origins:
             found.append(self.hub.places[found[-1]][0])
         return found
 
+    def _between(self, maker: nn.Module, module: nn.Module) -> list[nn.Module]:
+        """Modules that may have had in hand what one of a block gives and another one, or one inside of that, gets."""
+        around = self._around(module)[:-1]
+        for outer in around[1:]:
+            inside = list(outer.modules())
+            if maker in inside:
+                return [*around, *inside]
+        return around
+
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or not own_backward() or type(output) is not Tensor or len(args) != 1:
+        if not leaner_backward() or type(output) is not Tensor or len(args) != 1:
             return
         source, node = args[0], output.grad_fn
         if node is None or type(source) is not Tensor or self.readers.get(module, set()).isdisjoint(self.hub.acting_now()):
@@ -208,7 +216,7 @@ class Origins:
         if source.grad_fn is None or node.next_functions[0] != (source.grad_fn, source.output_nr) or output._version:
             return
         tensors: tuple[Tensor | None, ...] = (source,)
-        if node.name() == "NativeLayerNormBackward0" and is_plain_norm(module):
+        if node.name() == "NativeLayerNormBackward0" and _has_own_tensors(module) and is_plain_norm(module):
             tensors += module.weight, module.bias
             make = partial(_normalised, module.normalized_shape, module.eps)
         elif node.name() == "GeluBackward0":
@@ -217,7 +225,12 @@ class Origins:
             return
         if any(t is not None and (type(t) not in (Tensor, nn.Parameter) or t.dtype != output.dtype) for t in tensors):
             return
-        self.made[output] = Origin(make, tensors, _versions(tensors), node)
+        self.made[output] = Origin(module, make, tensors, _versions(tensors), node)
+
+
+def _has_own_tensors(norm: nn.Module) -> bool:
+    """Whether a norm's weight and bias are what it holds, and not made anew, maybe of random numbers, when they are read."""
+    return {"weight", "bias"} <= norm._parameters.keys()
 
 
 def _normalised(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

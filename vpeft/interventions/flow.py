@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..backbone.modules import reentrant_checkpointing
+from ..errors import MethodError
 
 Key = tuple[int, str, int]  # whose, which, of which rows
 
@@ -41,6 +45,7 @@ class Flow:
         self.state: dict[Key, Any] = {}
         self.carried: set[Key] = set()
         self.starter, self.outer, self.checkpointed = starter, outer, checkpointed
+        self.at_entry: dict[Key, int] = {}  # what the state held where the last block was entered, by ids
         self.called: set[str] = set()  # of the starter's own functions, those that were called
         self.busy = False  # one of them runs
         self.task: int | None = None
@@ -66,6 +71,15 @@ class Flow:
         kept = {key: value for key, value in self.state.items() if key in self.carried}
         return self._with(kept) if kept or self.routed else None
 
+    def enter(self) -> None:
+        """A block begins that will run again in backward."""
+        self.at_entry = {key: id(value) for key, value in self.state.items()}
+
+    def hands_on(self) -> bool:
+        """Whether that block has left tensors here, for what follows it."""
+        new = [value for key, value in self.state.items() if self.at_entry.get(key) != id(value)]
+        return any(isinstance(v, Tensor) for value in new for v in (value if isinstance(value, tuple) else (value,)))
+
     def snapshot(self) -> "Flow":
         """Its present state without graphs: the same values, which require a gradient where these do."""
         return self._with({key: _leaf(value) for key, value in self.state.items()})
@@ -83,6 +97,20 @@ class Flow:
         """End it, and drop what it holds."""
         self.closed = True
         self.state.clear()
+
+
+def check_hands_nothing_on(flow: Flow, path: str) -> None:
+    """Refuse what leaves a block beside its output where torch's reentrant checkpointing brings no gradient back to it.
+
+    Raises:
+        MethodError: names the block and the switch.
+    """
+    if torch.is_grad_enabled() or not reentrant_checkpointing() or not flow.hands_on():
+        return
+    raise MethodError(
+        f"reentrant activation checkpointing gives no gradient to what a method hands on from {path} to later modules; "
+        "switch it off: timm.layers.set_reentrant_ckpt(False)"
+    )
 
 
 def _leaf(value: Any) -> Any:

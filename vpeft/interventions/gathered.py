@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..numerics import autocast_on
 from .flow import Flow
+from .hooks import hooked_only_by
 from .hub import Hub
 
 
@@ -15,6 +16,9 @@ class Member(Protocol):
     """An intervention whose tensors are gathered."""
 
     hub: Hub | None
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Itself and its parts."""
 
     def gathers(self) -> tuple[Tensor, ...]:
         """Its tensors, each to be stacked with those of the others of the same shapes."""
@@ -63,6 +67,8 @@ class Gathered:
     def _made(self, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
         for member in self.members:
+            if not all(map(hooked_only_by, member.modules())):
+                continue  # its parts must be called
             tensors = member.gathers()
             if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards
                 groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in tensors), []).append((member, tensors))

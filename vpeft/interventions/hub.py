@@ -14,8 +14,9 @@ from ..backbone.modules import CONTAINER, classifier_modules, reentrant_checkpoi
 from ..errors import MethodError
 from ..shards import gather_uncalled
 from .again import Origins
-from .flow import Flow
-from .junction import Junction, as_ordered, hooked_only_by, unhook
+from .flow import Flow, check_hands_nothing_on
+from .hooks import as_ordered, hooked_only_by, unhook
+from .junction import Junction
 from .operation import with_tensors
 from .rows import RowPart, RowPlan, check_beside, check_same, in_parts, plan_for, sorted_inputs
 from .watched import Place, check_in_place, watch
@@ -268,6 +269,8 @@ class Hub:
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         flow = self.now()
+        if flow is not None and flow.checkpointed and output is not None and module is not self.model:
+            check_hands_nothing_on(flow, self.path(module))
         if flow is not None and flow.starter is module:
             self.local.flow = flow.outer
             if flow.plan is not None and output is not None and STARTS[-1] not in flow.called:
@@ -279,6 +282,7 @@ class Hub:
             if flow.checkpointed:
                 self._check_gets_gradient(block, args[0] if args else kwargs["x"], flow)
                 self.entered[args[0] if args else kwargs["x"]] = flow.snapshot()
+                flow.enter()
             return
         if torch.compiler.is_compiling():
             self._begin(block, args, kwargs)

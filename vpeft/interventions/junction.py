@@ -1,6 +1,5 @@
 """One object per touched module: all that the attached handles do there, in the order in which they were attached."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..backbone.attention import pad_pairs
 from ..errors import MethodError
 from .flow import Flow
+from .hooks import as_ordered, unhook
 from .operation import Inner, with_tensors
 from .rows import RowPart, in_parts, joined
 from .watched import exchanged
@@ -361,32 +361,3 @@ class Junction:
             return self._changed_output(flow, changed[0], self._operated(flow, *changed))
 
         return joined(in_parts(flow, parts, run), self.hub.path(self.module))
-
-
-def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:
-    """Take an object's hooks off a module: those before it, those after it, or both."""
-    tables = []
-    if pre:
-        tables.append((module._forward_pre_hooks, ("_forward_pre_hooks_with_kwargs",)))
-    if post:
-        tables.append((module._forward_hooks, ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")))
-    for hooks, flags in tables:
-        for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
-            del hooks[key]
-            for flag in flags:
-                getattr(module, flag).pop(key, None)
-
-
-def as_ordered(hooks: OrderedDict) -> None:
-    """Let the plain dictionary in a table of hooks have the table's order: older compilers of torch go by that one."""
-    entries = list(hooks.items())
-    hooks.clear()
-    hooks.update(entries)
-
-
-def hooked_only_by(module: nn.Module, *known: object) -> bool:
-    """Whether nothing but these objects hooks a module or stands in place of its forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if "forward" in vars(module):
-        hooks.append(vars(module)["forward"])
-    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none

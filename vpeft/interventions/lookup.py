@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..backbone.modules import CONTAINER
+from .hooks import hooked_only_by
 from .hub import Hub
-from .junction import hooked_only_by
 from .operation import with_tensors
 
 

@@ -15,8 +15,9 @@ from ..errors import MethodError, UnsupportedModelError
 from ..interventions.base import ALONG_TIME, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
+from ..interventions.hooks import is_plain_linear
 from ..interventions.output import MapOutput
-from ..numerics import own_backward, unregistered
+from ..numerics import leaner_backward, own_backward, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, register, which_blocks
 
@@ -66,7 +67,7 @@ class _Adapter:
 
     def upward(self, h: Tensor) -> Tensor:
         """gelu(h) Wu^T + bu."""
-        if own_backward() and not torch.compiler.is_compiling():
+        if leaner_backward() and is_plain_linear(self.up):
             return UpOfGelu.apply(h, self.up.weight, self.up.bias)
         return self.up(F.gelu(h))
 
@@ -164,19 +165,27 @@ class Spatial(_Adapter, MapOutput):
     def _note(self, args: tuple, output: Tensor) -> None:
         # In fewer rows than channels the product of both weights costs more than the rows' own.
         rows = output.numel() // output.shape[-1]
-        if own_backward() and not torch.compiler.is_compiling() and rows >= output.shape[-1]:
+        if leaner_backward() and rows >= output.shape[-1]:
             self.flow.put(self, "projected", (args[0], output, output._version))
 
     def forward(self, y: Tensor) -> Tensor:
         o, output, version = self.flow.pop(self, "projected") or (None, None, None)
-        if y is output and y._version == version and is_projection_plain(self, self.place.module):
+        if y is output and y._version == version and self._nothing_between():
             return y + self.change_behind(self.projection.module, o)
         return y + self.change(y)
 
+    def _nothing_between(self) -> bool:
+        """Whether what the projection gave is y, and was not changed past autograd's counter either."""
+        attn = self.place.module
+        seen = self.hub.untouched(attn.proj_drop) and self.hub.untouched(attn, besides=self.owner)
+        return seen and is_projection_plain(self, attn)
 
-def is_projection_plain(part: Intervention, attn: nn.Module, *beside: Intervention) -> bool:
-    """Whether an attention's last linear is torch's own, and nobody does anything there but these, which only look."""
-    if torch.compiler.is_compiling() or type(attn.proj).forward is not nn.Linear.forward:
+
+def is_projection_plain(part: _Adapter, attn: nn.Module, *beside: Intervention) -> bool:
+    """Whether ``change_behind`` can do: an attention's last linear and the adapter's first are torch's own, and nobody does
+    anything at the former but these, which only look.
+    """
+    if torch.compiler.is_compiling() or type(attn.proj).forward is not nn.Linear.forward or not is_plain_linear(part.down):
         return False
     return part.alone_at(attn.proj, *beside)
 

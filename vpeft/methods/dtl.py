@@ -17,7 +17,7 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
-from ..numerics import own_backward, unregistered
+from ..numerics import leaner_backward, transformed, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, grids, register, which_blocks
 
@@ -127,6 +127,8 @@ class FedTerms(torch.autograd.Function):
             # Views, since a later term depends on the earlier ones, too.
             weight, *terms = (None if t is None else t.view_as(t) for t in (weight, *terms))
             leaves = [t for t, wanted in zip((weight, *terms), needed, strict=True) if wanted]
+            if not leaves:
+                return None, None, grad, *(None for _ in needed)
             changed = ctx.part.change(ctx.size, weight, F.linear(*joined(terms)))
             found = iter(torch.autograd.grad(changed, leaves, grad.to(changed.dtype), create_graph=True))
             return None, None, grad, *(next(found) if wanted else None for wanted in needed)
@@ -150,13 +152,13 @@ class Swish(SideOutput):
             return y + self.change(size, weight, state)
         if not self._by_terms(state[0], y):
             return y + self.change(size, weight, F.linear(*joined(state)))
-        if own_backward():
+        if leaner_backward():
             return FedTerms.apply(self, size, y, weight, *state)
         return self.fed_terms(size, y, weight, state)
 
     def _by_terms(self, low: Tensor, y: Tensor) -> bool:
-        """Whether beta h can be formed and keeps y's type, and no compiler or tracer looks on, which decides by itself."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Whether beta h can be formed and keeps y's type, and no one looks on who follows torch's operations alone."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
             return False
         within = _LEAST <= self.beta <= _LARGEST and low.dtype != torch.float16
         return within and torch.result_type(y, low) == y.dtype

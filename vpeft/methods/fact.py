@@ -16,7 +16,7 @@ from ..interventions.again import Again, had_back, kept_for
 from ..interventions.linear import AddToLinear
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, autocast_on, unregistered
+from ..numerics import at_least_float32, autocast_on, transformed, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
@@ -76,6 +76,9 @@ class FrozenLinearPlus(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *_: None) -> tuple:
         if grad is None:
             return (None,) * 9
+        if autocast_on(grad.device.type):  # of the backward alone: the forward was none of autocast's
+            with torch.autocast(grad.device.type, enabled=False):
+                return FrozenLinearPlus.backward(ctx, grad)
         weight, u, core, v, mask, low, inner, *kept = ctx.saved_tensors
         x = had_back(ctx.make, kept)
         if torch.is_grad_enabled():  # a second derivative goes through the two products as well
@@ -116,11 +119,12 @@ class FusedAddToLinear(AddToLinear):
         """Whether ``fused`` gives all that is asked for here."""
         module, device = self.site.module, x.device.type
         # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
             return False
         if autocast_on(device):
             return False
-        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        own = module._parameters  # without the weight where that is made of other tensors, which may train
+        frozen = "weight" in own and not any(p is not None and p.requires_grad for p in own.values())
         return frozen and type(module).forward is nn.Linear.forward
 
     def fused(self, x: Tensor) -> Tensor:

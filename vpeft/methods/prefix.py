@@ -12,6 +12,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
+from ..interventions.hooks import hooked_only_by
 from ..numerics import unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, PerBlock, count, create, per_block, register, which_blocks
@@ -86,8 +87,11 @@ class MadePrefix(ComputedKeysValues):
             key, value = (self.drop(t.expand(x.shape[0], *t.shape)) for t in (key, value))
         return key, value
 
-    def sources(self) -> list[Tensor]:
-        return [*self.parameters(), *(self.shared.parameters() if self.shared is not None else ())]
+    def sources(self) -> list[Tensor] | None:
+        makers = [self, *([] if self.shared is None else [self.shared])]
+        if not all(hooked_only_by(m) for maker in makers for m in maker.modules()):
+            return None
+        return [t for maker in makers for t in maker.parameters()]
 
     def pair(self, both: Tensor) -> tuple[Tensor, Tensor]:
         key, value = both.unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)

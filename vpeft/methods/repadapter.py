@@ -10,6 +10,7 @@ from ..backbone.modules import BlockSite, LinearSite, ModuleRef
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
+from ..interventions.hooks import is_plain_linear
 from ..interventions.output import MapOutput
 from ..numerics import wide
 from ..options import nonnegative, probability
@@ -51,7 +52,8 @@ class RepBottleneck(MapOutput):
         super().install()
 
     def forward(self, n: Tensor) -> Tensor:
-        h = self.input_times(self.place, n, self.down.weight, self.down.bias)
+        plain = is_plain_linear(self.down)
+        h = self.input_times(self.place, n, self.down.weight, self.down.bias) if plain else self.down(n)
         return n + self.scale * self.up(self.drop(h))
 
     def why_not_mergeable(self) -> str | None:

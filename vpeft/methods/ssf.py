@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
-from ..numerics import own_backward, weighted_change, wide
+from ..numerics import leaner_backward, weighted_change, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -163,8 +163,8 @@ class ScaleAndShift(MapOutput):
 
     def _keeps_y(self, y: Tensor) -> bool:
         """Whether torch's own product has to do."""
-        if not own_backward() or torch.compiler.is_compiling():
-            return True  # nothing is kept; the compiler decides by itself
+        if not leaner_backward():
+            return True
         # An attention with a bias outside its linear adds it to the result in place.
         return self.outside is not None or not self.vectors()[0].requires_grad or self.near_zero.has(self)
 

@@ -13,6 +13,7 @@ from ..backbone.modules import LAST, BlockSite, ModuleRef
 from ..backbone.sites import Sites, patch_fan
 from ..errors import MethodError, UnsupportedModelError, shown
 from ..interventions.attention import ComputedKeysValues
+from ..interventions.hooks import hooked_only_by
 from ..interventions.output import ForPooling
 from ..interventions.tokens import JoinWindows, PromptTokens
 from ..numerics import unregistered
@@ -93,6 +94,8 @@ class PromptKeys(_Tokens, ComputedKeysValues):
     def sources(self) -> list[Tensor] | None:
         norm, attn = self.block.norm1.module, self.block.attn.module
         if not all(self.hub.untouched(m) for m in (*norm.modules(), *(m for m in attn.modules() if m is not attn))):
+            return None
+        if self.shared_proj is not None and not hooked_only_by(self.shared_proj):
             return None
         return [*self.made_of(), *(t for m in (norm, attn) for t in (*m.parameters(), *m.buffers()))]
 

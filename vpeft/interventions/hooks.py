@@ -1,0 +1,51 @@
+"""torch's tables of hooks: what is in them, in which order, and out of them again."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+# Of torch's module: hooks that are called at every module.
+_EVERYWHERE = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
+def unhook(module: nn.Module, owner: object, *, pre: bool = True, post: bool = True) -> None:
+    """Take an object's hooks off a module: those before it, those after it, or both."""
+    tables = []
+    if pre:
+        tables.append((module._forward_pre_hooks, ("_forward_pre_hooks_with_kwargs",)))
+    if post:
+        tables.append((module._forward_hooks, ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")))
+    for hooks, flags in tables:
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            for flag in flags:
+                getattr(module, flag).pop(key, None)
+
+
+def as_ordered(hooks: OrderedDict) -> None:
+    """Let the plain dictionary in a table of hooks have the table's order: older compilers of torch go by that one."""
+    entries = list(hooks.items())
+    hooks.clear()
+    hooks.update(entries)
+
+
+def hooked_only_by(module: nn.Module, *known: object) -> bool:
+    """Whether nothing but these objects hooks a module, in forward or backward, or stands in place of its forward."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    hooks = [hook for table in (*own, *_EVERYWHERE) for hook in table.values()]
+    if "forward" in vars(module):
+        hooks.append(vars(module)["forward"])
+    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module's call is torch's own product of its weight and bias, so that these can do without the call.
+
+    Hooks may change what it gives, or make its weight before each call, as pruning does.
+    """
+    return type(module).forward is nn.Linear.forward and hooked_only_by(module)
