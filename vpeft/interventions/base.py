@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.modules import ModuleRef
 from ..errors import MethodError
-from ..numerics import in_autocasts_type
+from ..numerics import autocast_on, in_autocasts_type
 from .again import ProductAgain, multiply
 from .flow import Flow
 from .hub import Hub
@@ -119,7 +119,9 @@ class Intervention(nn.Module):
 
         Returns (…, r) or (…, slices * r).
         """
-        again = self.hub.origins.of(x, place.module) if self.hub is not None and weight.requires_grad else None
+        # Other types are autocast's to bring together, or torch's to refuse.
+        alike = x.dtype == weight.dtype or autocast_on(x.device.type)
+        again = self.hub.origins.of(x, place.module) if self.hub is not None and weight.requires_grad and alike else None
         if again is None:
             return multiply(x, weight, bias)
         return ProductAgain.apply(x, in_autocasts_type(weight), None if bias is None else in_autocasts_type(bias), again)
