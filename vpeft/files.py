@@ -117,6 +117,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def with_ending(path: str | Path, ending: str) -> Path:
+    """A path with an ending behind it; dots in its name are the name's own, where ``Path.with_suffix`` would cut it."""
+    return Path(f"{path}{ending}")
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file of bytes, whole or not at all."""
     with replacing(path) as temporary:

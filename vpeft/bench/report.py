@@ -10,7 +10,7 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from ..files import write_text
+from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
 from .allocator import allocator_named
 from .config import interleaved
@@ -39,9 +39,9 @@ def write_report(config: DictConfig, results: list[Result]) -> str:
     """Write the three files and return the Markdown."""
     out = Path(config.output) / config.name
     text = markdown(config, results)
-    write_text(out.with_suffix(".csv"), as_csv(results))
-    write_text(out.with_suffix(".md"), text + "\n")
-    plot(out.with_suffix(".png"), config, results)
+    write_text(with_ending(out, ".csv"), as_csv(results))
+    write_text(with_ending(out, ".md"), text + "\n")
+    plot(with_ending(out, ".png"), config, results)
     return text
 
 

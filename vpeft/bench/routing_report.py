@@ -8,7 +8,7 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from ..files import write_text
+from ..files import with_ending, write_text
 from .report import device_named
 from .result import RoutingResult
 
@@ -24,8 +24,8 @@ def write_routing_report(config: DictConfig, results: list[RoutingResult]) -> st
     """Write the two files and return the Markdown."""
     out = Path(config.output) / config.name
     text = routing_markdown(config, results)
-    write_text(out.with_suffix(".csv"), routing_csv(results))
-    write_text(out.with_suffix(".md"), text + "\n")
+    write_text(with_ending(out, ".csv"), routing_csv(results))
+    write_text(with_ending(out, ".md"), text + "\n")
     return text
 
 
