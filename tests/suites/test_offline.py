@@ -306,7 +306,15 @@ def test_results_of_other_settings_are_replaced_or_lie_elsewhere(tmp_path, capsy
         assert (tmp_path / out / "runs/vit/digits/knn-seed0/metrics.json").is_file()
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--rates", "--seeds", "1"], "--seeds"), (["--report", "--again"], "--again")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rates", "--seeds", "1"], "--seeds"),
+        (["--report", "--again"], "--again"),
+        (["--report", "--tasks", "digits"], "--tasks"),
+        (["--report", "--set", "train.epochs=3"], "--set"),
+    ],
+)
 def test_options_that_would_change_nothing_are_refused(given, said, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", *given])
