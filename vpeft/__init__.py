@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
         return sorted({*_module("api").__all__, *_LATER, "export", "zoo"})
     if name in _LATER:
         return getattr(_module(_LATER[name]), name)
-    if not name.startswith("_"):
+    if not name.startswith("_") and "." not in name:
         if find_spec(f"{__name__}.{name}"):  # first: modules that the interface needs may ask while it is imported
             return _module(name)
         if hasattr(_module("api"), name):

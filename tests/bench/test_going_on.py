@@ -6,6 +6,7 @@ from tests.support.models import SMALL
 from vpeft.bench import measure
 from vpeft.bench.deadline import Deadline
 from vpeft.bench.measure import bench
+from vpeft.errors import WriteError
 
 TINY = """
 name: {name}
@@ -87,3 +88,17 @@ def test_a_finished_table_stays_until_the_new_one_is_written(both, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         bench(one, [f"output={tmp_path / 'out'}"])
     assert (tmp_path / "out" / "one.by.one.csv").read_text() == first
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(both, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measured", lambda *args: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"one.by.one.md cannot be written: \S+file is no folder"):
+        bench(both, [f"output={tmp_path / 'file'}"])
+
+
+def test_labels_stay_in_their_column(both, tmp_path, capsys):
+    bench(tmp_path / "one.together.yaml", [f"output={tmp_path / 'out'}", r'rows=[{name: linear, label: "a|b\nc"}]'])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert table[-1].startswith("| a\\|b c |")

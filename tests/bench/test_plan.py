@@ -78,6 +78,7 @@ def test_optimizers_differ():
     assert optimizer_bytes("momentum", trained) == 4 * 605
     assert 4 * 605 * 2 <= optimizer_bytes("adamw", trained) <= 4 * 605 * 2 + 8
     assert optimizer_bytes("adafactor", trained) < optimizer_bytes("adamw", trained) / 4, "of rows and columns"
+    assert optimizer_bytes("lookahead_adamw", trained) == optimizer_bytes("adamw", trained) + 4 * 605, "its slow weights"
     assert optimizer_bytes("adamw", []) == 0
     with pytest.raises(vpeft.ConfigError, match="--optim: timm cannot make 'adamww'"):
         optimizer_bytes("adamww", trained)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ..engine.config import read_config
 from ..errors import VpeftError
-from ..files import write_text
+from ..files import refuse_unwritable, write_text
 from ..numerics import torch_threads
 from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
@@ -35,6 +35,8 @@ def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
     """
     tables, results, texts, journals = load_tables(file, overrides), [], [], []
     whole = read_config(BenchConfig, file, overrides)
+    for config in (*tables, whole):
+        refuse_unwritable(Path(config.output) / f"{config.name}.md")
     deadline = Deadline(whole.budget_minutes)
     for config in tables:
         if deadline.over():

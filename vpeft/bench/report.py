@@ -92,7 +92,7 @@ def _notes(results: list[Result]) -> Iterator[str]:
     left = [r for r in results if r.left_out]
     if left:
         yield from ("", "Left out:", "")
-        yield from (f"- {r.label}: {' '.join(r.left_out.split())}" for r in left)
+        yield from (f"- {cell(r.label)}: {' '.join(r.left_out.split())}" for r in left)
 
 
 class Column(NamedTuple):
@@ -109,7 +109,7 @@ def _columns(config: DictConfig, gpu: bool) -> list[Column]:
     times = [Column(f"{n}, ms", lambda r, n=n: _ms(getattr(r, n))) for n in ("step", "cached", "forward", "merged")]
     memory = Column("peak, MiB", lambda r: _mib(r.peak)) if gpu else Column("saved, MiB", lambda r: _mib(r.saved))
     return [
-        Column("row", lambda r: r.label),
+        Column("row", lambda r: cell(r.label)),
         Column("parameters", lambda r: f"{r.parameters:,}"),
         *times,
         memory,
@@ -129,6 +129,11 @@ def _on_gpu(config: DictConfig) -> list[Column]:
         Column("kernels", lambda r: "–" if r.kernels is None else str(r.kernels)),
         Column("graphed, ms", lambda r: _ms(r.graphed)),
     ]
+
+
+def cell(label: str) -> str:
+    """A label as it can stand in a Markdown table: on one line, in one column."""
+    return " ".join(label.split()).replace("|", "\\|")
 
 
 def _mib(amount: int | None) -> str:

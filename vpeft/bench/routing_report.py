@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..files import with_ending, write_text
-from .report import device_named
+from .report import cell, device_named
 from .result import RoutingResult
 
 TIMES = ("single", "routed", "switched", "copies", "step_single", "step_routed", "step_copies")
@@ -47,7 +47,7 @@ def routing_markdown(config: DictConfig, results: list[RoutingResult]) -> str:
     head = ["row", "parameters of a task", "single-task batch, ms", *(TITLES[k] for k in shown), "largest difference"]
     lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results:
-        cells = [r.label, f"{r.parameters:,}", f"{1000 * r.times['single']:.0f}"]
+        cells = [cell(r.label), f"{r.parameters:,}", f"{1000 * r.times['single']:.0f}"]
         cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
         lines.append(f"| {' | '.join([*cells, f'{r.difference:.1e}'])} |")
     return "\n".join(lines)
