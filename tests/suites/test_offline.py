@@ -14,8 +14,9 @@ import pytest
 from vpeft.cli import main
 from vpeft.data.generated.offline import TASKS
 from vpeft.engine.lock import RunLock
-from vpeft.errors import ConfigError
+from vpeft.errors import ConfigError, VpeftError
 from vpeft.methods import list_methods
+from vpeft.suites.benchmark import benchmark
 from vpeft.suites.costs import measured
 from vpeft.suites.offline import (
     BACKBONES,
@@ -224,6 +225,16 @@ def test_any_failure_concerns_its_run_alone(tmp_path, capsys):
     assert first.error == "KeyError: 'files'"
     assert "Traceback" in capsys.readouterr().err
     assert (second.error, (second.folder / "metrics.json").is_file()) == (None, True)
+
+
+def test_a_finished_run_without_its_checkpoint_does_not_end_the_others(tmp_path):
+    settings = (*SMALL, f"output={tmp_path / 'runs'}")
+    list(run_all([job("vit", "digits", "linear", 0, settings)], say=lambda line: None))
+    (tmp_path / "runs/vit/digits/linear-seed0/best.safetensors").unlink()
+    wanted = plans(True, None, ["linear", "knn"], ["digits"], None, settings)
+    with pytest.raises(VpeftError, match=r"1 runs failed: vit/digits/linear-seed0 \(\S+best.safetensors cannot be read"):
+        benchmark(wanted, tmp_path / "out", costs=False)
+    assert [key[2] for key in read_results(tmp_path / "out/results.csv")] == ["knn"]
 
 
 def test_the_results_folder_is_looked_at_before_anything_is_trained(tmp_path, capsys):

@@ -40,7 +40,9 @@ def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path
     assert module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out) == rows
     (tmp_path / "runs" / "t" / "low-seed0" / "best.safetensors").unlink()
     with pytest.raises(vpeft.CheckpointError, match=r"low-seed0/best\.safetensors"):
-        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
+        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=tmp_path / "later")
+    written = json.loads((tmp_path / "later.json").read_text())
+    assert [row["experiment"] for row in written] == ["t/probe"], "one row that cannot be made does not end the others"
 
 
 def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_path, monkeypatch):

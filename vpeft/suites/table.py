@@ -22,7 +22,7 @@ from ..engine.opening import open_split
 from ..engine.plan import place
 from ..engine.replacing import to_replace
 from ..engine.train import check
-from ..errors import ConfigError
+from ..errors import ConfigError, VpeftError
 from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
 from ..tasks.frozen import backbone_of
@@ -81,7 +81,7 @@ def table(
         for c in of
     ]
     rows: dict[Path, dict[str, Any]] = {}
-    failed, done = [], set()
+    failed, done, rowless = [], set(), dict[Path, VpeftError]()
     say = partial(print, flush=True)
     with closing(run_all(jobs, processes=processes, log=with_ending(out, ".log"), say=say)) as outcomes:
         for outcome in outcomes:
@@ -90,10 +90,17 @@ def table(
                 continue
             done.add(outcome.job.name)
             for file, of in plans:
-                if file not in rows and done.issuperset(c.name for c in of):
-                    rows[file] = _row(file, of)
-                    _write(out, [rows[f] for f, _ in plans if f in rows])
+                if file not in rows and file not in rowless and done.issuperset(c.name for c in of):
+                    try:
+                        rows[file] = _row(file, of)
+                    except VpeftError as error:  # a checkpoint that cannot be read: the other runs go on
+                        rowless[file] = error
+                        say(f"{file}: no row: {error}")
+                    else:
+                        _write(out, [rows[f] for f, _ in plans if f in rows])
     refuse_failed(failed)
+    for error in rowless.values():
+        raise error
     found = [rows[file] for file, _ in plans]
     print(markdown(found))
     return found
