@@ -4,9 +4,13 @@ import pytest
 
 from tests.support.models import SMALL
 from vpeft.bench import measure
+from vpeft.bench.config import load_bench_config
 from vpeft.bench.deadline import Deadline
+from vpeft.bench.groups import fill_ratios
 from vpeft.bench.measure import bench
-from vpeft.errors import WriteError
+from vpeft.bench.report import markdown
+from vpeft.bench.result import Result
+from vpeft.errors import ConfigError
 
 TINY = """
 name: {name}
@@ -62,6 +66,7 @@ def test_tables_that_were_done_are_kept_after_an_interruption(both, tmp_path, mo
     assert (tmp_path / "out" / "both.md").read_text().count("| linear |") == 2
 
 
+@pytest.mark.slow
 def test_what_a_budget_left_out_is_measured_by_the_same_command(both, tmp_path, monkeypatch, capsys):
     spent = iter([False, False] + [True] * 100)  # asked before the table, and before its row and the second table
     monkeypatch.setattr(Deadline, "over", lambda self: next(spent))
@@ -93,12 +98,40 @@ def test_a_finished_table_stays_until_the_new_one_is_written(both, tmp_path, mon
 def test_where_nothing_can_be_written_nothing_is_measured(both, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measured", lambda *args: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match=r"one.by.one.md cannot be written: \S+file is no folder"):
+    with pytest.raises(ConfigError, match=r"cannot be made: .*file is a file"):
         bench(both, [f"output={tmp_path / 'file'}"])
+    for name in ("", "../up"):
+        with pytest.raises(ConfigError, match=f"name: '{name}' is no name"):
+            bench(tmp_path / "one.together.yaml", [f"name='{name}'"])
 
 
-def test_labels_stay_in_their_column(both, tmp_path, capsys):
-    bench(tmp_path / "one.together.yaml", [f"output={tmp_path / 'out'}", r'rows=[{name: linear, label: "a|b\nc"}]'])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+def test_labels_stay_in_their_column(both, tmp_path):
+    config = load_bench_config(tmp_path / "one.together.yaml")
+    text = markdown(config, [Result("a|b\nc", 5, 1.0, None, 1.0, None, 7, None, {})])
+    table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert table[-1].startswith("| a\\|b c |")
+
+
+def test_rows_by_themselves_have_the_ratios_to_references_that_came_later():
+    """Full fine-tuning is measured first: its table had no number for it over the limit."""
+    full = Result("full", 5, 3.0, None, 1.0, 1.5, 70, None, {"step/full": 1.0})
+    frozen = Result("frozen", 0, None, None, 0.5, None, None, None, {"forward/frozen": 1.0})
+    limit = Result("limit", 0, 2.0, None, 1.0, None, 40, None, {"step/limit": 1.0, "step/full": 0.7})
+    fill_ratios([full, frozen, limit])
+    assert full.ratios == {
+        "step/full": 1.0, "step/limit": 1.5, "step/frozen": 6.0, "forward/frozen": 2.0, "merged/frozen": 3.0,
+        "saved/limit": 1.75, "saved/full": 1.0,
+    }  # fmt: skip
+    assert frozen.ratios == {"forward/frozen": 1.0}
+    assert limit.ratios["step/full"] == 0.7, "of the rounds that both were in, where there are such"
+
+
+def test_a_model_that_timm_does_not_build_is_told_in_one_line(both, tmp_path):
+    for wrong in ("depth=abc", "nonsense=1"):
+        with pytest.raises(ConfigError, match=r"model.kwargs: timm does not build 'vit_tiny_patch16_224': TypeError"):
+            bench(tmp_path / "one.together.yaml", [f"output={tmp_path / 'out'}", f"model.kwargs.{wrong}"])
+    with pytest.raises(ConfigError, match=r"model.checkpoint: nowhere.safetensors does not exist"):
+        bench(tmp_path / "one.together.yaml", ["model.checkpoint=nowhere.safetensors"])
+    with pytest.raises(ConfigError, match=r"model.pretrained: false leaves model.checkpoint unread"):
+        bench(tmp_path / "one.together.yaml", [f"model.checkpoint={both}"])

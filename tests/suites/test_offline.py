@@ -227,6 +227,13 @@ def test_any_failure_concerns_its_run_alone(tmp_path, capsys):
     assert (second.error, (second.folder / "metrics.json").is_file()) == (None, True)
 
 
+@pytest.mark.parametrize("found", [b"backbone,task\nvit,\xff\xfe\n", b"a,b\x00\n1,2\n", b"\xff\n1\n"])
+def test_a_table_that_is_none_is_told_with_its_line(tmp_path, found):
+    (tmp_path / "results.csv").write_bytes(found)
+    with pytest.raises(ConfigError, match=r"results.csv, line [12]: no row of this table"):
+        read_results(tmp_path / "results.csv")
+
+
 def test_a_finished_run_without_its_checkpoint_does_not_end_the_others(tmp_path):
     settings = (*SMALL, f"output={tmp_path / 'runs'}")
     list(run_all([job("vit", "digits", "linear", 0, settings)], say=lambda line: None))

@@ -14,13 +14,14 @@ import torch
 from omegaconf import DictConfig
 
 from ..engine.config import read_config
+from ..engine.plan import place
 from ..errors import VpeftError
-from ..files import refuse_unwritable, write_text
+from ..files import write_text
 from ..numerics import torch_threads
 from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
 from .deadline import Deadline
-from .groups import Session, result_of, results_of
+from .groups import Session, fill_ratios, result_of, results_of
 from .report import write_report
 from .result import Result
 from .rows import Planned, built, opened, planned, references
@@ -36,7 +37,7 @@ def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
     tables, results, texts, journals = load_tables(file, overrides), [], [], []
     whole = read_config(BenchConfig, file, overrides)
     for config in (*tables, whole):
-        refuse_unwritable(Path(config.output) / f"{config.name}.md")
+        place(config)  # refuses names and places of no use, before anything is measured
     deadline = Deadline(whole.budget_minutes)
     for config in tables:
         if deadline.over():
@@ -78,6 +79,7 @@ def _table(config: DictConfig, deadline: Deadline, journal: Unfinished | None) -
         new = len(results) - len(known)
         left = (time.monotonic() - begun) / new * (number - len(results)) / 60
         print(f"[{len(results)}/{number}] {_told(row)}; about {left:.0f} min left", file=sys.stderr, flush=True)
+    fill_ratios(results)
     return results
 
 
@@ -98,7 +100,9 @@ def _forget() -> None:
 
 def measure(config: DictConfig) -> list[Result]:
     """Every row's numbers."""
-    return list(measured(config))
+    results = list(measured(config))
+    fill_ratios(results)
+    return results
 
 
 def measured(config: DictConfig, deadline: Deadline | None = None, known: Sequence[Result] = ()) -> Iterator[Result]:

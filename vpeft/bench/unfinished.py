@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import timm
@@ -32,8 +33,8 @@ class Unfinished:
         setting = json.dumps(setting_of(config), indent=1, sort_keys=True)
         self.rows: list[Result] = []
         if self.mark.is_file() and self.mark.read_text() == setting:
-            if self.table.is_file():
-                self.rows = [r for r in from_csv(self.table.read_text()) if not of_budget(r)]
+            with suppress(KeyError, TypeError, ValueError):  # of another edition of this version: measured anew
+                self.rows = [r for r in from_csv(self.table.read_text()) if not of_budget(r)] if self.table.is_file() else []
             if self.rows:
                 print(f"goes on after {len(self.rows)} rows; to begin again, delete {self.mark}", file=sys.stderr)
             return
