@@ -53,8 +53,8 @@ class BenchConfig:
     With ``tables``, everything but ``name``, ``output`` and ``budget_minutes`` is those files' own, and one more page has
     all of them.
 
-    Where rows are not measured all together (``interleave``), each is written when it is done, and the same command goes
-    on after an interruption.
+    Of several tables each, and where rows are not measured all together (``interleave``) each row, is kept when it is
+    done, and the same command goes on after an interruption or with what a budget left out.
     """
 
     name: str = option("bench", free="the table's name")
