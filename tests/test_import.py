@@ -145,6 +145,7 @@ def test_the_interface_is_whole():
     assert vpeft.checkpoint.fingerprint
     with pytest.raises(AttributeError, match="module 'vpeft' has no attribute 'atach'"):
         vpeft.atach  # noqa: B018
+    assert not hasattr(vpeft, "nowhere.further"), "as any module, which raises nothing else"
 
 
 def test_export_is_there_when_it_is_asked_for():

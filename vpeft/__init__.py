@@ -11,7 +11,11 @@ from .beside_timm import when_timm_is_there
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .api import *  # noqa: F403 - for editors
+    from . import export as export  # for editors and type checkers
+    from . import zoo as zoo
+    from .api import *  # noqa: F403
+    from .integrations.peft import from_peft as from_peft
+    from .integrations.peft import to_peft as to_peft
 
 # The embedded backbones are timm's models from the moment that both libraries are imported, in either order.
 when_timm_is_there(lambda: import_module(".backbone.embedded", __name__))
@@ -25,7 +29,7 @@ def __getattr__(name: str) -> Any:
         return sorted({*_module("api").__all__, *_LATER, "export", "zoo"})
     if name in _LATER:
         return getattr(_module(_LATER[name]), name)
-    if not name.startswith("_"):
+    if not name.startswith("_") and "." not in name:
         if find_spec(f"{__name__}.{name}"):  # first: modules that the interface needs may ask while it is imported
             return _module(name)
         if hasattr(_module("api"), name):

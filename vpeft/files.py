@@ -117,6 +117,25 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Refuse a place where no file can be written, before the work that is to be kept there.
+
+    Raises:
+        WriteError: a folder, or a place in a file or in a folder that may not be written.
+    """
+    path = Path(path)
+    there = next(p for p in (path.parent, *path.parent.parents) if p.exists())
+    if path.is_dir():
+        raise WriteError(f"{path} cannot be written: it is a folder")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(f"{path} cannot be written: {there} is no folder in which files can be made")
+
+
+def with_ending(path: str | Path, ending: str) -> Path:
+    """A path with an ending behind it; dots in its name are the name's own, where ``Path.with_suffix`` would cut it."""
+    return Path(f"{path}{ending}")
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file of bytes, whole or not at all."""
     with replacing(path) as temporary:

@@ -121,8 +121,8 @@ def test_it_goes_on_after_an_interruption(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(groups, "start_times", stopped)
     with pytest.raises(KeyboardInterrupt):
         bench(file)
-    assert sorted(p.name for p in out.iterdir()) == ["tiny.csv", "tiny.unfinished.json"]
-    first = list(csv.DictReader((out / "tiny.csv").open()))
+    assert sorted(p.name for p in out.iterdir()) == ["tiny.unfinished.csv", "tiny.unfinished.json"]
+    first = list(csv.DictReader((out / "tiny.unfinished.csv").open()))
     assert [r["row"] for r in first] == ["full", "frozen", "limit", "lora"]
     monkeypatch.setattr(groups, "start_times", one)
     results = bench(file)

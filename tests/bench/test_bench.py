@@ -16,7 +16,7 @@ from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
 from vpeft.bench.gpu import counted
-from vpeft.bench.kept import kept
+from vpeft.bench.kept import kept, list_kept
 from vpeft.bench.measure import bench, measure
 from vpeft.bench.memory import saved_bytes
 from vpeft.bench.rows import make_rows, twin
@@ -93,6 +93,25 @@ def test_what_is_kept_has_names_and_makes_up_the_sum(file, capsys):
     page = capsys.readouterr().out
     assert page.count("## ") == 2
     assert "| 3 | 1 x 17 x 128 | GeluBackward0 | mlp.py:" in page
+
+
+def test_what_is_kept_of_many_rows_and_tables(file, tmp_path, monkeypatch):
+    """One method that the model refuses does not end the list; tables are told apart; a label that is nowhere is refused."""
+    monkeypatch.setattr(bench_rows, "list_methods", lambda: ["fish", "bitfit"])
+    page = list_kept(file, ["all_methods=true", "num_classes=40"], least=0.5)
+    titles = [line.partition(":")[0] for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## full", "## limit", "## lora", "## wide", "## fish", "## bitfit"]
+    assert "## fish: left out: fish.ratio: " in page
+    (tmp_path / "other.yaml").write_text("base: tiny.yaml\nname: other\nrows: [{name: linear}]\n")
+    (tmp_path / "both.yaml").write_text("name: both\ntables: [tiny.yaml, other.yaml]\n")
+    page = list_kept(tmp_path / "both.yaml", rows=["linear", "wide"], least=0.5)
+    titles = [line.partition(":")[0] for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## tiny, limit", "## tiny, wide", "## other, limit", "## other, linear"]
+    for asked, message in ((["wyde"], "no row 'wyde' is trained; did you mean 'wide'"), (["frozen"], "no row 'frozen'")):
+        with pytest.raises(vpeft.ConfigError, match=message):
+            list_kept(file, rows=asked)
+    with pytest.raises(vpeft.ConfigError, match="--least: -1 is impossible"):
+        list_kept(file, least=-1)
 
 
 def test_what_is_counted_is_freed(file):

@@ -36,8 +36,36 @@ def test_the_command_prints_both_rates_and_their_ratio(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["vpeft", "timm", "ratio"]
     assert all(float(line.split()[1]) > 0 for line in lines)
-    with pytest.raises(SystemExit):
-        main(["bench-loader", str(folder), "--rounds", "0"])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("loader", ["--rounds", "0"], "rounds: 0 is impossible; it must be at least 1"),
+        (
+            "loader",
+            ["--model", "vit_micro_patch4_82"],
+            "timm has no 'vit_micro_patch4_82'; did you mean 'vit_micro_patch4_28'",
+        ),
+        ("loader", ["--split", "../x"], "split: '../x' is to be in a folder of yours"),
+        ("decode", ["--clips", "0"], "clips: 0 is impossible"),
+        ("decode", ["--frames", "0"], "frames: 0 is impossible"),
+        ("decode", ["--stride", "0"], "stride: 0 is impossible"),
+        ("decode", ["--size", "0"], "size: 0 is impossible; it must be at least 16"),
+        ("decode", ["--workers", "-1"], "workers: -1 is impossible; it must be at least 0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(command, arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([f"bench-{command}", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_made_videos_of_an_odd_size(capsys):
+    """Codecs want even sizes; the clips that are read have the size that was asked for."""
+    main(["bench-decode", "--clips", "2", "--frames", "2", "--size", "33"])
+    assert "(2 frames, stride 4, 16 files)" in capsys.readouterr().out
 
 
 class Drawing(torch.utils.data.Dataset):

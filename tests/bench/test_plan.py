@@ -78,6 +78,7 @@ def test_optimizers_differ():
     assert optimizer_bytes("momentum", trained) == 4 * 605
     assert 4 * 605 * 2 <= optimizer_bytes("adamw", trained) <= 4 * 605 * 2 + 8
     assert optimizer_bytes("adafactor", trained) < optimizer_bytes("adamw", trained) / 4, "of rows and columns"
+    assert optimizer_bytes("lookahead_adamw", trained) == optimizer_bytes("adamw", trained) + 4 * 605, "its slow weights"
     assert optimizer_bytes("adamw", []) == 0
     with pytest.raises(vpeft.ConfigError, match="--optim: timm cannot make 'adamww'"):
         optimizer_bytes("adamww", trained)
@@ -168,3 +169,23 @@ def test_settings_are_read_as_yaml():
         with pytest.raises(vpeft.ConfigError, match=f"option '{re.escape(wrong)}'"):
             settings([wrong])
     assert SMALL["depth"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cfg", "x.yaml", "--batch-size", "3"], "--batch-size is for --plan; a configuration is measured with its own"),
+        (["--cfg", "x.yaml", "--precision", "fp32"], "--precision is for --plan"),
+        (["--cfg", "x.yaml", "--repeats", "0"], "--repeats is for --write-reference and --check"),
+        (["--check", "x.json", "--img-size", "32"], "--img-size is for --plan"),
+        (["--check", "x.json", "--write-reference", "y.json"], "--write-reference is for --cfg"),
+        (["--plan", MICRO, "lora", "--write-reference", "y.json"], "--write-reference is for --cfg"),
+        (["--plan", MICRO, "lora", "--num-classes", "0"], "num_classes: 0 is impossible"),
+    ],
+)
+def test_arguments_that_would_change_nothing_are_refused(arguments, said, capsys):
+    """``--cfg FILE --precision bf16`` measured fp32, and said nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

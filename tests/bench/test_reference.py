@@ -164,6 +164,26 @@ def test_a_method_that_grows_is_seen(file, monkeypatch):
     assert {c.ratio for c in check_reference(file)} == {"saved/limit", "saved/full"}
 
 
+def test_small_ratios_do_not_move_by_their_digits():
+    """A head alone keeps 0.0013 of what the limit does: with four digits behind the point 0.00134 was 3 % off."""
+    for value in (0.00134, 0.00002, 0.0):
+        runs = [{"linear": {"saved/limit": value, "step/limit": 0.5}}] * 2
+        compared = {c.ratio: c for c in reference._compared("tiny", reference._summed(runs), runs[0], True)}
+        assert not compared["saved/limit"].moved
+        assert "as before" in str(compared["saved/limit"])
+    grown = reference._compared("tiny", reference._summed(runs), {"linear": {"saved/limit": 0.1, "step/limit": 0.5}}, True)
+    assert [c.ratio for c in grown if c.moved] == ["saved/limit"]
+    assert "0.00134" in str(reference.Compared("tiny", "linear", "saved/limit", 0.00134, 0.00134, 0.01, True))
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "measure", lambda config: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "reference.json", tmp_path):
+        with pytest.raises(vpeft.VpeftError, match="cannot be written: "):
+            write_reference(place, cfg)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -14,8 +14,9 @@ import pytest
 from vpeft.cli import main
 from vpeft.data.generated.offline import TASKS
 from vpeft.engine.lock import RunLock
-from vpeft.errors import ConfigError
+from vpeft.errors import ConfigError, VpeftError
 from vpeft.methods import list_methods
+from vpeft.suites.benchmark import benchmark
 from vpeft.suites.costs import measured
 from vpeft.suites.offline import (
     BACKBONES,
@@ -226,6 +227,23 @@ def test_any_failure_concerns_its_run_alone(tmp_path, capsys):
     assert (second.error, (second.folder / "metrics.json").is_file()) == (None, True)
 
 
+@pytest.mark.parametrize("found", [b"backbone,task\nvit,\xff\xfe\n", b"a,b\x00\n1,2\n", b"\xff\n1\n"])
+def test_a_table_that_is_none_is_told_with_its_line(tmp_path, found):
+    (tmp_path / "results.csv").write_bytes(found)
+    with pytest.raises(ConfigError, match=r"results.csv, line [12]: no row of this table"):
+        read_results(tmp_path / "results.csv")
+
+
+def test_a_finished_run_without_its_checkpoint_does_not_end_the_others(tmp_path):
+    settings = (*SMALL, f"output={tmp_path / 'runs'}")
+    list(run_all([job("vit", "digits", "linear", 0, settings)], say=lambda line: None))
+    (tmp_path / "runs/vit/digits/linear-seed0/best.safetensors").unlink()
+    wanted = plans(True, None, ["linear", "knn"], ["digits"], None, settings)
+    with pytest.raises(VpeftError, match=r"1 runs failed: vit/digits/linear-seed0 \(\S+best.safetensors cannot be read"):
+        benchmark(wanted, tmp_path / "out", costs=False)
+    assert [key[2] for key in read_results(tmp_path / "out/results.csv")] == ["knn"]
+
+
 def test_the_results_folder_is_looked_at_before_anything_is_trained(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     arguments = [
@@ -306,7 +324,15 @@ def test_results_of_other_settings_are_replaced_or_lie_elsewhere(tmp_path, capsy
         assert (tmp_path / out / "runs/vit/digits/knn-seed0/metrics.json").is_file()
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--rates", "--seeds", "1"], "--seeds"), (["--report", "--again"], "--again")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rates", "--seeds", "1"], "--seeds"),
+        (["--report", "--again"], "--again"),
+        (["--report", "--tasks", "digits"], "--tasks"),
+        (["--report", "--set", "train.epochs=3"], "--set"),
+    ],
+)
 def test_options_that_would_change_nothing_are_refused(given, said, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", *given])

@@ -43,7 +43,9 @@ def test_the_page_says_how_far_a_default_is():
     results += [rate("digits", 1e-2, 70, 71.5), rate("digits", 1e-3, 75, 74.0), rate("defects", 1e-2, 50, 52.5)]
     results += [rate("digits", 1e-2, 70, 71.5, entry="ssf")]
     assert "| vit | lora | 0.01 | no | 60.00 | 62.00 | 63.25 | +1.25 | 2 |" in page(results)
-    assert "ssf" not in page(results)
+    assert "| ssf" not in page(results)
+    assert page(results).endswith("scale yet: ssf (vit).\n")
+    assert " yet" not in page(results[:-1])
     unjudged = [r for r in results if r.task in chosen]
     assert "| vit | lora | 0.01 | no | 60.00 | – | – | – | 0 |" in page(unjudged)
 
@@ -68,3 +70,15 @@ def test_results_are_kept_and_done_once(tmp_path, capsys):
     (tmp_path / "rates.csv").write_text("backbone,task\nvit,digits\n")
     with pytest.raises(ConfigError, match="line 2: no row of this table"):
         read_rates(tmp_path / "rates.csv")
+
+
+@pytest.mark.parametrize(
+    "item", ["optim.lr=0.1", "optim={lr: 0.1}", "data.val_split=test", "data.train_split=train800val200"]
+)
+def test_what_rates_set_themselves_is_refused(tmp_path, item):
+    """A rate would be another than its column says, or be chosen on images that were learned."""
+    with pytest.raises(ConfigError, match=r"--rates sets \S+ itself; leave it out"):
+        tune("vit", ["norm"], ["digits"], tmp_path / "out", overrides=[item])
+    with pytest.raises(ConfigError, match="--rates: knn, linear take no steps"):
+        tune("vit", ["knn", "linear"], ["digits"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -40,7 +40,9 @@ def test_rows_hold_what_the_runs_gave_and_nothing_runs_twice(two_files, tmp_path
     assert module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out) == rows
     (tmp_path / "runs" / "t" / "low-seed0" / "best.safetensors").unlink()
     with pytest.raises(vpeft.CheckpointError, match=r"low-seed0/best\.safetensors"):
-        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=out)
+        module.table(two_files, ["train.epochs=1"], seeds=(0, 1), out=tmp_path / "later")
+    written = json.loads((tmp_path / "later.json").read_text())
+    assert [row["experiment"] for row in written] == ["t/probe"], "one row that cannot be made does not end the others"
 
 
 def test_all_configurations_are_checked_before_the_first_trains(two_files, tmp_path, monkeypatch):
@@ -146,3 +148,20 @@ def test_lists_of_runs_are_shared_out_by_run(two_files, tmp_path, monkeypatch, c
     with pytest.raises(vpeft.ConfigError, match=r"without torchrun, with --processes N"):
         start(1)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_with_dots_keep_them_and_nothing_is_nan_in_json(two_files, tmp_path):
+    """``Path.with_suffix`` would write v1.5 and v1.6 to one file; NaN is no JSON."""
+    for out in ("v1.5", "v1.6.md"):
+        module.table(two_files[1:], ["train.epochs=1"], seeds=(0,), out=tmp_path / "out" / out)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"v1.{n}.{ending}" for n in (5, 6) for ending in ("json", "md", "png")
+    ]
+    text = (tmp_path / "out" / "v1.5.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))[0]["std"] is None
+
+
+def test_the_seed_is_not_set_twice(two_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("trained"))
+    with pytest.raises(vpeft.ConfigError, match="seed=5: the runs' seeds are those of --seeds; leave it out"):
+        module.table(two_files, ["train.epochs=1", "seed=5"], seeds=(0, 1), out=tmp_path / "table")

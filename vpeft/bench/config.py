@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ..engine.config import PRECISIONS, check_options, load_config, read_config
 from ..errors import ConfigError
 from ..options import SEED, SIZE, option
-from ..tasks.models import check_model_name
+from ..tasks.models import check_model_name, check_weights
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 INTERLEAVES = ("all", "one", "none")
@@ -53,8 +53,8 @@ class BenchConfig:
     With ``tables``, everything but ``name``, ``output`` and ``budget_minutes`` is those files' own, and one more page has
     all of them.
 
-    Where rows are not measured all together (``interleave``), each is written when it is done, and the same command goes
-    on after an interruption.
+    Of several tables each, and where rows are not measured all together (``interleave``) each row, is kept when it is
+    done, and the same command goes on after an interruption or with what a budget left out.
     """
 
     name: str = option("bench", free="the table's name")
@@ -163,6 +163,7 @@ def check_table(config: DictConfig) -> None:
     """
     if config.experiment is None:
         check_model_name(config)
+        check_weights(config)
     else:
         config.model.name = load_config(config.experiment).model.name
     check_device(config)
@@ -186,6 +187,7 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     config = read_config(RoutingConfig, file, overrides)
     check_options(config)
     check_model_name(config)
+    check_weights(config)
     check_device(config)
     if config.tasks > config.batch_size:
         raise ConfigError(f"tasks: {config.tasks} tasks do not all have a sample in a batch of {config.batch_size}")
@@ -194,6 +196,17 @@ def load_routing_config(file: str | Path, overrides: Sequence[str] = ()) -> Dict
     if config.rows[0].name == PEFT:
         raise ConfigError(f"rows: '{PEFT}' is measured beside the row before it, and has none")
     return config
+
+
+def check_numbers(*numbers: tuple[str, int, int]) -> None:
+    """Refuse numbers below what they must be at least: each with its name in front and its least value behind.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name, value, least in numbers:
+        if value < least:
+            raise ConfigError(f"{name}: {value} is impossible; it must be at least {least}")
 
 
 def check_device(config: DictConfig) -> None:

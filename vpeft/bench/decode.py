@@ -15,8 +15,10 @@ from ..tasks.video.data import find_videos, open_files
 from ..tasks.video.data.decode import read_frames
 from ..tasks.video.data.sampling import random_clip
 from ..tasks.video.motion import MOTIONS, motion_frames, write_video
+from .config import check_numbers
 
 MADE, LENGTH, KEYS = 16, 128, 32
+SMALLEST = 16  # pixels of a frame
 
 
 def bench_decode(
@@ -41,7 +43,13 @@ def bench_decode(
         ``decode``: only the clip's frames, by seeking; ``sequential``: decoding each file up to the clip's last frame;
         ``loader``: seeking, resizing, normalising and batching by the data set's loader; ``torchcodec``, where it is
         installed and finds FFmpeg: the frames of ``decode`` by it; both choose their threads themselves.
+
+    Raises:
+        ConfigError: an impossible number; DataError: paths without videos.
     """
+    check_numbers(
+        ("clips", clips, 1), ("frames", frames, 1), ("stride", stride, 1), ("size", size, SMALLEST), ("workers", workers, 0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = find_videos(paths or [_made(Path(folder), size)])
         video = OmegaConf.create(
@@ -103,6 +111,9 @@ def _made(folder: Path, size: int) -> Path:
     garments = fashion_mnist(garments_root(None), "test").images
     for i in range(MADE):
         rng = np.random.default_rng(i)
-        moving = motion_frames(garments[i], i % len(MOTIONS), size=size, frames=LENGTH, speed=3, turn=5.0, rng=rng)
+        # Codecs that halve the resolution of colours want even numbers.
+        moving = motion_frames(
+            garments[i], i % len(MOTIONS), size=size + size % 2, frames=LENGTH, speed=3, turn=5.0, rng=rng
+        )
         write_video(folder / f"{i:02d}.mp4", moving, rate=25, keys=KEYS)
     return folder

@@ -1,7 +1,7 @@
 """The rows that are timed in the same rounds, and their numbers."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -185,6 +185,23 @@ def _result(session: Session, row: Row, times: list[Times], more: dict[str, Any]
     faults = _median(t.get((row.label, FAULTS)) for t in times)
     faults = None if faults is None else round(faults)
     return Result(row.label, row.parameters, *(middle[p] for p in PASSES), saved, peak, found, host, faults=faults, **more)
+
+
+def fill_ratios(results: Sequence[Result]) -> None:
+    """Ratios to references that were measured after a row, by itself, as of medians: full fine-tuning comes first."""
+    known = {r.label: r for r in results}
+    for row in results:
+        for base, of in ((FULL, "step"), (LIMIT, "step"), (FROZEN, "forward")):
+            its = known.get(base)
+            for part in ("step",) if of == "step" else ("step", "forward", "merged"):
+                _fill(row, f"{part}/{base}", getattr(row, part), getattr(its, of, None))
+            for part in ("saved", "peak") if of == "step" else ():
+                _fill(row, f"{part}/{base}", getattr(row, part), getattr(its, part, None))
+
+
+def _fill(row: Result, key: str, own: float | None, its: float | None) -> None:
+    if key not in row.ratios and own is not None and its:
+        row.ratios[key] = own / its
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from ..errors import ConfigError, VpeftError, did_you_mean
 from .config import load_tables
 from .memory import new_memory
-from .rows import LIMIT, Row, make_rows
+from .rows import FROZEN, LIMIT, Planned, Row, built, opened, planned, references
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,50 @@ def list_kept(file: str | Path, overrides: Sequence[str] = (), rows: Sequence[st
         overrides: of it.
         rows: labels; none for all.
         least: leave out what is a smaller share of its row.
+
+    Raises:
+        ConfigError: a label that no row has, an impossible share, or a configuration that cannot be.
     """
+    if not 0 <= least < 1:
+        raise ConfigError(f"--least: {least:g} is impossible; it must be at least 0 and below 1, a share of a row's bytes")
+    tables = [(config, _asked(config, rows)) for config in load_tables(file, overrides)]
+    there = {plan.label for config, _ in tables for plan in _trained(config)}
+    known = ", ".join(sorted(there))
+    for label in rows:
+        if label not in there:
+            raise ConfigError(f"--rows: no row '{label}' is trained{did_you_mean(label, there)}; there are {known}")
     parts = []
-    for config in load_tables(file, overrides):
-        made = [row for row in make_rows(config)[0] if row.trains]
-        whole = {row.label: kept(row) for row in made if not rows or row.label in {LIMIT, *rows}}
-        sizes = {label: sum(k.bytes for k in found) for label, found in whole.items()}
-        for label, found in whole.items():
-            parts.append(f"## {label}: {sizes[label] / 2**20:.2f} MiB, {sizes[label] / sizes[LIMIT]:.3f} of the limit's\n")
+    for config, plans in tables:
+        where = f"{config.name}, " if len(tables) > 1 else ""
+        base, batch = opened(config)
+        limit = sum(k.bytes for k in kept(built([_limit(config)], base, batch, config)[0]))
+        for plan in plans:
+            try:
+                found = kept(built([plan], base, batch, config)[0])
+            except VpeftError as error:
+                if not plan.swept:
+                    raise
+                parts.append(f"## {where}{plan.label}: left out: {error}\n")
+                continue
+            size = sum(k.bytes for k in found)
+            parts.append(f"## {where}{plan.label}: {size / 2**20:.2f} MiB, {size / limit:.3f} of the limit's\n")
             parts.append("| MiB | pieces | shape | kept by | made in |\n|---:|---:|---|---|---|")
-            parts += [_described(k) for k in found if k.bytes >= least * sizes[label]]
+            parts += [_described(k) for k in found if k.bytes >= least * size]
             parts.append("")
     return "\n".join(parts)
+
+
+def _trained(config: DictConfig) -> list[Planned]:
+    return [plan for plan in (*references(config), *planned(config)) if plan.label != FROZEN]
+
+
+def _limit(config: DictConfig) -> Planned:
+    return next(plan for plan in references(config) if plan.label == LIMIT)
+
+
+def _asked(config: DictConfig, rows: Sequence[str]) -> list[Planned]:
+    """All that train something, or the limit and those of these labels."""
+    return [plan for plan in _trained(config) if not rows or plan.label in {LIMIT, *rows}]
 
 
 def _described(k: Kept) -> str:

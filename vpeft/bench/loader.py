@@ -18,15 +18,18 @@ from ..data.loader import make_loader
 from ..engine.config import from_container
 from ..engine.opening import open_data
 from ..errors import ConfigError
+from ..tasks.models import check_model_name
 from ..tasks.registry import get_task
+from .config import check_numbers
 
 MADE, SIDE, CLASSES = 192, 500, 4
+SPLIT = "train"
 
 
 def bench_loader(
     root: str | Path | None = None,
     *,
-    split: str = "train",
+    split: str = SPLIT,
     model: str = "vit_base_patch16_224.augreg_in21k",
     batch_size: int = 32,
     workers: int = 0,
@@ -46,11 +49,13 @@ def bench_loader(
         ``vpeft`` and ``timm``, in images per second, and ``ratio``.
 
     Raises:
-        ConfigError: an impossible number; DataError: a folder without images.
+        ConfigError: an impossible number, an unknown model, or a split of made images; DataError: a folder without images.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("rounds", rounds, 1)):
-        if value < least:
-            raise ConfigError(f"{name}: {value} is impossible; it must be at least {least}")
+    check_numbers(("batch_size", batch_size, 1), ("workers", workers, 0), ("rounds", rounds, 1))
+    if root is None and split != SPLIT:
+        raise ConfigError(
+            f"split: '{split}' is to be in a folder of yours, and none was given; leave it out for made images"
+        )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(root) if root is not None else _made(Path(folder), split)
         config = from_container(
@@ -59,6 +64,7 @@ def bench_loader(
                 "data": {"source": "folder", "root": str(root), "train_split": split, "test_split": split},
             }
         )
+        check_model_name(config)
         loaders = both(config, batch_size, workers)
         clock = time.perf_counter if workers else time.process_time
         passes = [{name: _rate(loader, clock) for name, loader in loaders.items()} for _ in range(1 + rounds)][1:]

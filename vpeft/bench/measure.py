@@ -14,55 +14,72 @@ import torch
 from omegaconf import DictConfig
 
 from ..engine.config import read_config
+from ..engine.plan import place
 from ..errors import VpeftError
 from ..files import write_text
 from ..numerics import torch_threads
 from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
 from .deadline import Deadline
-from .groups import Session, result_of, results_of
+from .groups import Session, fill_ratios, result_of, results_of
 from .report import write_report
 from .result import Result
 from .rows import Planned, built, opened, planned, references
-from .unfinished import Unfinished
+from .unfinished import Unfinished, of_budget
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
     """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print the table.
 
-    Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last.
+    Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last. Until then,
+    and as long as a budget leaves something out, the same command goes on from what is measured.
     """
-    tables, results, texts = load_tables(file, overrides), [], []
+    tables, results, texts, journals = load_tables(file, overrides), [], [], []
     whole = read_config(BenchConfig, file, overrides)
+    for config in (*tables, whole):
+        place(config)  # refuses names and places of no use, before anything is measured
     deadline = Deadline(whole.budget_minutes)
     for config in tables:
         if deadline.over():
             texts.append(f"{config.name} is left out: {deadline}.")
         else:
-            found = _table(config, Deadline(config.budget_minutes, deadline))
+            journal = Unfinished(config) if whole.tables or interleaved(config) != "all" else None
+            found = _table(config, Deadline(config.budget_minutes, deadline), journal)
             texts.append(write_report(config, found))
             results += found
+            if journal is not None:
+                journals.append(journal)
         print(texts[-1], flush=True)
         _forget()
     if whole.tables:
         write_text(Path(whole.output) / f"{whole.name}.md", "\n\n".join(texts) + "\n")
+    if not any(of_budget(r) for r in results) and (not whole.tables or len(journals) == len(tables)):
+        for journal in journals:
+            journal.finish()
+    else:
+        print("the same command goes on with what the budget left out", file=sys.stderr)
     return results
 
 
-def _table(config: DictConfig, deadline: Deadline) -> list[Result]:
+def _table(config: DictConfig, deadline: Deadline, journal: Unfinished | None) -> list[Result]:
     """Its rows, those kept that an interruption has left; told one by one where they come one by one."""
+    known = journal.rows if journal is not None else []
     if interleaved(config) == "all":
-        return list(measured(config, deadline))
-    journal = Unfinished(config)
-    results, begun = list(journal.rows), time.monotonic()
+        results = known or list(measured(config, deadline))
+        if journal is not None:
+            journal.write(results)
+        return results
     number = 3 + len(planned(config))
-    for row in measured(config, deadline, journal.rows):
+    results, begun = list(known), time.monotonic()
+    if len(known) == number:
+        return results
+    for row in measured(config, deadline, known):
         results.append(row)
         journal.write(results)
-        new = len(results) - len(journal.rows)
+        new = len(results) - len(known)
         left = (time.monotonic() - begun) / new * (number - len(results)) / 60
         print(f"[{len(results)}/{number}] {_told(row)}; about {left:.0f} min left", file=sys.stderr, flush=True)
-    journal.finish()
+    fill_ratios(results)
     return results
 
 
@@ -83,7 +100,9 @@ def _forget() -> None:
 
 def measure(config: DictConfig) -> list[Result]:
     """Every row's numbers."""
-    return list(measured(config))
+    results = list(measured(config))
+    fill_ratios(results)
+    return results
 
 
 def measured(config: DictConfig, deadline: Deadline | None = None, known: Sequence[Result] = ()) -> Iterator[Result]:

@@ -178,7 +178,11 @@ def optimizer_bytes(name: str, trained: Sequence[torch.nn.Parameter]) -> int:
         raise ConfigError(f"--optim: timm cannot make '{name}': {error}") from error
     for copy in copies:
         copy.grad = torch.empty_like(copy)
-    optimizer.step()
+    for _ in range(
+        1 + optimizer.param_groups[0].get("lookahead_k", 0)
+    ):  # timm's Lookahead keeps slow weights after its k-th
+        optimizer.step()
+    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # what Lookahead holds has the state
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
 

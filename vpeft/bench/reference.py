@@ -5,6 +5,7 @@ that the reference was measured on alone, within the noise that repeated measure
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,14 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..engine.config import check_options
 from ..errors import ConfigError
-from ..files import write_text
+from ..files import refuse_unwritable, write_text
 from .config import BenchConfig, check_table, load_tables
 from .measure import measure
+from .report import cell
 from .result import Result
 from .unfinished import machine_of
 
 FORMAT = 1
 MEMORY, MEMORY_NOISE = "saved/", 0.01
+DIGITS = 6  # of a kept ratio: a head alone keeps a thousandth of what the limit does
 LEAST_NOISE = 0.03  # of a time's ratio, however close the repeats were
 WIDER = 2.0  # the spread of a few repeats is not yet that of many
 JUDGED = ("step/limit", "step/full", "forward/frozen", "merged/frozen", "saved/limit", "saved/full")
@@ -46,11 +49,18 @@ class Compared(NamedTuple):
             return False
         if self.stored is None or self.found is None:
             return True
-        return abs(self.found / self.stored - 1) > self.noise
+        return abs(self.off) > self.noise
+
+    @property
+    def off(self) -> float:
+        """How far it is above the reference's, as a share of that."""
+        if not self.stored:
+            return math.inf if self.found else 0.0
+        return self.found / self.stored - 1
 
     def __str__(self) -> str:
-        values = [("–" if v is None else f"{v:.3f}") for v in (self.stored, self.found)]
-        cells = (self.table, self.row, self.ratio, *values, f"{self.noise:.1%}", self._verdict())
+        values = [("–" if v is None else f"{v:.3f}" if v >= 0.1 or not v else f"{v:.3g}") for v in (self.stored, self.found)]
+        cells = (cell(self.table), cell(self.row), self.ratio, *values, f"{self.noise:.1%}", self._verdict())
         return f"| {' | '.join(cells)} |"
 
     def _verdict(self) -> str:
@@ -60,7 +70,7 @@ class Compared(NamedTuple):
             return "not judged"
         if not self.moved:
             return "as before"
-        return f"**{'larger' if self.found > self.stored else 'smaller'} by {abs(self.found / self.stored - 1):.1%}**"
+        return f"**{'larger' if self.found > self.stored else 'smaller'} by {abs(self.off):.1%}**"
 
 
 def write_reference(file: str | Path, cfg: str | Path, overrides: Sequence[str] = (), repeats: int = 3) -> dict[str, Any]:
@@ -70,6 +80,7 @@ def write_reference(file: str | Path, cfg: str | Path, overrides: Sequence[str] 
         ConfigError: a configuration that cannot be measured, or less than one repeat.
     """
     _check_repeats(repeats)
+    refuse_unwritable(file)
     tables = load_tables(cfg, overrides)
     runs = {config.name: [_ratios(measure(config)) for _ in range(repeats)] for config in tables}
     stored = {
@@ -157,7 +168,7 @@ def _summed(runs: list[Ratios]) -> dict[str, dict[str, dict[str, float]]]:
             values = [run[row][key] for run in runs if key in run.get(row, {})]
             spread = (max(values) - min(values)) / middle if middle else 0.0
             noise = MEMORY_NOISE if key.startswith(MEMORY) else max(LEAST_NOISE, WIDER * spread)
-            found[row][key] = {"median": round(middle, 4), "spread": round(spread, 4), "noise": round(noise, 4)}
+            found[row][key] = {"median": float(f"{middle:.{DIGITS}g}"), "spread": round(spread, 4), "noise": round(noise, 4)}
     return found
 
 

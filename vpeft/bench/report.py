@@ -10,7 +10,7 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from ..files import write_text
+from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
 from .allocator import allocator_named
 from .config import interleaved
@@ -39,9 +39,9 @@ def write_report(config: DictConfig, results: list[Result]) -> str:
     """Write the three files and return the Markdown."""
     out = Path(config.output) / config.name
     text = markdown(config, results)
-    write_text(out.with_suffix(".csv"), as_csv(results))
-    write_text(out.with_suffix(".md"), text + "\n")
-    plot(out.with_suffix(".png"), config, results)
+    write_text(with_ending(out, ".csv"), as_csv(results))
+    write_text(with_ending(out, ".md"), text + "\n")
+    plot(with_ending(out, ".png"), config, results)
     return text
 
 
@@ -92,7 +92,7 @@ def _notes(results: list[Result]) -> Iterator[str]:
     left = [r for r in results if r.left_out]
     if left:
         yield from ("", "Left out:", "")
-        yield from (f"- {r.label}: {' '.join(r.left_out.split())}" for r in left)
+        yield from (f"- {cell(r.label)}: {' '.join(r.left_out.split())}" for r in left)
 
 
 class Column(NamedTuple):
@@ -109,7 +109,7 @@ def _columns(config: DictConfig, gpu: bool) -> list[Column]:
     times = [Column(f"{n}, ms", lambda r, n=n: _ms(getattr(r, n))) for n in ("step", "cached", "forward", "merged")]
     memory = Column("peak, MiB", lambda r: _mib(r.peak)) if gpu else Column("saved, MiB", lambda r: _mib(r.saved))
     return [
-        Column("row", lambda r: r.label),
+        Column("row", lambda r: cell(r.label)),
         Column("parameters", lambda r: f"{r.parameters:,}"),
         *times,
         memory,
@@ -129,6 +129,11 @@ def _on_gpu(config: DictConfig) -> list[Column]:
         Column("kernels", lambda r: "–" if r.kernels is None else str(r.kernels)),
         Column("graphed, ms", lambda r: _ms(r.graphed)),
     ]
+
+
+def cell(label: str) -> str:
+    """A label as it can stand in a Markdown table: on one line, in one column."""
+    return " ".join(label.split()).replace("|", "\\|")
 
 
 def _mib(amount: int | None) -> str:

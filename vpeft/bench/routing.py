@@ -23,6 +23,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ..engine.plan import place
 from ..errors import ConfigError, VpeftError
 from ..methods import Method, create
 from ..numerics import torch_threads
@@ -42,6 +43,7 @@ SPREAD = 0.02  # of the random values by which the tasks' tensors differ
 def bench_route(file: str | Path, overrides: Sequence[str] = ()) -> list[RoutingResult]:
     """Measure what a configuration asks for; write ``OUTPUT/NAME.csv`` and ``.md`` after each row, and print the table."""
     config = load_routing_config(file, overrides)
+    place(config)  # refuses names and places of no use, before anything is measured
     results, text = [], ""
     for row in measure_routing(config):
         results.append(row)

@@ -8,8 +8,8 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from ..files import write_text
-from .report import device_named
+from ..files import with_ending, write_text
+from .report import cell, device_named
 from .result import RoutingResult
 
 TIMES = ("single", "routed", "switched", "copies", "step_single", "step_routed", "step_copies")
@@ -24,8 +24,8 @@ def write_routing_report(config: DictConfig, results: list[RoutingResult]) -> st
     """Write the two files and return the Markdown."""
     out = Path(config.output) / config.name
     text = routing_markdown(config, results)
-    write_text(out.with_suffix(".csv"), routing_csv(results))
-    write_text(out.with_suffix(".md"), text + "\n")
+    write_text(with_ending(out, ".csv"), routing_csv(results))
+    write_text(with_ending(out, ".md"), text + "\n")
     return text
 
 
@@ -47,7 +47,7 @@ def routing_markdown(config: DictConfig, results: list[RoutingResult]) -> str:
     head = ["row", "parameters of a task", "single-task batch, ms", *(TITLES[k] for k in shown), "largest difference"]
     lines = [_setting(config), "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results:
-        cells = [r.label, f"{r.parameters:,}", f"{1000 * r.times['single']:.0f}"]
+        cells = [cell(r.label), f"{r.parameters:,}", f"{1000 * r.times['single']:.0f}"]
         cells += [f"{r.ratios[k]:.3f}" if k in r.ratios else "–" for k in shown]
         lines.append(f"| {' | '.join([*cells, f'{r.difference:.1e}'])} |")
     return "\n".join(lines)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from ..engine.opening import open_data
 from ..errors import ConfigError, MethodError, VpeftError
 from ..methods import Method, create, list_methods, on_images
 from ..tasks.labels import LabelStep
+from ..tasks.models import create_timm
 from ..tasks.protocol import TaskModel
 from ..tasks.registry import get_task
 from ..tasks.step import training_loss
@@ -341,7 +341,7 @@ def classifier(config: DictConfig) -> tuple[TaskModel, Batch]:
     kwargs = {**OmegaConf.to_container(m.kwargs), **({"img_size": m.img_size} if m.img_size else {})}
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
-    base = timm.create_model(m.name, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
+    base = create_timm(config, pretrained=m.pretrained, num_classes=config.num_classes, **kwargs)
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size(base), generator=generator)
     labels = torch.randint(config.num_classes, (config.batch_size,), generator=generator)

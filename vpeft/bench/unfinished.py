@@ -3,13 +3,14 @@
 import json
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..files import write_text
+from ..files import with_ending, write_text
 from ..version import __version__
 from .report import as_csv, from_csv
 from .result import Result
@@ -18,7 +19,9 @@ _OF_THE_RUN = ("name", "output", "budget_minutes")  # settings on which no numbe
 
 
 class Unfinished:
-    """``OUTPUT/NAME.csv`` while it grows, and beside it, until it is whole, ``NAME.unfinished.json``: what it is of.
+    """``OUTPUT/NAME.unfinished.csv``, a table as it grows, and ``NAME.unfinished.json``: what it is of.
+
+    An earlier table of this name stays as it is until the new one is written.
 
     Attributes:
         rows: that an interrupted measurement of the same settings, versions and machine has left.
@@ -26,12 +29,12 @@ class Unfinished:
 
     def __init__(self, config: DictConfig):
         out = Path(config.output) / config.name
-        self.table, self.mark = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.unfinished.json")
+        self.table, self.mark = with_ending(out, ".unfinished.csv"), with_ending(out, ".unfinished.json")
         setting = json.dumps(setting_of(config), indent=1, sort_keys=True)
         self.rows: list[Result] = []
         if self.mark.is_file() and self.mark.read_text() == setting:
-            if self.table.is_file():
-                self.rows = [r for r in from_csv(self.table.read_text()) if not r.left_out.startswith("the budget")]
+            with suppress(KeyError, TypeError, ValueError):  # of another edition of this version: measured anew
+                self.rows = [r for r in from_csv(self.table.read_text()) if not of_budget(r)] if self.table.is_file() else []
             if self.rows:
                 print(f"goes on after {len(self.rows)} rows; to begin again, delete {self.mark}", file=sys.stderr)
             return
@@ -45,6 +48,12 @@ class Unfinished:
     def finish(self) -> None:
         """The table is whole."""
         self.mark.unlink(missing_ok=True)
+        self.table.unlink(missing_ok=True)
+
+
+def of_budget(row: Result) -> bool:
+    """Whether the budget of time has left a row out, which another start measures."""
+    return row.left_out.startswith("the budget")
 
 
 def setting_of(config: DictConfig) -> dict:

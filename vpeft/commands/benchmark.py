@@ -29,8 +29,9 @@ def benchmark(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         from ..suites.offline import plans
         from ..suites.rates import tune
 
-        for key, alone in (("rates", ("seeds", "again", "no_costs", "quick")), ("report", ("rates", "again", "quick"))):
-            ignored = [name for name in alone if getattr(args, name)]
+        of_runs = ("quick", "models", "methods", "tasks", "seeds", "again", "set")
+        for key, alone in (("rates", ("seeds", "again", "no_costs", "quick")), ("report", ("rates", *of_runs))):
+            ignored = [name for name in alone if getattr(args, name) not in (None, False, [])]
             if getattr(args, key) and ignored:
                 raise ConfigError(f"--{key}: --{ignored[0].replace('_', '-')} would change nothing; leave it out")
         if args.report:

@@ -19,15 +19,16 @@ def bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--write-reference", metavar="FILE", help="with --cfg: the ratios and their noise, for --check")
     parser.add_argument("--repeats", type=int, metavar="N", help="measurements for --write-reference (3) or --check (1)")
     plan = parser.add_argument_group("with --plan")
-    plan.add_argument("--batch-size", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="16, 64 and 256")
-    plan.add_argument("--precision", default="fp32", help="fp32, bf16 or, on a GPU, fp16")
-    plan.add_argument("--optim", default="adamw", metavar="NAME", help="an optimiser of timm; adamw")
+    plan.add_argument("--batch-size", type=int, nargs="+", metavar="N", help="16, 64 and 256")
+    plan.add_argument("--precision", help="fp32, bf16 or, on a GPU, fp16; fp32")
+    plan.add_argument("--optim", metavar="NAME", help="an optimiser of timm; adamw")
     plan.add_argument("--device", help="cpu or cuda; a GPU where there is one")
-    plan.add_argument("--num-classes", type=int, default=100, metavar="N", help="100")
+    plan.add_argument("--num-classes", type=int, metavar="N", help="100")
     plan.add_argument("--img-size", type=int, metavar="N", help="the model's own")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
     def run(args: argparse.Namespace) -> None:
+        _refuse_unused(args)
         if args.plan:
             _plan(args)
             return
@@ -59,30 +60,53 @@ def bench_kept(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
     return run
 
 
+_OF_PLAN = ("batch_size", "precision", "optim", "device", "num_classes", "img_size")
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse arguments that what was asked for takes no notice of.
+
+    Raises:
+        ConfigError: names the argument, and what is set instead.
+    """
+    from ..errors import ConfigError
+
+    given = [name for name in (*_OF_PLAN, "write_reference", "repeats") if getattr(args, name) is not None]
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        if name in _OF_PLAN and not args.plan:
+            raise ConfigError(f"{option} is for --plan; a configuration is measured with its own: give such as batch_size=8")
+        if name == "write_reference" and not args.cfg:
+            raise ConfigError(f"{option} is for --cfg; leave it out")
+        if name == "repeats" and not (args.check or args.write_reference):
+            raise ConfigError(f"{option} is for --write-reference and --check; leave it out, or give such as rounds=20")
+
+
 def _plan(args: argparse.Namespace) -> None:
     import torch
 
     from ..bench.plan import free_bytes, plan, settings, told
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision, optim = args.precision or "fp32", args.optim or "adamw"
     found = plan(
         *args.plan,
         settings(args.overrides),
-        precision=args.precision,
-        optim=args.optim,
+        precision=precision,
+        optim=optim,
         device=device,
-        num_classes=args.num_classes,
+        num_classes=100 if args.num_classes is None else args.num_classes,
         img_size=args.img_size,
     )
-    print(told(found, args.batch_size, free_bytes(device), f"{args.precision}, {args.optim}, {device}"))
+    print(told(found, args.batch_size or (16, 64, 256), free_bytes(device), f"{precision}, {optim}, {device}"))
 
 
 def _reference(args: argparse.Namespace) -> None:
     from ..bench.reference import check_reference, write_reference
 
     if args.check is None:
-        write_reference(args.write_reference, args.cfg, args.overrides, repeats=args.repeats or 3)
-    elif check_reference(args.check, args.overrides, repeats=args.repeats or 1):
+        write_reference(args.write_reference, args.cfg, args.overrides, repeats=3 if args.repeats is None else args.repeats)
+    elif check_reference(args.check, args.overrides, repeats=1 if args.repeats is None else args.repeats):
         raise SystemExit(1)
 
 

@@ -37,6 +37,9 @@ def searches(
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose searches would be one")
+    for item in overrides:
+        if item.partition("=")[0].strip() == "seed":
+            raise ConfigError(f"{item}: the searches' seeds are those of --seeds; leave it out")
     configs = []
     for seed in seeds:
         config = load_search_config(file, [*overrides, f"seed={seed}"])

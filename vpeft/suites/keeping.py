@@ -35,7 +35,11 @@ def run_and_keep(
             if outcome.error:
                 failed.append(f"{outcome.job.name} ({outcome.error})")
                 continue
-            found = row_of(keys[outcome.job], outcome)
+            try:
+                found = row_of(keys[outcome.job], outcome)
+            except VpeftError as error:  # what a finished run has left cannot be read: the others go on
+                failed.append(f"{outcome.job.name} ({error})")
+                continue
             results[found.key] = found
             write_rows(file, sorted(results.values(), key=lambda row: row.key), type(found))
     return failed

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from omegaconf import OmegaConf
+
 from ..data.generated.offline import TASKS
+from ..engine.layers import setting
 from ..engine.lock import RunLock
+from ..engine.settings import flat
 from ..errors import ConfigError
 from ..files import write_text
 from .keeping import refuse_failed, run_and_keep
@@ -26,6 +30,7 @@ RateKey = tuple[str, str, str, float]  # backbone, task, entry, rate
 EVEN = 0.5  # points of mean validation accuracy
 TABLE, PAGE = "rates.csv", "rates.md"
 SPLITS = ("data.train_split=train800", "data.val_split=val200")
+FIXED = ("optim.lr", "data.train_split", "data.val_split", "data.val_size")
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,19 @@ def tune(
         overrides: ``key.sub=value`` for all.
 
     Raises:
-        VpeftError: another process is at work in the folder; results of other settings in the table; or at the end, the
-            runs that failed.
+        VpeftError: entries without rates; a setting that the table's columns or its meaning say otherwise; another process
+            is at work in the folder; results of other settings in the table; or at the end, the runs that failed.
     """
     check_processes(processes)
+    for item in overrides:
+        for key in dict(flat(OmegaConf.to_container(setting(item, "--set")))):
+            if key in FIXED:
+                raise ConfigError(f"--set {item}: --rates sets {key} itself; leave it out")
+    jobs = rate_jobs(backbone, entries, tasks, overrides)
+    if not jobs:
+        raise ConfigError(f"--rates: {', '.join(entries)} take no steps, and have no learning rate")
     with RunLock(Path(out), "choose another --out"):
-        return _tune(rate_jobs(backbone, entries, tasks, overrides), Path(out), processes)
+        return _tune(jobs, Path(out), processes)
 
 
 def _tune(jobs: dict[RateKey, Job], out: Path, processes: int) -> str:
@@ -170,10 +182,12 @@ def page(results: Iterable[RateResult]) -> str:
         "| difference | tasks |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
+    lacking = []
     for backbone, entry in dict.fromkeys((r.backbone, r.entry) for r in results):
         own = [r for r in results if (r.backbone, r.entry) == (backbone, entry)]
         lr = default_rate(own, chosen_on)
         if lr is None:
+            lacking.append(f"{entry} ({backbone})")
             continue
         found = mean(r.val for r in own if r.lr == lr and r.task in chosen_on)
         pairs = distance(own, lr, judged_on)
@@ -184,4 +198,6 @@ def page(results: Iterable[RateResult]) -> str:
         end = "yes" if lr in (min(grid(entry)), max(grid(entry))) else "no"
         cells = [backbone, entry, f"{lr:g}", end, f"{found:.2f}", *judged, str(len(pairs))]
         lines.append(f"| {' | '.join(cells)} |")
+    if lacking:
+        lines += ["", f"No rate has been trained on all of {', '.join(chosen_on)} yet: {', '.join(lacking)}."]
     return "\n".join(lines) + "\n"

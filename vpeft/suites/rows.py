@@ -27,20 +27,22 @@ def read_rows(file: Path, kind: type[RowT]) -> list[RowT]:
     if not file.is_file():
         return []
     kinds, found, seen = {f.name: f.type for f in fields(kind)}, [], set()
-    with file.open(encoding="utf-8", newline="") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                if set(row) != set(kinds):
-                    raise ValueError("its columns are others")
-                new = kind(**{k: kinds[k](v) for k, v in row.items()})
-                if not all(math.isfinite(v) for v in vars(new).values() if isinstance(v, float)):
-                    raise ValueError("a number is none")
-                if new.key in seen:
-                    raise ValueError("a second one of the same run")
-                seen.add(new.key)
-                found.append(new)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{file}, line {number}: no row of this table ({error}); remove it or the file") from None
+    text = file.read_text(encoding="utf-8", errors="replace")  # what is no text is no row either
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            if set(row) != set(kinds):
+                raise ValueError("its columns are others")
+            new = kind(**{k: kinds[k](v) for k, v in row.items()})
+            if not all(math.isfinite(v) for v in vars(new).values() if isinstance(v, float)):
+                raise ValueError("a number is none")
+            if new.key in seen:
+                raise ValueError("a second one of the same run")
+            seen.add(new.key)
+            found.append(new)
+    except (TypeError, ValueError, csv.Error) as error:
+        line = max(reader.line_num, 1)
+        raise ConfigError(f"{file}, line {line}: no row of this table ({error}); remove it or the file") from None
     return found
 
 

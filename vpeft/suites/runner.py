@@ -125,8 +125,9 @@ def _outcomes(jobs: Sequence[Job], processes: int, log: Path | None) -> Iterator
                 try:
                     yield future.result()
                 except BrokenProcessPool as error:  # killed, perhaps for its memory
+                    names = " or ".join([job.name, *(other.name for other in running.values())])  # it does not say which
                     raise VpeftError(
-                        f"{job.name}: a process ended at work ({error}); the same command goes on, with fewer at a time"
+                        f"{names}: a process ended at work ({error}); the same command goes on, with fewer at a time"
                     ) from error
     finally:
         pool.shutdown(wait=not running, cancel_futures=True)  # not waited for, its end can meet that of Python itself

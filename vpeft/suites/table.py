@@ -22,8 +22,8 @@ from ..engine.opening import open_split
 from ..engine.plan import place
 from ..engine.replacing import to_replace
 from ..engine.train import check
-from ..errors import ConfigError
-from ..files import write_text
+from ..errors import ConfigError, VpeftError
+from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
 from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
@@ -31,6 +31,8 @@ from ..tasks.registry import get_task
 from ..tuning.loading import load
 from .keeping import refuse_failed
 from .runner import Job, check_processes, run_all
+
+_ENDINGS = (".md", ".json", ".png")
 
 
 def table(
@@ -60,8 +62,12 @@ def table(
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose runs would be one")
+    for item in overrides:
+        if item.partition("=")[0].strip() == "seed":
+            raise ConfigError(f"--set {item}: the runs' seeds are those of --seeds; leave it out")
     check_processes(processes)
     out = Path(out)
+    out = out.with_suffix("") if out.suffix in _ENDINGS else out
     _check_out(out)
     plans = [(Path(f), [_plan(f, overrides, seed) for seed in seeds]) for f in files]
     if not plans:
@@ -75,19 +81,26 @@ def table(
         for c in of
     ]
     rows: dict[Path, dict[str, Any]] = {}
-    failed, done = [], set()
+    failed, done, rowless = [], set(), dict[Path, VpeftError]()
     say = partial(print, flush=True)
-    with closing(run_all(jobs, processes=processes, log=out.with_suffix(".log"), say=say)) as outcomes:
+    with closing(run_all(jobs, processes=processes, log=with_ending(out, ".log"), say=say)) as outcomes:
         for outcome in outcomes:
             if outcome.error:
                 failed.append(f"{outcome.job.name} ({outcome.error})")
                 continue
             done.add(outcome.job.name)
             for file, of in plans:
-                if file not in rows and done.issuperset(c.name for c in of):
-                    rows[file] = _row(file, of)
-                    _write(out, [rows[f] for f, _ in plans if f in rows])
+                if file not in rows and file not in rowless and done.issuperset(c.name for c in of):
+                    try:
+                        rows[file] = _row(file, of)
+                    except VpeftError as error:  # a checkpoint that cannot be read: the other runs go on
+                        rowless[file] = error
+                        say(f"{file}: no row: {error}")
+                    else:
+                        _write(out, [rows[f] for f, _ in plans if f in rows])
     refuse_failed(failed)
+    for error in rowless.values():
+        raise error
     found = [rows[file] for file, _ in plans]
     print(markdown(found))
     return found
@@ -205,9 +218,14 @@ def _metric(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(out.with_suffix(".json"), json.dumps(rows, indent=1))
-    write_text(out.with_suffix(".md"), markdown(rows) + "\n")
-    _plot(out.with_suffix(".png"), rows)
+    write_text(with_ending(out, ".json"), json.dumps([_plain(r) for r in rows], indent=1))
+    write_text(with_ending(out, ".md"), markdown(rows) + "\n")
+    _plot(with_ending(out, ".png"), rows)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Without NaN, which is no JSON."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:

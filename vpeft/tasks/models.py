@@ -111,18 +111,18 @@ def build_model(config: DictConfig, num_classes: int, keep_head: bool = False) -
     if m.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": m.checkpoint}
     if keep_head:
-        return _create(config, pretrained=m.pretrained, **kwargs)
+        return create_timm(config, pretrained=m.pretrained, **kwargs)
     if m.pretrained and not m.keep_head:
         # Without a classifier first: weights with the same class count would bring their own.
-        model = _create(config, pretrained=True, num_classes=0, **kwargs)
+        model = create_timm(config, pretrained=True, num_classes=0, **kwargs)
         model.reset_classifier(num_classes)
         return model
     if m.pretrained and m.checkpoint and num_classes:
         return _with_own_head(config, num_classes, kwargs)
-    return _create(config, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
+    return create_timm(config, pretrained=m.pretrained, num_classes=num_classes, **kwargs)
 
 
-def _create(config: DictConfig, **kwargs: Any) -> nn.Module:
+def create_timm(config: DictConfig, **kwargs: Any) -> nn.Module:
     """timm's model of the configuration's name; what timm, its hub and torch say of it in one line.
 
     Raises:
