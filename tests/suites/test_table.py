@@ -119,7 +119,11 @@ def test_two_runs_at_a_time_give_the_same_table(two_files, tmp_path):
         two_files[1:], [*both, f"output={tmp_path / 'b'}"], seeds=(0, 1), out=tmp_path / "shared", processes=2
     )
     assert [row["scores"] for row in shared] == [row["scores"] for row in alone]
-    assert list((tmp_path / "shared.log").iterdir()), "what the processes print is kept"
+    assert list((tmp_path / "shared.logs").iterdir()), "what the processes print is kept"
+    (tmp_path / "third.logs").write_text("of someone else")
+    with pytest.raises(vpeft.ConfigError, match=r"third\.logs is a file"):
+        module.table(two_files, [*both, f"output={tmp_path / 'c'}"], seeds=(0,), out=tmp_path / "third", processes=2)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("command", ["table", "benchmark", "rates", "suite"])

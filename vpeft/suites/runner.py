@@ -110,6 +110,8 @@ def _outcomes(jobs: Sequence[Job], processes: int, log: Path | None) -> Iterator
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // processes)
     if log is not None:
+        if log.exists() and not log.is_dir():
+            raise ConfigError(f"{log} is a file, and what the processes print goes into a folder of this name; move it away")
         log.mkdir(parents=True, exist_ok=True)
     others = set(multiprocessing.active_children())
     waiting, pool = list(jobs), ProcessPoolExecutor(processes, context, _begin, (threads, log and str(log)))

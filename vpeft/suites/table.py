@@ -54,7 +54,7 @@ def table(
         overrides: ``key.sub=value`` for all of them.
         seeds: of the runs behind each row.
         out: path without suffix of the three results (``.md``, ``.json``, ``.png``).
-        processes: runs at the same time, each with its share of the cores; what they print goes to ``OUT.log/``.
+        processes: runs at the same time, each with its share of the cores; what they print goes to the folder ``OUT.logs``.
 
     Raises:
         VpeftError: a configuration that cannot work, before anything trains; names it. Or runs that failed, after all
@@ -83,7 +83,7 @@ def table(
     rows: dict[Path, dict[str, Any]] = {}
     failed, done, rowless = [], set(), dict[Path, VpeftError]()
     say = partial(print, flush=True)
-    with closing(run_all(jobs, processes=processes, log=with_ending(out, ".log"), say=say)) as outcomes:
+    with closing(run_all(jobs, processes=processes, log=with_ending(out, ".logs"), say=say)) as outcomes:
         for outcome in outcomes:
             if outcome.error:
                 failed.append(f"{outcome.job.name} ({outcome.error})")
