@@ -35,7 +35,7 @@ def fresh(code: str) -> str:
      pytest.param("from vpeft.tasks.video import FramewiseModel", marks=pytest.mark.slow),
      "import vpeft.tasks, vpeft.data, vpeft.engine, vpeft.cli, vpeft.bench, vpeft.docs, vpeft.integrations, "
      "vpeft.tasks.classification, vpeft.tasks.segmentation, vpeft.files, vpeft.numerics",
-     "from vpeft.cli import main; main(['methods'])"],
+     pytest.param("from vpeft.cli import main; main(['methods'])", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_import_is_light(statement):
     # timm itself imports wandb where that is installed, hence the difference.
@@ -53,7 +53,9 @@ ROOMS = {
     ("statement", "calls"),
     [
         pytest.param("import vpeft; vpeft.attach", 60_000, marks=pytest.mark.slow),  # what the next one does, and less
-        ("import vpeft.cli as c, vpeft; c.main(['--help']) if vpeft.attach else 0", 60_000),
+        pytest.param(
+            "import vpeft.cli as c, vpeft; c.main(['--help']) if vpeft.attach else 0", 60_000, marks=pytest.mark.slow
+        ),
         ("import vpeft.cli as c; c.main(['methods', 'lora'])", 1_200_000),  # makes a ViT-B without its tensors
     ],
 )

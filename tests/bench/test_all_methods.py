@@ -110,6 +110,7 @@ def test_a_listed_row_that_is_refused_ends_the_table(file):
         bench(file, ["rows=[{name: fish}]"])
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_an_interruption(file, tmp_path, monkeypatch, capsys):
     out, one = tmp_path / "out", groups.start_times
 

@@ -43,6 +43,7 @@ def names(tmp_path):
 WHOLE = [f"one.{how}.{ending}" for how in ("by.one", "together") for ending in ("csv", "md", "png")]
 
 
+@pytest.mark.slow
 def test_tables_that_were_done_are_kept_after_an_interruption(both, tmp_path, monkeypatch, capsys):
     done, asked = measure.measured, []
 

@@ -95,7 +95,7 @@ def test_nothing_moved(file, capsys):
 @pytest.mark.parametrize(
     ("key", "factor", "moved"),
     [
-        ("saved/limit", 1.02, "smaller"),
+        pytest.param("saved/limit", 1.02, "smaller", marks=pytest.mark.slow),
         pytest.param("saved/limit", 0.98, "larger", marks=pytest.mark.slow),
         pytest.param("saved/full", 1.005, None, marks=pytest.mark.slow),
         pytest.param("step/limit", 10.0, "smaller", marks=pytest.mark.slow),

@@ -18,9 +18,8 @@ MAIN = ("lora", "vpt_deep", "bitfit", "dtl")  # all: in the slow sweep
 FAST = [
     *(f"train_save_load:blocks:{method}:vit" for method in MAIN),
     "train_save_load:ddp:lora:vit", "train_save_load:ddp:bitfit:vit", "train_save_load:small:vqt:vit",
-    "train_save_load:root:vqt:vit", "around:blocks:attention:vit",
-    "around:small:lora:vit", "every_epoch:blocks:ilm_vp:vit", "drawn_apart:ddp:adapterdrop:vit",
-    "drawn_together:ddp:supernet:vit", "drawn_together:blocks:supernet:vit", "drawn_apart:blocks:adapterdrop:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "resume:accelerate:vqt:vit", "growth:blocks:increlora:vit",
+    "around:blocks:attention:vit", "every_epoch:blocks:ilm_vp:vit", "drawn_apart:ddp:adapterdrop:vit",
+    "drawn_together:ddp:supernet:vit", "drawn_together:blocks:supernet:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "resume:accelerate:vqt:vit", "growth:blocks:increlora:vit",
     "refusals:blocks:child_tuning_d:vit", "no_unit:-:lora:vit", "unlike:blocks:lora_fa:vit",
     "cannot_write:blocks:lora:vit", "one_unit_for_all_blocks:-:vqt:vit", "fsdp1:-:lora:vit", "engine:-:-:-",
 ]  # fmt: skip
@@ -28,6 +27,8 @@ FAST = [
 REFUSED: set[str] = set()
 SETTINGS = ("ddp", "blocks", "accelerate")
 SWEEP = [f"{f}:{s}:{m}:{k}" for s in SETTINGS for m, k in CASES if k != "vit_reg" for f in ("train_save_load", "resume")]
+
+MORE = ["train_save_load:root:vqt:vit", "around:small:lora:vit", "drawn_apart:blocks:adapterdrop:vit"]
 
 
 def run_pair(folder: Path, cases: list[str], timeout: float) -> dict[str, str]:
@@ -60,6 +61,11 @@ def found(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("case", FAST)
 def test_two_processes(found, case):
     assert found[case] == "ok"
+
+
+@pytest.mark.slow
+def test_more_in_two_processes(tmp_path):
+    assert run_pair(tmp_path, MORE, 300) == dict.fromkeys(MORE, "ok")
 
 
 @pytest.mark.slow

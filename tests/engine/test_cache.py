@@ -57,7 +57,7 @@ def trained(config) -> dict[str, torch.Tensor]:
 
 
 ON_DISK = ("dropout above", "swin, second stage")  # the other cases are in memory here; both kinds of all in the slow suite
-SHORT = ("probe", "bf16", "swin, convolutions", *ON_DISK)
+SHORT = ("probe", "bf16", *ON_DISK)
 
 
 @pytest.mark.parametrize(

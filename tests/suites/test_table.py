@@ -112,6 +112,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_their_row(two_files, tmp
     assert [row["experiment"] for row in rows] == ["t/low", "t/probe"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_a_time_give_the_same_table(two_files, tmp_path):
     both = ["train.epochs=1"]
     alone = module.table(two_files[1:], [*both, f"output={tmp_path / 'a'}"], seeds=(0, 1), out=tmp_path / "alone")

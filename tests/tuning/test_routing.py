@@ -149,7 +149,7 @@ def own(handle: vpeft.Handle) -> list[nn.Parameter]:
     return [p for _, p in sorted(named, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "vit_reg" else ()) for k in MODELS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "vit" else pytest.mark.slow) for k in MODELS])
 @torch.no_grad()
 def test_every_method_in_one_batch(kind):
     model, tasks = make(kind, dtype=torch.float64), []
