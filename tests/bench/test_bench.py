@@ -61,7 +61,10 @@ def test_writes_table_numbers_and_picture(file, tmp_path, capsys):
     assert by_label["full"].ratios["step/full"] == by_label["limit"].ratios["saved/limit"] == 1
     assert by_label["lora"].ratios["saved/full"] == by_label["lora"].saved / by_label["full"].saved
     assert all(r.peak is None for r in results)
-    assert "| lora | 768 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert next(line.split()[1] for line in printed if line.startswith("lora ")) == "768"
+    assert printed[-1] == f"all columns: {tmp_path / 'out' / 'tiny.md'}"
+    assert "| lora | 768 |" in (tmp_path / "out" / "tiny.md").read_text()
     with open(tmp_path / "out" / "tiny.csv") as stream:
         table = list(csv.DictReader(stream))
     assert int(table[3]["saved_bytes"]) == by_label["lora"].saved

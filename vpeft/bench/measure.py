@@ -22,14 +22,14 @@ from .allocator import give_back
 from .config import BenchConfig, interleaved, load_tables
 from .deadline import Deadline
 from .groups import Session, fill_ratios, result_of, results_of
-from .report import write_report
+from .report import brief, write_report
 from .result import Result
 from .rows import Planned, built, opened, planned, references
 from .unfinished import Unfinished, of_budget
 
 
 def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
-    """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print the table.
+    """Measure what a configuration asks for; write ``OUTPUT/NAME.csv``, ``.md`` and ``.png``, and print its main columns.
 
     Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last. Until then,
     and as long as a budget leaves something out, the same command goes on from what is measured.
@@ -42,14 +42,15 @@ def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
     for config in tables:
         if deadline.over():
             texts.append(f"{config.name} is left out: {deadline}.")
+            print(texts[-1], flush=True)
         else:
             journal = Unfinished(config) if whole.tables or interleaved(config) != "all" else None
             found = _table(config, Deadline(config.budget_minutes, deadline), journal)
             texts.append(write_report(config, found))
+            print(brief(config, found), flush=True)
             results += found
             if journal is not None:
                 journals.append(journal)
-        print(texts[-1], flush=True)
         _forget()
     if whole.tables:
         write_text(Path(whole.output) / f"{whole.name}.md", "\n\n".join(texts) + "\n")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
+from ..reporting.terminal import shown_table
 from .allocator import allocator_named
 from .config import interleaved
 from .result import Result
@@ -32,6 +33,10 @@ MORE = {
     "left_out": "left_out",
 }  # fmt: skip
 _WHOLE = ("parameters", "saved", "peak", "kernels", "faults", "rounds")
+BRIEF = (
+    "row", "parameters", "step, ms", "step / limit", "step / full", "step / bound", "forward / frozen", "saved / limit",
+    "peak / limit", "images / s",
+)  # fmt: skip
 UNEXPLAINED = 1.10  # a step over its bound, above which the table says so
 
 
@@ -75,13 +80,27 @@ def _read(name: str, text: str) -> Any:
 
 def markdown(config: DictConfig, results: list[Result]) -> str:
     """A table for people, with what it was measured on; a column that no row has is left out."""
-    columns = _columns(config, any(r.peak is not None for r in results))
-    there = [r for r in results if not r.left_out]
-    columns = [c for c in columns if not c.optional or any(c.cell(r) != "–" for r in there)]
+    columns, there = _shown(config, results)
     lines = [_setting(config, there), "", f"| {' | '.join(c.title for c in columns)} |"]
     lines.append("|---|" + "---:|" * (len(columns) - 1))
     lines += [f"| {' | '.join(c.cell(r) for c in columns)} |" for r in there]
     return "\n".join([*lines, *_notes(results)])
+
+
+def brief(config: DictConfig, results: list[Result]) -> str:
+    """The main columns, for a terminal, and where all of them are."""
+    columns, there = _shown(config, results)
+    columns = [c for c in columns if c.title in BRIEF and any(c.cell(r) != "–" for r in there)]
+    table = shown_table([c.title for c in columns], [[c.cell(r) for c in columns] for r in there])
+    page = with_ending(Path(config.output) / config.name, ".md")
+    return "\n".join([_setting(config, there), "", table, *_notes(results), "", f"all columns: {page}"])
+
+
+def _shown(config: DictConfig, results: list[Result]) -> tuple[list["Column"], list[Result]]:
+    """The columns that have something to say, and the rows that were not left out."""
+    columns = _columns(config, any(r.peak is not None for r in results))
+    there = [r for r in results if not r.left_out]
+    return [c for c in columns if not c.optional or any(c.cell(r) != "–" for r in there)], there
 
 
 def _notes(results: list[Result]) -> Iterator[str]:

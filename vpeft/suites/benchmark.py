@@ -1,14 +1,14 @@
 """``vpeft benchmark``: do the offline benchmark's runs, keep their results, write its report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..engine.lock import RunLock
 from ..errors import ConfigError, VpeftError
 from .costs import COSTS, measured, read_costs, write_costs
 from .keeping import refuse_failed, run_and_keep
-from .offline import RESULTS, Key, Selection, read_results, result_of, takes_steps, undone
-from .report import write_report
+from .offline import RESULTS, Key, OfflineResult, Selection, read_results, result_of, takes_steps, undone
+from .report import REPORT, brief, write_report
 from .runner import Job, check_processes
 
 
@@ -45,7 +45,7 @@ def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, cos
         write_report(out, results.values(), read_costs(out / COSTS))
         if costs:
             _costs(out / COSTS, [key for key in results if key in jobs])
-        print(write_report(out, results.values(), read_costs(out / COSTS)))
+        _told(out, results)
     refuse_failed(failed)
 
 
@@ -59,7 +59,15 @@ def report(out: str | Path) -> None:
     results = read_results(out / RESULTS)
     if not results:
         raise ConfigError(f"--report: {out / RESULTS} holds no results; leave --report out to get some")
-    print(write_report(out, results.values(), read_costs(out / COSTS)))
+    _told(out, results)
+
+
+def _told(out: Path, results: Mapping[Key, OfflineResult]) -> None:
+    """Write the report, and print what of it a terminal can show."""
+    costs = read_costs(out / COSTS)
+    write_report(out, results.values(), costs)
+    print(brief(results.values(), costs))
+    print(f"each task, and pictures: {out / REPORT}")
 
 
 def _check(jobs: Iterable[Job]) -> None:

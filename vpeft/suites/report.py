@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from ..data.generated.offline import GROUPS, TASKS
 from ..files import write_text
+from ..reporting.terminal import shown_table
 from .costs import Costs
 from .means import Means, means, trade_off
 from .offline import OfflineResult, left_out, recipes
@@ -91,14 +92,9 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
     results = list(results)
     parts = [_head(results)]
     for backbone in dict.fromkeys(r.backbone for r in results):
-        rows = rows_of(results, backbone, costs)
-        name = backbone.replace("/", "_")
-        whole = [row for row in rows if set(row.scores) == set(TASKS)]
-        tasks = list(TASKS) if whole else [t for t in TASKS if all(t in row.scores for row in rows)]
-        whole = whole or rows
+        name, (title, whole, tasks) = backbone.replace("/", "_"), _whole(results, backbone, costs)
         if tasks:
-            what = "all tasks" if len(tasks) == len(TASKS) else "the tasks that all have done"
-            parts.append(f"## {backbone}: {what}\n\n{table(whole, tasks)}")
+            parts.append(f"## {title}\n\n{table(whole, tasks)}")
             draw_front(out / f"{name}_pareto.png", backbone, _points(whole, tasks))
             draw_ranks(out / f"{name}_ranks.png", backbone, mean_ranks({r.entry: r.scores for r in whole}, tasks))
             kinds = ["pareto", "ranks"]
@@ -106,13 +102,9 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
                 draw_tasks(out / f"{name}_tasks.png", backbone, {r.entry: r.scores for r in whole}, tasks, probe())
                 kinds.append("tasks")
             parts.append("\n\n".join(f"![{kind}]({name}_{kind}.png)" for kind in kinds))
-        some = list(recipes()["some"])
-        others = [row for row in rows if set(some) <= set(row.scores)]
-        if len(others) > len(whole):
-            first = [r for r in results if r.seed == 0 and r.task in some]
-            rows = [row for row in rows_of(first, backbone, costs) if set(some) <= set(row.scores)]
-            rows.sort(key=lambda row: -row.means(some).tasks)
-            parts.append(f"## {backbone}: every method on {len(some)} tasks, seed 0\n\n{table(rows, some)}")
+        title, rows, some = _every(results, backbone, costs)
+        if len(rows) > len(whole):
+            parts.append(f"## {title}\n\n{table(rows, some)}")
             draw_front(out / f"{name}_all_pareto.png", f"{backbone}, {len(some)} tasks", _points(rows, some))
             parts.append(f"![pareto]({name}_all_pareto.png)")
             parts.append(below_the_probe(rows, some))
@@ -120,6 +112,40 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / REPORT, text)
     return text
+
+
+Part = tuple[str, list[EntryRow], list[str]]  # a title, entries and tasks
+
+
+def brief(results: Iterable[OfflineResult], costs: Costs) -> str:
+    """The means, parameters and costs of the report's tables, for a terminal."""
+    results, lines = list(results), list[str]()
+    for backbone in dict.fromkeys(r.backbone for r in results):
+        whole, every = _whole(results, backbone, costs), _every(results, backbone, costs)
+        for title, rows, tasks in [whole, every] if len(every[1]) > len(whole[1]) else [whole]:
+            if tasks:
+                heads, cells = _cells(rows, tasks)
+                shown = [heads.index(head) for head in ("method", "parameters", *LAST) if head != "PPT"]
+                lines += [title, "", shown_table([heads[i] for i in shown], [[c[i] for i in shown] for c in cells]), ""]
+    return "\n".join(lines)
+
+
+def _whole(results: Sequence[OfflineResult], backbone: str, costs: Costs) -> Part:
+    """The entries that have done all tasks; where there are none, all entries on the tasks that they have in common."""
+    rows = rows_of(results, backbone, costs)
+    whole = [row for row in rows if set(row.scores) == set(TASKS)]
+    tasks = list(TASKS) if whole else [t for t in TASKS if all(t in row.scores for row in rows)]
+    what = "all tasks" if len(tasks) == len(TASKS) else "the tasks that all have done"
+    return f"{backbone}: {what}", whole or rows, tasks
+
+
+def _every(results: Sequence[OfflineResult], backbone: str, costs: Costs) -> Part:
+    """All entries with the first seed on the tasks that every method does, the best first."""
+    some = list(recipes()["some"])
+    first = [r for r in results if r.seed == 0 and r.task in some]
+    rows = [row for row in rows_of(first, backbone, costs) if set(some) <= set(row.scores)]
+    rows.sort(key=lambda row: -row.means(some).tasks)
+    return f"{backbone}: every method on {len(some)} tasks, seed 0", rows, some
 
 
 def _points(rows: Iterable[EntryRow], tasks: Sequence[str]) -> dict[str, tuple[float, float, float | None]]:
@@ -148,11 +174,18 @@ and memory are those of a training step, over full fine-tuning's. Left out: {abs
 
 def table(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
     """Rows as a Markdown table."""
+    heads, rows_cells = _cells(rows, tasks)
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows_cells)])
+
+
+def _cells(rows: Sequence[EntryRow], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The heads of a table's columns, and each row's cells."""
     groups = grouped(tasks)
     order = [task for of in groups.values() for task in of]
     ranks = mean_ranks({row.entry: row.scores for row in rows}, order)
     heads = ["method", "parameters", *(SHORT.get(t, t) for t in order), *groups, *LAST]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines = []
     for row in rows:
         found = row.means(tasks)
         spread = f"{mean(row.spreads[t] for t in order):.1f}" if set(order) <= set(row.spreads) else "–"
@@ -163,8 +196,8 @@ def table(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
             f"{ranks[row.entry]:.1f}", f"{trade_off(found.tasks, row.parameters):.3f}",
             *("–" if row.cost is None else f"{ratio:.2f}" for ratio in (row.cost or (0, 0))), str(row.seeds),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return heads, lines
 
 
 def below_the_probe(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from ..engine.train import check
 from ..errors import ConfigError, VpeftError
 from ..files import with_ending, write_text
 from ..reporting.pictures import figure, plain, save
+from ..reporting.terminal import shown_table
 from ..tasks.frozen import backbone_of
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
@@ -102,7 +103,8 @@ def table(
     for error in rowless.values():
         raise error
     found = [rows[file] for file, _ in plans]
-    print(markdown(found))
+    print(shown_table(*_cells(found)))
+    print(f"{with_ending(out, '.md')}, .json and .png have it")
     return found
 
 
@@ -198,19 +200,26 @@ def merge_error(config: DictConfig, ckpt: Path) -> tuple[int, float | None]:
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        f"| experiment | parameters | with head | {_metric(rows)} | seeds | s/epoch | merge error |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads, lines = _cells(rows)
+    parts = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return "\n".join(f"|{'|'.join(p)}|" if p[0] == "---" else f"| {' | '.join(p)} |" for p in parts)
+
+
+def _cells(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the table, and each row's cells."""
+    heads = ["experiment", "parameters", "with head", _metric(rows), "seeds", "s/epoch", "merge error"]
+    lines = []
     for r in rows:
         spread = "" if math.isnan(r["std"]) else f" ± {r['std']:.2f}"
         score = "–" if math.isnan(r["mean"]) else f"{r['mean']:.2f}{spread}"
         merged = "–" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
         lines.append(
-            f"| {r['experiment']} | {r['parameters']:,} | {r['with_head']:,} | {score} | {r['seeds']} "
-            f"| {r['seconds_per_epoch']:.2f} | {merged} |"
-        )
-    return "\n".join(lines)
+            [
+                r["experiment"], f"{r['parameters']:,}", f"{r['with_head']:,}", score, str(r["seeds"]),
+                f"{r['seconds_per_epoch']:.2f}", merged,
+            ]
+        )  # fmt: skip
+    return heads, lines
 
 
 def _metric(rows: Iterable[dict[str, Any]]) -> str:
