@@ -132,7 +132,7 @@ class Selection:
         for seed in self.seeds:
             if not 0 <= seed <= SEED:
                 raise ConfigError(f"benchmark: --seeds: {seed} is impossible; it must be at least 0 and at most {SEED}")
-        _check_overrides(self.overrides)
+        check_overrides(self.overrides, FIXED)
 
     def jobs(self) -> dict[Key, Job]:
         """The runs by key: all entries of a task and seed stand together, so that what is finished can be compared."""
@@ -145,12 +145,21 @@ class Selection:
         }
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse settings under which a row would not be what its key says, or there would be none."""
+def check_overrides(overrides: Sequence[str], fixed: Mapping[str, str], who: str = "the benchmark") -> None:
+    """Refuse settings under which a row would not be what its key says, or there would be none.
+
+    Args:
+        overrides: ``key.sub=value``.
+        fixed: keys that are set otherwise, each with what to do instead.
+        who: sets them.
+
+    Raises:
+        ConfigError: one of them, or what is no setting; names it.
+    """
     for item in overrides:
         for key in dict(flat(OmegaConf.to_container(setting(item, "--set")))):
-            if key in FIXED:
-                raise ConfigError(f"--set {item}: the benchmark sets {key} itself; {FIXED[key]}")
+            if key in fixed:
+                raise ConfigError(f"--set {item}: {who} sets {key} itself; {fixed[key]}")
 
 
 def plans(

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from omegaconf import OmegaConf
-
 from ..data.generated.offline import TASKS
-from ..engine.layers import setting
 from ..engine.lock import RunLock
-from ..engine.settings import flat
 from ..errors import ConfigError
 from ..files import write_text
 from .keeping import refuse_failed, run_and_keep
-from .offline import job, recipes, settings_of, takes_steps
+from .offline import check_overrides, job, recipes, settings_of, takes_steps
 from .rows import read_rows
 from .runner import Job, Outcome, check_processes
 
@@ -95,10 +91,7 @@ def tune(
             is at work in the folder; results of other settings in the table; or at the end, the runs that failed.
     """
     check_processes(processes)
-    for item in overrides:
-        for key in dict(flat(OmegaConf.to_container(setting(item, "--set")))):
-            if key in FIXED:
-                raise ConfigError(f"--set {item}: --rates sets {key} itself; leave it out")
+    check_overrides(overrides, dict.fromkeys(FIXED, "leave it out"), "--rates")
     jobs = rate_jobs(backbone, entries, tasks, overrides)
     if not jobs:
         raise ConfigError(f"--rates: {', '.join(entries)} take no steps, and have no learning rate")
