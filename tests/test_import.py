@@ -150,6 +150,7 @@ def test_the_interface_is_whole():
     assert not hasattr(vpeft, "nowhere.further"), "as any module, which raises nothing else"
 
 
+@pytest.mark.slow
 def test_export_is_there_when_it_is_asked_for():
     code = "import vpeft; before = 'vpeft.export' in sys.modules; print(before, callable(vpeft.export.export))"
     assert fresh(code) == "False True"

@@ -56,6 +56,7 @@ def test_a_full_disk_behind_a_command_is_said_in_a_line(name, monkeypatch, capsy
     assert capsys.readouterr().err == "WriteError: the standard output cannot be written: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_is_quiet_too():
     read, write = os.pipe()
     os.close(read)

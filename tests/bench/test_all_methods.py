@@ -220,6 +220,7 @@ def test_what_the_budget_leaves_out_is_named(file, tmp_path, monkeypatch, capsys
     assert (tmp_path / "out" / "all.md").read_text() == "tiny is left out: the budget of 2 minutes was spent.\n"
 
 
+@pytest.mark.slow
 def test_rounds_end_with_the_budget(file, capsys, monkeypatch):
     """A table that has begun gets three rounds; the report says how many there were."""
     monkeypatch.setattr(Deadline, "over", lambda self: True)

@@ -154,6 +154,7 @@ def test_bounds_are_the_limits_step_and_the_kernels_times(tmp_path, monkeypatch,
     assert "lora: not in its bound: _fused_adamw_" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_unexplained_is_said(tmp_path):
     from vpeft.bench.report import markdown
 

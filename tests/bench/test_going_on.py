@@ -82,6 +82,7 @@ def test_what_a_budget_left_out_is_measured_by_the_same_command(both, tmp_path, 
     assert names(tmp_path) == ["both.md", *WHOLE]
 
 
+@pytest.mark.slow
 def test_a_finished_table_stays_until_the_new_one_is_written(both, tmp_path, monkeypatch):
     one = tmp_path / "one.by.one.yaml"
     bench(one, [f"output={tmp_path / 'out'}"])

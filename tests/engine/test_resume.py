@@ -267,7 +267,7 @@ def after_two(runs, tiny):
     return config, tiny(*options, "name=whole")
 
 
-@pytest.mark.parametrize("how", ["missing", pytest.param("cut", marks=pytest.mark.slow), "bit"])
+@pytest.mark.parametrize("how", ["missing", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "bit"))])
 @pytest.mark.parametrize("name", ["state", "best", "last"])
 def test_damaged_files_fall_back_to_what_is_whole(after_two, name, how):
     config, whole = after_two

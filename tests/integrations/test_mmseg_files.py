@@ -77,6 +77,7 @@ def equal(found, wanted):
 # ---- the average ----
 
 
+@pytest.mark.slow
 def test_files_hold_the_average_that_was_judged(root, averaged):
     work, runner, judged = averaged
     for iteration, (tensors, miou) in judged.items():

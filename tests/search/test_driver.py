@@ -97,6 +97,7 @@ def test_stages_train_on_what_they_may(whole):
     assert "test_top1" not in json.loads((folder_of(config) / "supernet/metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_image_of_the_test_split_is_read_before_the_winner_is_trained(tiny, monkeypatch):
     """Every read of a test image finds the winner's last epoch done; each is read once for each winner."""
     config = tiny(

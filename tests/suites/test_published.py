@@ -101,6 +101,7 @@ def own(runs):
     return sorted(measured(runs, VTAB), key=lambda row: row.name)
 
 
+@pytest.mark.slow
 def test_finished_runs_stand_apart(runs, capsys):
     main(["published", "--method", "bitfit", "--runs", str(runs)])
     page = capsys.readouterr().out

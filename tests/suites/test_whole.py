@@ -52,6 +52,7 @@ def test_tasks_are_run_once_and_told(tmp_path, capsys):
     assert "optim.lr 0.001 -> 0.5" in error
 
 
+@pytest.mark.slow
 def test_the_table_has_earlier_runs_and_what_was_interrupted_goes_on(tmp_path, capsys):
     where = data(tmp_path / "data", "kitti", "dmlab")
     folder = tmp_path / "runs" / "vtab" / "lora"
