@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 import vpeft
-from tests.support.fashion import fashion_root
+from tests.support.bench import segmentation_table
 from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
@@ -278,22 +278,14 @@ def test_an_experiments_own_model_and_loss(tmp_path):
     """Segmentation: the decode head is in the step, its parameters are not counted as the method's."""
     from vpeft.bench.measure import bench
 
-    experiment = tmp_path / "seg.yaml"
-    experiment.write_text(f"""
-task: segmentation
-model: {{name: vit_tiny_patch16_224, pretrained: false, img_size: 32, kwargs: {{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}}}
-data: {{source: scenes, root: {fashion_root(tmp_path / "fashion")}}}
-seg: {{head: fcn, options: {{channels: 8}}, scenes: {{train: 4, size: 40}}}}
-""")
-    table = tmp_path / "bench.yaml"
-    table.write_text(f"""
-name: t
-output: {tmp_path}
-experiment: {experiment}
-batch_size: 2
-rounds: 2
-rows: [{{name: lora, options: {{rank: 2}}}}]
-""")
+    table = segmentation_table(
+        tmp_path,
+        "head: fcn, options: {channels: 8}",
+        "[{name: lora, options: {rank: 2}}]",
+        size=32,
+        depth=2,
+        more="rounds: 2\n",
+    )
     results = {r.label: r for r in bench(table)}
     assert results["lora"].parameters == 2 * 2 * (2 * (32 + 32))
     assert results["limit"].parameters == 0

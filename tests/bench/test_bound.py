@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.support.fashion import fashion_root
-from tests.support.models import SMALL
+from tests.support.bench import segmentation_table, tiny_table
 from vpeft.bench import bound, groups
 from vpeft.bench.bound import Kernels, Operation, Recorder, Shaped, difference, recorded
 from vpeft.bench.config import load_bench_config
@@ -14,24 +13,12 @@ from vpeft.bench.groups import _own_limits
 from vpeft.bench.measure import bench, measured
 from vpeft.bench.rows import LimitRow, built, opened, planned, references, twin
 
-TINY = """
-name: tiny
-model: {{name: {name}, kwargs: {model}}}
-batch_size: 2
-num_classes: 5
-rounds: 2
-warmup: 0
-threads: 1
-bound: true
-rows: {rows}
-"""
 RANK, WIDTH, TOKENS = 3, 32, 17
 
 
 def made(tmp_path, rows, *overrides):
     path = tmp_path / "tiny.yaml"
-    model = {k: v for k, v in SMALL.items() if k != "num_classes"}
-    path.write_text(TINY.format(name="vit_tiny_patch16_224", model=model, rows=rows))
+    path.write_text(tiny_table(rows, rounds=2, bound="true"))
     return load_bench_config(path, overrides)
 
 
@@ -171,24 +158,11 @@ def test_what_is_unexplained_is_said(tmp_path):
 @pytest.mark.slow
 def test_bound_of_what_trains_a_tasks_own_head(tmp_path):
     """SAN: no gradient enters the backbone, whose classifier is not called; its bound is its own arithmetic on the forward."""
-    experiment = tmp_path / "san.yaml"
-    experiment.write_text(f"""
-task: segmentation
-model: {{name: vit_tiny_patch16_224, pretrained: false, img_size: 16, kwargs: {{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}}}}
-method: {{name: linear}}
-data: {{source: scenes, root: {fashion_root(tmp_path / "fashion")}}}
-seg: {{head: san, options: {{width: 16, depth: 4, heads: 2, queries: 4, hidden: 8, patch: 8, loss: {{points: 32}}}}, scenes: {{train: 4, size: 40}}}}
-""")
-    table = tmp_path / "bench.yaml"
-    table.write_text(f"""
-name: t
-output: {tmp_path}
-experiment: {experiment}
-batch_size: 2
-rounds: 1
-bound: true
-rows: [{{name: linear, label: san}}]
-""")
+    options = "{width: 16, depth: 4, heads: 2, queries: 4, hidden: 8, patch: 8, loss: {points: 32}}"
+    table = segmentation_table(
+        tmp_path, f"head: san, options: {options}", "[{name: linear, label: san}]",
+        size=16, depth=4, more="rounds: 1\nbound: true\n",
+    )  # fmt: skip
     results = {r.label: r for r in bench(table)}
     assert results["san"].bound > results["san"].products
     assert results["san"].products > 0

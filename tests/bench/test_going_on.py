@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.models import SMALL
+from tests.support.bench import tiny_table
 from vpeft.bench import measure
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.deadline import Deadline
@@ -12,25 +12,12 @@ from vpeft.bench.report import markdown
 from vpeft.bench.result import Result
 from vpeft.errors import ConfigError
 
-TINY = """
-name: {name}
-model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
-batch_size: 2
-num_classes: 5
-rounds: 1
-warmup: 0
-threads: 1
-interleave: {interleave}
-rows: [{{name: linear}}]
-"""
-
 
 @pytest.fixture
 def both(tmp_path):
     """A file of two tables: of rows that come one by one, and of rows that come all together."""
-    model = {k: v for k, v in SMALL.items() if k != "num_classes"}
     for name, interleave in (("one.by.one", "one"), ("one.together", "all")):
-        (tmp_path / f"{name}.yaml").write_text(TINY.format(name=name, model=model, interleave=interleave))
+        (tmp_path / f"{name}.yaml").write_text(tiny_table("[{name: linear}]", name=name, interleave=interleave))
     file = tmp_path / "both.yaml"
     file.write_text(f"name: both\noutput: {tmp_path / 'out'}\ntables: [one.by.one.yaml, one.together.yaml]\n")
     return file

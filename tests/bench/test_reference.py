@@ -6,29 +6,19 @@ from pathlib import Path
 import pytest
 
 import vpeft
-from tests.support.models import SMALL
+from tests.support.bench import tiny_table
 from vpeft.bench import reference
 from vpeft.bench.config import load_tables
 from vpeft.bench.reference import LEAST_NOISE, check_reference, read_reference, write_reference
 from vpeft.cli import main
 
 ROOT = Path(__file__).parents[2]
-TINY = """
-name: tiny
-model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
-batch_size: 2
-num_classes: 5
-rounds: 1
-warmup: 0
-threads: 1
-rows: [{{name: lora, options: {{rank: 2}}}}]
-"""
 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
-    path.write_text(TINY.format(model={k: v for k, v in SMALL.items() if k != "num_classes"}))
+    path.write_text(tiny_table("[{name: lora, options: {rank: 2}}]"))
     return path
 
 

@@ -304,7 +304,8 @@ def test_two_processes_share_the_runs_and_a_killed_benchmark_goes_on(tmp_path):
     assert {key: found[key] for key in done} == done
     assert seen == {key: (runs / f"vit/{key[1]}/{key[2]}-seed0/metrics.json").stat().st_mtime_ns for key in done}
     alone = subprocess.run([*command[:4], "--report", "--out", str(out)], check=True, capture_output=True, text=True)
-    assert "| bitfit |" in alone.stdout
+    assert [line.split()[0] for line in alone.stdout.splitlines() if line.startswith("bitfit ")] == ["bitfit"]
+    assert "| bitfit |" in (out / "README.md").read_text()
 
 
 def test_results_of_other_settings_are_replaced_or_lie_elsewhere(tmp_path, capsys):

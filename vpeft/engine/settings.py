@@ -1,6 +1,6 @@
 """Which settings of a run differ from others, and which of them cannot change its result."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError, shown
 from .config import from_container
+from .layers import setting
 
 Changes = dict[str, tuple[Any, Any]]  # what is stored and what is asked for, by key
 
@@ -94,6 +95,23 @@ def flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{path}.{key}" if path else str(key))
     elif values != {}:
         yield path, values
+
+
+def refuse_keys(items: Iterable[str], reasons: Mapping[str, str], option: str = "") -> None:
+    """Refuse settings of keys that are not to be set here.
+
+    Args:
+        items: ``key.sub=value``.
+        reasons: the keys, each with why.
+        option: what gave them, such as ``--set``, in front of an error.
+
+    Raises:
+        ConfigError: names the setting; or what is none.
+    """
+    for item in items:
+        for key in dict(flat(OmegaConf.to_container(setting(item, option or "override")))):
+            if key in reasons:
+                raise ConfigError(f"{option} {item}: {reasons[key]}".lstrip())
 
 
 def _same_place(a: Any, b: Any) -> bool:

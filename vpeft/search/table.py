@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..engine.plan import place
-from ..engine.settings import differences, harmful, said
+from ..engine.settings import differences, harmful, refuse_keys, said
 from ..errors import ConfigError
 from ..files import write_text
 from ..tasks.registry import get_task
@@ -37,9 +37,7 @@ def searches(
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose searches would be one")
-    for item in overrides:
-        if item.partition("=")[0].strip() == "seed":
-            raise ConfigError(f"{item}: the searches' seeds are those of --seeds; leave it out")
+    refuse_keys(overrides, {"seed": "the searches' seeds are those of --seeds; leave it out"})
     configs = []
     for seed in seeds:
         config = load_search_config(file, [*overrides, f"seed={seed}"])

@@ -13,9 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..data.generated.offline import TASKS, VERSION
-from ..engine.layers import setting
 from ..engine.plan import BEST
-from ..engine.settings import HARMLESS, WATCHING, flat
+from ..engine.settings import HARMLESS, WATCHING, flat, refuse_keys
 from ..errors import ConfigError, did_you_mean
 from ..files import sha256_of, shipped
 from ..methods import list_methods
@@ -132,7 +131,8 @@ class Selection:
         for seed in self.seeds:
             if not 0 <= seed <= SEED:
                 raise ConfigError(f"benchmark: --seeds: {seed} is impossible; it must be at least 0 and at most {SEED}")
-        check_overrides(self.overrides, FIXED)
+        reasons = {key: f"the benchmark sets {key} itself; {instead}" for key, instead in FIXED.items()}
+        refuse_keys(self.overrides, reasons, "--set")
 
     def jobs(self) -> dict[Key, Job]:
         """The runs by key: all entries of a task and seed stand together, so that what is finished can be compared."""
@@ -143,23 +143,6 @@ class Selection:
             for task in self.tasks
             for entry in self.entries
         }
-
-
-def check_overrides(overrides: Sequence[str], fixed: Mapping[str, str], who: str = "the benchmark") -> None:
-    """Refuse settings under which a row would not be what its key says, or there would be none.
-
-    Args:
-        overrides: ``key.sub=value``.
-        fixed: keys that are set otherwise, each with what to do instead.
-        who: sets them.
-
-    Raises:
-        ConfigError: one of them, or what is no setting; names it.
-    """
-    for item in overrides:
-        for key in dict(flat(OmegaConf.to_container(setting(item, "--set")))):
-            if key in fixed:
-                raise ConfigError(f"--set {item}: {who} sets {key} itself; {fixed[key]}")
 
 
 def plans(

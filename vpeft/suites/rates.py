@@ -15,10 +15,11 @@ from statistics import mean
 
 from ..data.generated.offline import TASKS
 from ..engine.lock import RunLock
+from ..engine.settings import refuse_keys
 from ..errors import ConfigError
 from ..files import write_text
 from .keeping import refuse_failed, run_and_keep
-from .offline import check_overrides, job, recipes, settings_of, takes_steps
+from .offline import job, recipes, settings_of, takes_steps
 from .rows import read_rows
 from .runner import Job, Outcome, check_processes
 
@@ -91,7 +92,7 @@ def tune(
             is at work in the folder; results of other settings in the table; or at the end, the runs that failed.
     """
     check_processes(processes)
-    check_overrides(overrides, dict.fromkeys(FIXED, "leave it out"), "--rates")
+    refuse_keys(overrides, {key: f"--rates sets {key} itself; leave it out" for key in FIXED}, "--set")
     jobs = rate_jobs(backbone, entries, tasks, overrides)
     if not jobs:
         raise ConfigError(f"--rates: {', '.join(entries)} take no steps, and have no learning rate")

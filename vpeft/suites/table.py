@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
@@ -21,9 +20,10 @@ from ..engine.config import load_config
 from ..engine.opening import open_split
 from ..engine.plan import place
 from ..engine.replacing import to_replace
+from ..engine.settings import refuse_keys
 from ..engine.train import check
-from ..errors import ConfigError, VpeftError
-from ..files import with_ending, write_text
+from ..errors import ConfigError, VpeftError, WriteError
+from ..files import refuse_unwritable, with_ending, write_text
 from ..reporting.pictures import figure, plain, save
 from ..reporting.terminal import shown_table
 from ..tasks.frozen import backbone_of
@@ -63,9 +63,7 @@ def table(
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds: {' '.join(map(str, seeds))} has a seed twice, whose runs would be one")
-    for item in overrides:
-        if item.partition("=")[0].strip() == "seed":
-            raise ConfigError(f"--set {item}: the runs' seeds are those of --seeds; leave it out")
+    refuse_keys(overrides, {"seed": "the runs' seeds are those of --seeds; leave it out"}, "--set")
     check_processes(processes)
     out = Path(out)
     out = out.with_suffix("") if out.suffix in _ENDINGS else out
@@ -81,26 +79,28 @@ def table(
         for file, of in plans
         for c in of
     ]
+    waiting = {file: len(of) for file, of in plans}
     rows: dict[Path, dict[str, Any]] = {}
-    failed, done, rowless = [], set(), dict[Path, VpeftError]()
+    failed, rowless = [], list[VpeftError]()
     say = partial(print, flush=True)
     with closing(run_all(jobs, processes=processes, log=with_ending(out, ".logs"), say=say)) as outcomes:
         for outcome in outcomes:
             if outcome.error:
                 failed.append(f"{outcome.job.name} ({outcome.error})")
                 continue
-            done.add(outcome.job.name)
-            for file, of in plans:
-                if file not in rows and file not in rowless and done.issuperset(c.name for c in of):
-                    try:
-                        rows[file] = _row(file, of)
-                    except VpeftError as error:  # a checkpoint that cannot be read: the other runs go on
-                        rowless[file] = error
-                        say(f"{file}: no row: {error}")
-                    else:
-                        _write(out, [rows[f] for f, _ in plans if f in rows])
+            file = outcome.job.file
+            waiting[file] -= 1
+            if waiting[file]:
+                continue
+            try:
+                rows[file] = _row(file, dict(plans)[file])
+            except VpeftError as error:  # a checkpoint that cannot be read: the other runs go on
+                rowless.append(error)
+                say(f"{file}: no row: {error}")
+                continue
+            _write(out, [rows[f] for f, _ in plans if f in rows])
     refuse_failed(failed)
-    for error in rowless.values():
+    for error in rowless:
         raise error
     found = [rows[file] for file, _ in plans]
     print(shown_table(*_cells(found)))
@@ -121,9 +121,13 @@ def _plan(file: str | Path, overrides: Sequence[str], seed: int) -> DictConfig:
 
 def _check_out(out: Path) -> None:
     """Refuse a place in which no results can be written, before the runs that they are of."""
-    there = next(p for p in (out.parent, *out.parent.parents) if p.exists())
-    if out.name in ("", "..") or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out: nothing can be written to {out}.md; give a path such as runs/table")
+    message = f"--out: nothing can be written to {out}.md; give a path such as runs/table"
+    if out.name in ("", ".."):
+        raise ConfigError(message)
+    try:
+        refuse_unwritable(with_ending(out, ".md"))
+    except WriteError as error:
+        raise ConfigError(message) from error
 
 
 def _check_distinct(plans: list[tuple[Path, list[DictConfig]]]) -> None:
