@@ -11,7 +11,7 @@ from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state
 from tests.support.models import attached, images, make, randomise, train_steps
 from tests.support.reference import Reference
 from vpeft.backbone.sites import Sites
-from vpeft.methods.mpo import MpoWeight, split
+from vpeft.methods.mpo import MpoWeight, left_vectors, split
 
 
 def contract(tensors, rows, columns):
@@ -86,6 +86,15 @@ def test_decomposition_is_exact_and_has_the_cards_sizes():
     for k, t in starts.items():
         flat = t.flatten(0, 2) if k < 2 else t.flatten(1).T
         assert torch.allclose(flat.T @ flat, torch.eye(flat.shape[1], dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 50), (50, 6), (7, 7)])
+def test_vectors_of_one_side_are_the_svds(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = torch.linalg.svd(matrix, full_matrices=False).U
+    found = left_vectors(matrix)
+    assert found.shape == u.shape
+    assert torch.allclose(found * (found * u).sum(0).sign(), u, atol=1e-12), "but for signs"
 
 
 @pytest.mark.parametrize("tensors", [3, 5, 9])

@@ -14,7 +14,7 @@ class Watched(TorchFunctionMode):
     count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.linalg.svd and not args[0].is_meta
+        self.count += func in (torch.linalg.svd, torch.linalg.qr) and not args[0].is_meta
         return func(*args, **(kwargs or {}))
 
 

@@ -30,6 +30,17 @@ def split(size: int, parts: int) -> list[int]:
     return [placed[k] for k in range(parts)]
 
 
+def left_vectors(matrix: Tensor) -> Tensor:
+    """The left singular vectors (m, min(m, n)) of a matrix (m, n).
+
+    Those of a broad matrix are those of its triangular factor, which is m x m; its other side, which would take most of the
+    time, is not formed.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = torch.linalg.qr(matrix.T, mode="r")[1].T
+    return torch.linalg.svd(matrix, full_matrices=False)[0]
+
+
 class MpoWeight(ReplaceTensor):
     """W' = W + (L - L0) C R + L0 C (R - R0): the chain L C R with the frozen central C = L0^T W R0^T.
 
@@ -57,14 +68,16 @@ class MpoWeight(ReplaceTensor):
         tensors, rest, bond = {}, self.paired(weight), 1
         sizes = [i * j for i, j in zip(self.rows, self.columns, strict=True)]
         for k in range(self.centre):
-            u, s, vh = torch.linalg.svd(rest.reshape(bond * sizes[k], -1), full_matrices=False)
-            tensors[k] = u.reshape(bond, self.rows[k], self.columns[k], len(s)).contiguous()
-            rest, bond = s[:, None] * vh, len(s)
+            rest = rest.reshape(bond * sizes[k], -1)
+            vectors = left_vectors(rest)
+            tensors[k] = vectors.reshape(bond, self.rows[k], self.columns[k], -1).contiguous()
+            rest, bond = vectors.T @ rest, vectors.shape[1]
         bond = 1
         for k in range(len(sizes) - 1, self.centre, -1):
-            u, s, vh = torch.linalg.svd(rest.reshape(-1, sizes[k] * bond), full_matrices=False)
-            tensors[k] = vh.reshape(len(s), self.rows[k], self.columns[k], bond).contiguous()
-            rest, bond = u * s, len(s)
+            rest = rest.reshape(-1, sizes[k] * bond)
+            vectors = left_vectors(rest.T)
+            tensors[k] = vectors.T.reshape(-1, self.rows[k], self.columns[k], bond).contiguous()
+            rest, bond = rest @ vectors, vectors.shape[1]
         return tensors
 
     def paired(self, weight: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class _Undecomposed(TorchFunctionMode):
     """Under here weights are not decomposed: what a method would start from gives way to the file's tensors, all of them."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not torch.linalg.svd:
+        if func not in (torch.linalg.svd, torch.linalg.qr):
             return func(*args, **(kwargs or {}))
         matrix, *others = args
         found = func(matrix.to("meta"), *others, **(kwargs or {}))
