@@ -3,12 +3,13 @@
 import csv
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 import vpeft
-from tests.support.models import SMALL
+from tests.support.bench import tiny_table
 from vpeft.bench import groups, measure, rows
 from vpeft.bench.config import load_bench_config
 from vpeft.bench.deadline import Deadline
@@ -17,29 +18,18 @@ from vpeft.bench.measure import bench, measured
 from vpeft.bench.report import as_csv, from_csv
 from vpeft.bench.result import Result
 from vpeft.bench.unfinished import Unfinished
+from vpeft.engine.lock import RunLock
+from vpeft.errors import ConfigError
 from vpeft.methods import list_methods
 
-TINY = """
-name: tiny
-output: {out}
-model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
-batch_size: 2
-num_classes: 40
-rounds: 1
-warmup: 0
-threads: 1
-interleave: one
-rows:
-  - {{name: lora, options: {{rank: 2}}}}
-  - {{name: linear}}
-"""
+ROWS = "[{name: lora, options: {rank: 2}}, {name: linear}]"
 FOUR = ["lora", "vpt_deep", "fish", "ssf"]
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(out=tmp_path / "out", model={k: v for k, v in SMALL.items() if k != "num_classes"}))
+    path.write_text(tiny_table(ROWS, output=tmp_path / "out", num_classes=40, interleave="one"))
     return path
 
 
@@ -134,6 +124,17 @@ def test_it_goes_on_after_an_interruption(file, tmp_path, monkeypatch, capsys):
     assert last[:4] == first, "kept as they were measured"
     assert float(last[4]["step/limit"]) > 0
     assert results[4].ratios["saved/limit"] == results[4].saved / results[2].saved
+
+
+def test_a_second_bench_in_a_folder_is_refused_before_it_touches_the_firsts_rows(file, monkeypatch):
+    config = load_bench_config(file)
+    lock = RunLock(Path(config.output))
+    lock.take()
+    monkeypatch.setattr(measure, "_table", None)  # nothing is measured
+    with pytest.raises(ConfigError, match=r"is running; wait for its end, or choose another output="):
+        bench(file)
+    assert [p.name for p in Path(config.output).iterdir()] == ["lock.json"]
+    lock.release()
 
 
 def test_rows_of_other_settings_are_not_kept(file, capsys):

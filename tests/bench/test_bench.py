@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 import vpeft
-from tests.support.bench import segmentation_table
+from tests.support.bench import segmentation_table, tiny_table
 from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
@@ -24,25 +24,13 @@ from vpeft.cli import main
 from vpeft.tasks.labels import LabelStep
 from vpeft.tasks.protocol import TaskModel
 
-TINY = """
-name: tiny
-output: {out}
-model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
-batch_size: 2
-num_classes: 5
-rounds: 2
-warmup: 0
-threads: 1
-rows:
-  - {{name: lora, options: {{rank: 2}}}}
-  - {{name: adaptformer, label: wide, options: {{bottleneck: 8}}}}
-"""
+ROWS = "[{name: lora, options: {rank: 2}}, {name: adaptformer, label: wide, options: {bottleneck: 8}}]"
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(out=tmp_path / "out", model={k: v for k, v in SMALL.items() if k != "num_classes"}))
+    path.write_text(tiny_table(ROWS, output=tmp_path / "out", rounds=2))
     return path
 
 
@@ -297,11 +285,8 @@ def test_an_experiments_own_model_and_loss(tmp_path):
 
 @pytest.mark.slow
 def test_several_tables_by_one_command(tmp_path, capsys):
-    small = {k: v for k, v in SMALL.items() if k != "num_classes"}
     for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(
-            TINY.format(out="elsewhere", model=small).replace("name: tiny", f"name: {name}")
-        )
+        (tmp_path / f"{name}.yaml").write_text(tiny_table(ROWS, name=name, output="elsewhere", rounds=2))
     (tmp_path / "all.yaml").write_text("name: all\ntables: [one.yaml, two.yaml]\n")
     out = tmp_path / "out"
     results = bench(tmp_path / "all.yaml", [f"output={out}", "rounds=1"])

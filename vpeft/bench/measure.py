@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..engine.config import read_config
+from ..engine.lock import RunLock
 from ..engine.plan import place
 from ..errors import VpeftError
 from ..files import write_text
@@ -33,11 +34,20 @@ def bench(file: str | Path, overrides: Sequence[str] = ()) -> list[Result]:
 
     Where it names several tables, each is written when it is done, and ``OUTPUT/NAME.md`` has them all at last. Until then,
     and as long as a budget leaves something out, the same command goes on from what is measured.
+
+    Raises:
+        ConfigError: a configuration that cannot be measured, or another process that measures into the same folder: each
+            would take the other's time, and of one name also its rows.
     """
-    tables, results, texts, journals = load_tables(file, overrides), [], [], []
-    whole = read_config(BenchConfig, file, overrides)
+    tables, whole = load_tables(file, overrides), read_config(BenchConfig, file, overrides)
     for config in (*tables, whole):
         place(config)  # refuses names and places of no use, before anything is measured
+    with RunLock(Path(whole.output), "choose another output=…"):
+        return _bench(tables, whole)
+
+
+def _bench(tables: Sequence[DictConfig], whole: DictConfig) -> list[Result]:
+    results, texts, journals = [], [], []
     deadline = Deadline(whole.budget_minutes)
     for config in tables:
         if deadline.over():
