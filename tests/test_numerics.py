@@ -16,6 +16,7 @@ from vpeft.numerics import (
     random_states_from_json,
     random_states_to_json,
     seeded,
+    top_positions,
 )
 
 
@@ -79,3 +80,26 @@ def test_states_survive_json():
     expected = [random.gauss(0, 1), float(np.random.randn()), *draw()]
     random_states_from_json(stored)
     assert [random.gauss(0, 1), float(np.random.randn()), *draw()] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "order"),
+    [
+        (1, "mixed"),
+        (20_000, "mixed"),
+        (20_000, "rising"),
+        (20_000, "few values"),
+        (2_000_000, "mixed"),
+        (2_200_000, "mixed"),
+    ],
+)
+def test_the_largest_of_millions(count, order):
+    """Whether or not a sample finds a bound below them: where values rise, or are mostly the same, it tells little."""
+    values = torch.arange(2_200_000) * 7_919 % 2_200_000  # each number once
+    if order == "rising":
+        values = values.sort().values
+    if order == "few values":
+        values = (values < 100).float()
+    found = top_positions(values, count)
+    assert len(found.unique()) == count
+    assert torch.equal(values[found].sort().values, values.sort().values[-count:])

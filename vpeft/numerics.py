@@ -1,5 +1,6 @@
 """Precision, references between modules, training modes and random states: what many places need."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,3 +185,18 @@ def random_states_from_json(states: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     for index, state in enumerate(states["cuda"]):
         torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), index)
+
+
+def top_positions(values: Tensor, count: int) -> Tensor:
+    """Positions of the ``count`` largest values, in no order.
+
+    Of a few among millions, torch's own selection is only asked about those above a bound that a sample suggests.
+    """
+    sample = values[:: max(1, len(values) >> 20)]
+    expected = count * len(sample) / len(values)
+    enough = math.ceil(expected + 8 * math.sqrt(expected + 1))  # a bound so low that all are above
+    if enough < len(sample):
+        near = (values >= sample.topk(enough, sorted=False).values.min()).nonzero().flatten()
+        if len(near) >= count:
+            return near[values[near].topk(count, sorted=False).indices]
+    return values.topk(count, sorted=False).indices

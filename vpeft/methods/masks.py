@@ -21,7 +21,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention, set_tensor
 from ..interventions.weights import ReplaceTensor
-from ..numerics import weighted_change
+from ..numerics import top_positions, weighted_change
 from ..options import fraction, option
 from .base import Method, Paper, register, tensors_of
 
@@ -125,7 +125,7 @@ def largest(scores: dict[str, Tensor], count: int, most: bool = True) -> dict[st
     if not 1 <= count <= flat.numel():
         raise MethodError(f"a budget of {count} entries of {flat.numel()}; choose another ratio")
     chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.topk(count, largest=most, sorted=False).indices] = True
+    chosen[top_positions(flat if most else -flat, count)] = True
     return positions(scores, chosen)
 
 
