@@ -9,7 +9,7 @@ import timm
 import torch
 
 import vpeft
-from tests.support.models import SMALL
+from tests.support.bench import tiny_table
 from vpeft.bench import routing
 from vpeft.bench.config import load_routing_config
 from vpeft.bench.routing import Mixed, PeftMixed, bench_route, measure_routing
@@ -17,27 +17,15 @@ from vpeft.bench.rows import classifier
 from vpeft.cli import main
 from vpeft.methods import create
 
-TINY = """
-name: tiny
-output: {out}
-model: {{name: vit_tiny_patch16_224, kwargs: {model}}}
-tasks: 3
-batch_size: 7
-num_classes: 5
-rounds: 2
-warmup: 0
-threads: 1
-rows:
-  - {{name: lora, options: {{rank: 2}}}}
-  - {{name: bitfit, label: biases}}
-"""
+ROWS = "[{name: lora, options: {rank: 2}}, {name: bitfit, label: biases}]"
+TINY = {"tasks": 3, "batch_size": 7, "rounds": 2}
 PASSES = ("single", "routed", "switched", "copies", "step_single", "step_routed", "step_copies")
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(out=tmp_path / "out", model={k: v for k, v in SMALL.items() if k != "num_classes"}))
+    path.write_text(tiny_table(ROWS, output=tmp_path / "out", **TINY))
     return path
 
 
@@ -141,7 +129,8 @@ def test_without_separate_forwards(file):
 def test_a_swin(tmp_path):
     small = {"img_size": 48, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
     path = tmp_path / "swin.yaml"
-    path.write_text(TINY.format(out=tmp_path, model=small).replace("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"))
+    model = {"name": "swin_tiny_patch4_window7_224", "kwargs": small}
+    path.write_text(tiny_table(ROWS, output=tmp_path, model=model, **TINY))
     (row,) = measure_routing(load_routing_config(path, ["rounds=1", "rows=[{name: ssf}]"]))
     assert row.difference < 1e-5
 

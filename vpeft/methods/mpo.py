@@ -77,7 +77,9 @@ class MpoWeight(ReplaceTensor):
             rest = rest.reshape(-1, sizes[k] * bond)
             vectors = left_vectors(rest.T)
             tensors[k] = vectors.T.reshape(-1, self.rows[k], self.columns[k], bond).contiguous()
-            rest, bond = rest @ vectors, vectors.shape[1]
+            bond = vectors.shape[1]
+            if k > self.centre + 1:  # what the last leaves is the central tensor, which is not kept
+                rest = rest @ vectors
         return tensors
 
     def paired(self, weight: Tensor) -> Tensor:
