@@ -300,6 +300,13 @@ def parse_json(text: str, path: Path) -> Any:
     return found
 
 
+def no_folder(path: str | Path | None) -> str:
+    """Why something that was given as a folder is none, in words."""
+    if path is None or not str(path):
+        return "no folder is given"
+    return f"'{path}' is a file, not a folder" if Path(path).exists() else f"folder '{path}' does not exist"
+
+
 def _inside(value: Any) -> Iterable[Any]:
     return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
 

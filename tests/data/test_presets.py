@@ -120,5 +120,12 @@ def test_other_sources_refuse_the_keys_of_benchmarks(make):
 
 
 def test_a_folder_that_torchvision_would_read_must_be_there(make, tmp_path):
-    with pytest.raises(DataError, match=r"data\.root: folder '.*none' does not exist; .*data\.download=true"):
+    layout = r"ROOT/cifar-100-python/\{train,test,meta\}; data\.download=true"
+    with pytest.raises(DataError, match=rf"data\.root: folder '.*none' does not exist; .*{layout}"):
         get_task(make("data.source=torch/cifar100", f"data.root={tmp_path / 'none'}")).check()
+    with pytest.raises(DataError, match=rf"could not open 'torch/cifar100', split 'train': .*{layout}"):
+        get_task(make("data.source=torch/cifar100", f"data.root={tmp_path}")).open_data()
+    with pytest.raises(
+        DataError, match=r"no 'torch/cifar1000'; did you mean 'torch/cifar100'.*has cifar10, cifar100, mnist"
+    ):
+        get_task(make("data.source=torch/cifar1000", f"data.root={tmp_path}")).check()

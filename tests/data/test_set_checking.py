@@ -6,6 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
+import vpeft
 from tests.support.sets import few_shot, pictures, split_files, vtab
 from vpeft.cli import main
 from vpeft.data.sets.checking import check_root
@@ -126,7 +127,7 @@ def test_a_folder_without_lists_is_incomplete_unless_it_is_another_sets(tmp_path
 def test_nothing_there_and_no_folder(tmp_path, capsys):
     assert status("check", tmp_path) == 1
     assert status("check", tmp_path / "no") == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "does not exist; give the one" in capsys.readouterr().err
     assert status("check", tmp_path, "vtab/kity") == 2
     assert "did you mean 'vtab/kitti'" in capsys.readouterr().err
 
@@ -145,3 +146,21 @@ def test_building_is_a_command(tmp_path, capsys):
     assert status("build", "vtab/svhn", "--from", tmp_path, "--out", tmp_path / "out") == 2
     assert "train_32x32.mat" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_one_too_deep_or_too_high_is_told(whole, capsys):
+    assert status("check", whole / "kitti", "vtab/kitti") == 1
+    text = capsys.readouterr().out
+    assert (
+        "vtab/kitti: not there; give the folder that holds this one; expected, with ROOT = the folder: ROOT/kitti/train800"
+        in text
+    )
+    assert status("check", whole.parent, "vtab/kitti") == 1
+    assert f"vtab/kitti: not there; it seems to be in {whole}: give that" in capsys.readouterr().out
+    assert status("check", whole / "kitti") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "vtab/kitti: not there; give the folder that holds this one" in lines
+    assert "vtab/svhn: not there" in lines
+    file = whole / "kitti/test.txt"
+    with pytest.raises(vpeft.DataError, match=f"'{file}' is a file, not a folder; give the one"):
+        check_root(file)

@@ -116,7 +116,7 @@ def test_runs_of_masks(tmp_path, trained, capsys):
     found = compare([tmp_path / "a", tmp_path / "b"], html=tmp_path / "c.html")
     assert (found["notes"], found["pairs"]) == ([], [])
     text = capsys.readouterr().out
-    assert "[1] has the higher mIoU on 1 of 2 images, [2] on 1; they differ most on" in text
+    assert "[1] has the higher mIoU on 1 of 2 images, [2] on 1; they differ most on ([1]'s less [2]'s):" in text
     assert text.index("0.png: +30.0") < text.index("1.png: -10.0")
     assert "2.png" not in text
     assert next(line.split() for line in text.splitlines() if " sky " in line)[3:6:2] == ["40.00", "60.00"]
@@ -135,12 +135,41 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
         compare(two, csv=one / "predictions.csv")
     with pytest.raises(vpeft.ConfigError, match=r"--html: .* does not end in \.html"):
         compare(two, html=tmp_path / "x.txt")
-    (other / "predictions.csv").write_text("index,file,true\nx\n")
-    with pytest.raises(vpeft.ConfigError, match=r"predictions\.csv or per_class\.csv is damaged"):
-        compare(two)
     (other / "metrics.json").unlink()
     with pytest.raises(vpeft.ConfigError, match="unfinished run"):
         compare(two)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("predictions.csv", b"index,file,true\nx\n", "no column 'predicted'"),
+        ("predictions.csv", b"", "no column 'true'"),
+        ("predictions.csv", b"\n\n", "no column 'true'"),
+        ("predictions.csv", b"index,file,true,predicted\n", "no rows"),
+        ("predictions.csv", b"index,file,true,predicted\nx,a.png,1,1\n", "'x'"),
+        ("predictions.csv", b"file,index,true,predicted\na.png,0,1,1\n", "does not begin with index, file"),
+        ("predictions.csv", bytes(range(256)) * 40, "damaged"),
+        ("per_class.csv", b"", "no column 'accuracy'"),
+        ("per_class.csv", b"class,samples,accuracy\nshirt,9\n", "no rows, or some"),
+        ("per_class.csv", b"class,samples,accuracy\nshirt,9,high\n", "'high'"),
+        ("metrics.json", b"[]", "no metrics by name"),
+        ("metrics.json", b"null", "no metrics by name"),
+        ("metrics.json", b"{", "damaged"),
+        ("metrics.json", b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(two, name, content, said):
+    (two[1] / name).write_bytes(content)
+    with pytest.raises(vpeft.ConfigError, match=said) as refused:
+        compare(two)
+    assert str(two[1] / name) in str(refused.value)
+
+
+def test_lines_of_the_log_that_are_no_epochs_are_left_out(two, tmp_path):
+    with (two[1] / "log.jsonl").open("a") as file:
+        file.write("[]\n5\n{}\n")
+    assert compare(two, html=tmp_path / "c.html")["notes"] == []
 
 
 def test_a_run_that_names_no_classes_is_not_said_to_have_others(two, capsys):

@@ -179,8 +179,8 @@ def test_everything_is_checked_before_a_file_is_read(ckpt, photos, tmp_path, cap
     (tmp_path / "empty").mkdir()
     (tmp_path / "old.csv").write_text("old")
     for arguments, message in (
-        (["--json", tmp_path / "no" / "o.json"], r"--json: the folder '.*/no' does not exist"),
-        (["--save", tmp_path / "no" / "o.csv"], r"--save: the folder '.*/no' does not exist"),
+        (["--json", tmp_path / "no" / "o.json"], r"--json: folder '.*/no' does not exist"),
+        (["--save", tmp_path / "no" / "o.csv"], r"--save: folder '.*/no' does not exist"),
         (["--json", tmp_path], r"--json: '.*' is a folder"),
         (["--save", tmp_path / "o.xyz"], r"--save: the ending of '.*o\.xyz' says no form.*\.csv"),
         (["--save", tmp_path / "a.json", "--json", tmp_path / "a.json"], r"--save: '.*a\.json' is the file of --json"),

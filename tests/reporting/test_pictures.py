@@ -10,7 +10,7 @@ from PIL import Image
 
 from vpeft.reporting.calibration import Reliability
 from vpeft.reporting.page import bars, code, folded, picture, table, write_page
-from vpeft.reporting.pictures import draw_confusion, draw_reliability, draw_tiles, plain
+from vpeft.reporting.pictures import _fitted, draw_confusion, draw_reliability, draw_tiles, plain
 
 NASTY = ["$x_{$", "<script>alert(1)</script>", "a\nb", "\\frac{$", "文字", "'\"&"]
 
@@ -62,3 +62,20 @@ def test_a_page_is_whole_by_itself(tmp_path):
     assert set(re.findall(r"(?:src|href|url)[=(]\"?(.{0,5})", text)) == {"data:"}
     assert "prefers-color-scheme: dark" in text
     assert "50.12" in text
+
+
+def test_lines_below_tiles_fit_their_width():
+    from matplotlib.textpath import TextPath
+
+    for text in (
+        "short",
+        "a very long name of a class of birds",
+        r"100 \$ and much more than that",
+        "猫の長い名前の種類の名前",
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = _fitted(text, 70, 7)
+            assert TextPath((0, 0), found, size=7).get_extents().width <= 70
+        assert found == text or found.endswith("…")
+    assert _fitted("short", 70, 7) == "short"

@@ -101,13 +101,13 @@ def test_what_cannot_be_is_said_before_the_first_image(book, photos, capsys):
     for folder, message in (
         ("in", r"in/boot: no task of the book is called so; did you mean 'boots'\?"),
         ("photos", "nobody knows its task"),
-        ("none", "none is no folder; give a list by --list"),
+        ("none", "none' does not exist; give a list by --list"),
     ):
         with pytest.raises(DataError, match=message):
             read_folder(photos / folder, read)
     for options, where, message in (
         ({"topk": 4}, {}, "--topk: 4 classes asked for, but task 'boots' has 3"),
-        ({}, {"save": photos / "none" / "o.csv"}, "--save: the folder"),
+        ({}, {"save": photos / "none" / "o.csv"}, "--save: folder"),
         ({}, {"save": first}, "is one of the inputs"),
         ({}, {"save": book}, "is one of the inputs"),
         ({}, {"json_file": book.parent / "boots.safetensors"}, "is a checkpoint"),

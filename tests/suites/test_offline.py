@@ -1,6 +1,7 @@
 """The offline benchmark: its runs, the table of results that it goes on from, its report."""
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -30,6 +31,7 @@ from vpeft.suites.offline import (
     settings_of,
     undone,
 )
+from vpeft.suites.plots import _meet, _name_points
 from vpeft.suites.report import rows_of, write_report
 from vpeft.suites.rows import write_rows
 from vpeft.suites.runner import run_all
@@ -156,6 +158,15 @@ def test_runs_are_done_once_and_failures_do_not_stop_the_rest(tmp_path, capsys):
     assert again.seconds == 0
     assert "was there" in lines[-1]
     assert (first.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_what_a_method_refuses_is_left_out_and_no_failure(tmp_path, capsys):
+    some = Selection(("swin",), ("linear", "lst"), ("digits",), (0,), (*SMALL, f"output={tmp_path / 'runs'}"))
+    benchmark([some], tmp_path / "report", costs=False)
+    text = capsys.readouterr().out
+    assert "left out: lst on swin, 1 runs: lst on swin_micro" in text
+    assert "failed" not in text
+    assert [key[2] for key in read_results(tmp_path / "report/results.csv")] == ["linear"]
 
 
 def test_the_report_says_what_the_results_say(tmp_path):
@@ -358,3 +369,19 @@ def test_no_process_outlives_a_benchmark_that_was_ended(tmp_path, number, status
     assert len(workers) >= 2
     assert first.wait(timeout=60) == status
     assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
+def test_names_of_points_do_not_lie_on_each_other():
+    from matplotlib.figure import Figure
+
+    axis = Figure(figsize=(10, 6)).subplots()
+    points = {f"method_{i}": (10.0 + 0.2 * i, 70.0 + 0.3 * (i % 3)) for i in range(9)}
+    axis.set(xlim=(0, 20), ylim=(60, 80))
+    _name_points(axis, points)
+    boxes = []
+    for text in axis.texts:
+        x, y = axis.transData.transform(text.xy) * 72 / axis.figure.dpi
+        (dx, dy), width = text.get_position(), 4.6 * len(text.get_text())
+        boxes.append((x + dx, y + dy, x + dx + width, y + dy + 9))
+    assert [text.get_text() for text in axis.texts] == list(points)
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if _meet(a, b)]

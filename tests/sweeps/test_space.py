@@ -112,3 +112,13 @@ def test_shipped_spaces_are_whole(file):
     for part in found.parts:
         name = part.key.removeprefix("method.options.")
         assert name in options if name != part.key else part.key in keys, part.key
+
+
+def test_a_space_that_ships_is_found_without_its_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = {tuple(p.key for p in load_space(name).parts) for name in ("rates", "spaces/rates", "configs/spaces/rates.yaml")}
+    assert found == {("optim.lr", "optim.weight_decay")}
+    with pytest.raises(vpeft.ConfigError, match=r"--space: rate does not exist; did you mean 'spaces/rates'"):
+        load_space("rate")
+    with pytest.raises(vpeft.ConfigError, match=r"--final 'train\.epochs': expected key\.sub=value"):
+        load_space("rates", final=["train.epochs"])

@@ -53,6 +53,9 @@ def test_the_winner_learns_from_the_split_that_has_the_validation_samples(experi
             Sweep(experiment, load_space(space(text % ", data.val_split: val200")), source, [0])
     cut = Sweep(experiment, load_space(space(text % ", data.val_size: 100")), source, [0]).final({}, 0)
     assert (cut.data.val_split, cut.data.val_size, cut.train.patience) == (None, 100, 2)
+    given = load_space(space(ONE), final=["data.train_split=train800val200", "train.epochs=3"])
+    told = Sweep(experiment, given, own, [0]).final({}, 0)
+    assert (told.data.train_split, told.data.val_split, told.train.epochs) == ("train800val200", None, 3)
     plain = Sweep(experiment, load_space(space(ONE)), source, [0]).final({}, 0)
     assert (plain.data.train_split, plain.data.val_split) == ("train800", "val200")
 

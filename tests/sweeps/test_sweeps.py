@@ -64,6 +64,21 @@ def test_a_grid_is_tried_on_validation_data_and_the_winner_is_tested(experiment,
     assert "test top-1 accuracy" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_there_are_said_once_and_before_anything_is_written(experiment, space, tmp_path):
+    lost = ["model.pretrained=true", f"model.checkpoint={tmp_path / 'w.safetensors'}"]
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    with pytest.raises(vpeft.ConfigError, match=r"model.checkpoint: timm does not build"):
+        sweep(experiment, space(GRID), lost, seeds=())
+    assert not folder(experiment).exists()
+
+
+def test_what_a_recipe_says_is_said_once(space, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["output=runs", "data.num_samples=60", "data.val_size=20", "train.epochs=1", "schedule.warmup_epochs=0"]
+    sweep("digits/lora", space("sampler: grid\nspace: {optim.lr: [0.01, 0.02]}"), given, seeds=())
+    assert capsys.readouterr().err.count("ships with vpeft") == 1
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_in_the_middle_of_a_trial_and_ends_as_if_it_never_stopped(experiment, space, monkeypatch, tmp_path):
     whole = sweep(experiment, space(RANDOM), [f"output={tmp_path / 'whole'}"], seeds=())

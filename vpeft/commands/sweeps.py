@@ -13,6 +13,10 @@ def sweep(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument(
         "--seeds", nargs="*", default=["0", "1", "2"], metavar="N", help="of the winner's runs; none trains no winner"
     )
+    parser.add_argument(
+        "--final", nargs="+", default=[], metavar="key.sub=value",
+        help="of the winner's runs alone, such as data.train_split=train800val200",
+    )  # fmt: skip
     parser.add_argument("--storage", metavar="URL", help="a database for Optuna; SQLite in the sweep's folder if not given")
     parser.add_argument("--study", metavar="NAME", help="in the database; NAME-sweep if not given")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -21,7 +25,7 @@ def sweep(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
         from ..sweeps import sweep
 
         sweep(
-            args.cfg, args.space, [*args.overrides, *settings(args.seeds)],
+            args.cfg, args.space, [*args.overrides, *settings(args.seeds)], final=args.final,
             storage=args.storage, study=args.study, trials=args.trials, seeds=numbers("--seeds", args.seeds),
         )  # fmt: skip
 

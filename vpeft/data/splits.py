@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter
 
 from ..errors import ConfigError, DataError, did_you_mean, nearest, some
-from ..files import SURROGATE
+from ..files import SURROGATE, no_folder
 from .presets import evaluation_transform
 
 SPLITS = ("train", "val", "test")
@@ -65,7 +65,7 @@ def check_root(data: Any, hint: str) -> None:
         DataError: names the folder.
     """
     if not data.root or not Path(data.root).is_dir():
-        raise DataError(f"data.root: folder '{data.root}' does not exist; {hint}")
+        raise DataError(f"data.root: {no_folder(data.root)}; {hint}")
 
 
 def check_validation(data: Any) -> None:

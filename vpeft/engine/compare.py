@@ -1,5 +1,6 @@
 """Finished runs side by side: settings that differ, metrics, curves, classes, and the samples that divide them."""
 
+import csv
 import io
 import itertools
 import json
@@ -13,14 +14,14 @@ from scipy.stats import binomtest
 
 from .. import checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..files import parse_json, writable_file
+from ..files import writable_file
 from ..reporting.page import Block, code, note, picture_of, table, write_page
 from ..reporting.pictures import figure, plain, save
 from ..reporting.tables import read_csv, write_csv
 from ..reporting.writing import PER_CLASS, PREDICTIONS
 from ..tasks.registry import task_class
 from .outputs import CONTROLS
-from .plan import BEST, FILES, holds_run
+from .plan import BEST, FILES, holds_run, read_metrics
 from .settings import flat, stored_config
 
 UNTOLD = ("name", "output", "resume", "overwrite", "report", "tensorboard", "wandb.")
@@ -153,27 +154,50 @@ def _read(label: str, path: Path) -> Finished:
         raise ConfigError(f"compare: {path} holds no run")
     if not (path / "metrics.json").is_file():
         raise ConfigError(f"compare: {path} holds an unfinished run; finish it with the command that began it")
-    metrics = parse_json((path / "metrics.json").read_text(), path / "metrics.json")
-    run = Finished(label, path, stored_config(path), metrics, _epochs(path), _class_names(path))
+    run = Finished(label, path, stored_config(path), read_metrics(path), _epochs(path), _class_names(path))
     if (path / PREDICTIONS).is_file():
-        try:
-            run.heading, *rows = read_csv(path / PREDICTIONS)
-            run.samples = {int(row[0]): row for row in rows}
-            run.per_class = read_csv(path / PER_CLASS)
-        except (ValueError, IndexError, OSError) as error:
-            raise ConfigError(f"compare: {path / PREDICTIONS} or {PER_CLASS} is damaged: {error}") from error
-        if any(len(row) != len(run.heading) for row in rows):
-            raise ConfigError(f"compare: {path / PREDICTIONS} is damaged: its rows are not as long as its heading")
+        masks = run.config.task == "segmentation"
+        words, numbers = ((), ("pixels", "miou")) if masks else (("true", "predicted"), ())
+        run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), words, numbers)
+        run.per_class = _table(path / PER_CLASS, ("class",), (), ("iou" if masks else "accuracy",))
+        run.samples = {int(row[0]): row for row in rows}
     return run
+
+
+def _table(file: Path, first: Sequence[str], words: Sequence[str], numbers: Sequence[str]) -> list[list[str]]:
+    """The heading and the rows of a CSV file that a run left.
+
+    Args:
+        file: the CSV file.
+        first: its first columns; ``index`` has whole numbers.
+        words: further ones that it must have.
+        numbers: those too, of whose cells each is a number or empty.
+
+    Raises:
+        ConfigError: it cannot be read, lacks a column, has no row, or one of another length or with another cell.
+    """
+    try:
+        heading, *rows = read_csv(file) or [[]]
+        lacking = [name for name in (*words, *numbers) if name not in heading]
+        if lacking or tuple(heading[: len(first)]) != tuple(first):
+            raise ValueError(f"it has no column '{lacking[0]}'" if lacking else f"it does not begin with {', '.join(first)}")
+        if not rows or any(len(row) != len(heading) for row in rows):
+            raise ValueError("it has no rows, or some that are not as long as its heading")
+        for row in rows:
+            _ = [float(row[heading.index(name)] or "nan") for name in numbers], int(row[0]) if first[0] == "index" else None
+    except (ValueError, OSError, csv.Error) as error:
+        raise ConfigError(f"compare: {file} is damaged: {error}") from error
+    return [heading, *rows]
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in (path / "log.jsonl").read_text().splitlines() if (path / "log.jsonl").is_file() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:  # cut by a crash
             break
+        rows += [row] if isinstance(row, dict) and "epoch" in row else []
     return rows
 
 
@@ -320,7 +344,8 @@ def _image_lines(runs: list[Finished], images, most: int) -> Iterator[str]:
     for a, b, by in images:
         better = sum(1 for _, difference in by if difference > 0)
         worse = sum(1 for _, difference in by if difference < 0)
-        yield f"[{a}] has the higher mIoU on {better} of {len(by)} images, [{b}] on {worse}; they differ most on"
+        higher = f"[{a}] has the higher mIoU on {better} of {len(by)} images, [{b}] on {worse}"
+        yield f"{higher}; they differ most on ([{a}]'s less [{b}]'s):"
         for index, difference in by[:most]:
             yield f"  {_name(runs, index)}: {difference:+.1f}"
 
@@ -335,7 +360,8 @@ def _blocks(runs, settings, metrics, classes, pairs, images, notes) -> Iterator[
     yield table("Runs", ["", "folder"], [(label, run.path) for label, run in zip(labels, runs, strict=True)])
     yield from (note(text) for text in notes)
     yield table("Metrics", ["", *labels], [(k, *map(_cell, row)) for k, row in metrics.items()])
-    yield table("Settings that differ", ["", *labels], [(k, *map(_cell, row)) for k, row in settings.items()])
+    differing = [(k, *map(_cell, row)) for k, row in settings.items()]
+    yield table("Settings that differ", ["", *labels], differing) if differing else note("The runs have the same settings.")
     if any(run.epochs for run in runs):
         yield picture_of("Curves", lambda path: _draw_curves(runs, path))
     if classes:

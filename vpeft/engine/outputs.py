@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError
-from ..files import replacing
+from ..files import no_folder, replacing
 from ..reporting.tables import csv_lines
 
 FORMATS = ("text", "csv", "jsonl")
@@ -174,7 +174,7 @@ def open_file(
     if not str(given) or path.is_dir():
         raise ConfigError(f"{option}: '{given}' is {'a folder' if str(given) else 'no path'}; give the path of a file")
     if not path.parent.is_dir():
-        raise ConfigError(f"{option}: the folder '{path.parent}' does not exist")
+        raise ConfigError(f"{option}: {no_folder(path.parent)}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option}: no right to write '{path}'")
     if path.exists() and not path.is_file():

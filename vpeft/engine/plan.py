@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
 from ..errors import CheckpointError, ConfigError, VpeftError, some
+from ..files import parse_json
 from ..methods.base import Method
 from ..methods.earlier import method_of
 from ..reporting.writing import FILES as RESULTS
@@ -241,13 +242,29 @@ def _extend(config: DictConfig, stored: DictConfig, path: Path) -> Plan:
         raise ConfigError(
             f"{path} cannot be extended: {why}; start another run from its weights: init={path / CHECKPOINTS[1]} name=…"
         )
-    stopped = json.loads((path / "metrics.json").read_text()).get("stopped_early")
+    stopped = read_metrics(path).get("stopped_early")
     if stopped and config.train.patience == stored.train.patience:
         raise ConfigError(
             f"{path} was stopped early by train.patience={stored.train.patience} after epoch {state.epoch}; extend it with "
             "train.patience=null or a larger one"
         )
     return _going_on("extend", path, state, broken)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What ``metrics.json`` of a finished run's folder holds.
+
+    Raises:
+        ConfigError: it is not there, or damaged.
+    """
+    file = path / "metrics.json"
+    try:
+        found = parse_json(file.read_text(), file)
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} is damaged: it holds no metrics by name")
+    return found
 
 
 def _whole_state(path: Path) -> tuple[RunState | None, list[str]]:

@@ -42,6 +42,22 @@ def plain(text: Any, longest: int = LONGEST) -> str:
     return (text if len(text) <= longest else f"{text[: longest - 1]}…").replace("$", r"\$")
 
 
+def _fitted(text: str, width: float, size: float) -> str:
+    """A line cut to a width in points."""
+    from matplotlib.textpath import TextPath
+
+    def wide(line: str) -> float:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            return TextPath((0, 0), line, size=size).get_extents().width if line.strip() else 0.0
+
+    whole = text.replace(r"\$", "$")
+    kept = len(whole)
+    while kept > 1 and wide((whole if kept == len(whole) else f"{whole[:kept]}…").replace("$", r"\$")) > width:
+        kept -= 1
+    return (whole if kept == len(whole) else f"{whole[:kept]}…").replace("$", r"\$")
+
+
 def draw_confusion(path: Path, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: Sequence[str], unit: str) -> None:
     """How often each class (row) was taken for each (column), as a share of the row; the most frequent mistakes beside it.
 
@@ -138,7 +154,7 @@ def draw_reliability(path: Path, found: Reliability, unit: str) -> None:
 
 
 def draw_tiles(path: Path, tiles: Sequence[tuple[np.ndarray, str, str]], columns: int, title: str) -> None:
-    """Small pictures with two lines of text below each.
+    """Small pictures with two lines of text below each, cut to its width.
 
     Args:
         path: of the picture.
@@ -157,9 +173,9 @@ def draw_tiles(path: Path, tiles: Sequence[tuple[np.ndarray, str, str]], columns
         inset = (width - tile.shape[1]) // 2
         canvas[top : top + tile.shape[0], left + inset : left + inset + tile.shape[1]] = tile
         for line, text, colour in ((0, first, "black"), (1, second, "firebrick")):
-            axis.text(
-                left + width / 2, top + height + 3 + 14 * line, text, ha="center", va="top", fontsize=7, color=colour
-            )  # fmt: skip
+            line_width = 0.6 * (width + gap)  # points of a hundredth of an inch, less what the figure's edges take
+            axis.text(left + width / 2, top + height + 3 + 14 * line, _fitted(text, line_width, 7), ha="center", va="top",
+                      fontsize=7, color=colour)  # fmt: skip
     axis.imshow(canvas, interpolation="nearest")
     axis.axis("off")
     axis.set_title(title, fontsize=9, loc="left")

@@ -34,10 +34,10 @@ def write_record(folder: Path, record: Record) -> None:
 
 def _worst_labels(path: Path, record: Record) -> None:
     tiles = [
-        (picture, plain(f"true: {record.classes[true]}"), f"predicted: {plain(record.classes[found], 14)}, {confidence:.1%}")
+        (picture, plain(f"true: {record.classes[true]}", 60), f"{confidence:.1%} {plain(record.classes[found], 60)}")
         for confidence, _, ((true, found), picture) in record.worst
     ]
-    draw_tiles(path, tiles, 6, "most confidently wrong: true class, predicted class and its probability")
+    draw_tiles(path, tiles, 6, "most confidently wrong: true class; probability and name of the predicted one")
 
 
 def _worst_masks(path: Path, record: Record) -> None:

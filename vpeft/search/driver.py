@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 from ..engine.checks import building
-from ..engine.plan import BEST, place
+from ..engine.plan import BEST, place, read_metrics
 from ..engine.progress import Pace
 from ..engine.setup import make_accelerator
 from ..engine.train import check, train
@@ -192,7 +192,7 @@ class Search:
                 raise VpeftError(f"{name}: {own:,} parameters are attached, but {candidate.parameters:,} were counted")
         self.folder.standing = lambda: "the search is done"
         self._train(stage)
-        metrics = json.loads((place(stage) / "metrics.json").read_text())
+        metrics = read_metrics(place(stage))
         return {
             "architecture": sizes_of(candidate.architecture),
             "parameters": candidate.parameters,

@@ -12,7 +12,7 @@ from ..data.listing import read_lines
 from ..engine.outputs import FORMATS, lines_of, open_files
 from ..engine.predict import give_out
 from ..errors import ConfigError, DataError, did_you_mean, shown
-from ..files import shortened, write_bytes
+from ..files import no_folder, shortened, write_bytes
 from ..tasks.prediction import TOPK, leave_out, read_batches
 from ..tasks.protocol import PredictOptions
 from .book import Book
@@ -64,7 +64,7 @@ def read_folder(folder: str | Path, book: Book) -> list[Wanted]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give a list by --list")
+        raise DataError(f"{no_folder(folder)}; give a list by --list")
     found = []
     for place in sorted(folder.iterdir()):
         if place.name.startswith("."):

@@ -1,11 +1,13 @@
 """``vpeft benchmark``: do the offline benchmark's runs, keep their results, write its report."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..engine.lock import RunLock
 from ..errors import ConfigError, VpeftError
 from .costs import COSTS, measured, read_costs, write_costs
+from .fitting import without_refused
 from .keeping import refuse_failed, run_and_keep
 from .offline import RESULTS, Key, OfflineResult, Selection, read_results, result_of, takes_steps, undone
 from .report import REPORT, brief, write_report
@@ -40,6 +42,7 @@ def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, cos
     results = read_results(out / RESULTS)
     missing = undone(jobs, results, again)
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / RESULTS}", flush=True)
+    missing = without_refused(missing, partial(print, flush=True))
     failed = run_and_keep(missing, results, out / RESULTS, result_of, processes=processes)
     if results:  # before the costs too, which take minutes
         write_report(out, results.values(), read_costs(out / COSTS))

@@ -1,6 +1,5 @@
 """A suite's finished runs in a folder: their scores by task, and in what they are no runs of the protocol."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -12,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
-from ..engine.plan import BEST, holds_run
+from ..engine.plan import BEST, holds_run, read_metrics
 from ..engine.recipes import Suite
 from ..engine.settings import flat, stored_config
 from ..errors import ConfigError, VpeftError
+from ..files import no_folder
 from ..tasks.models import make_method
 
 NO_RECIPE = "none of the suite"
@@ -80,7 +80,7 @@ def measured(folder: str | Path, suite: Suite) -> list[Measured]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ConfigError(f"--runs: folder '{folder}' does not exist; give the folder of your runs, such as runs")
+        raise ConfigError(f"--runs: {no_folder(folder)}; give the folder of your runs, such as runs")
     return gathered(below(root), root, suite)
 
 
@@ -146,8 +146,7 @@ def own_parameters(path: Path, config: DictConfig, metrics: dict[str, Any]) -> i
 
 def _read(path: Path) -> tuple[DictConfig | None, dict[str, Any]]:
     try:
-        metrics = json.loads((path / "metrics.json").read_text())
-        return stored_config(path), metrics if isinstance(metrics, dict) else {}
+        return stored_config(path), read_metrics(path)
     except (OSError, ValueError, VpeftError):
         return None, {}
 

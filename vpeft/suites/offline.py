@@ -13,9 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..data.generated.offline import TASKS, VERSION
-from ..engine.plan import BEST
+from ..engine.plan import BEST, read_metrics
 from ..engine.settings import HARMLESS, WATCHING, flat, refuse_keys
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, nearest
 from ..files import sha256_of, shipped
 from ..methods import list_methods
 from ..options import SEED
@@ -110,16 +110,16 @@ class Selection:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, given, known in (
-            ("method", self.entries, recipes()["entries"]),
-            ("task", self.tasks, TASKS),
-            ("backbone", [b for b in self.backbones if not timm.is_model(b.partition(".")[0])], BACKBONES),
+        models = [b for b in self.backbones if not timm.is_model(b.partition(".")[0])]
+        for what, given, known, also in (
+            ("method", self.entries, recipes()["entries"], ()),
+            ("task", self.tasks, TASKS, ()),
+            ("backbone", models, BACKBONES, timm.list_models()),
         ):
             for name in given:
                 if name not in known:
-                    raise ConfigError(
-                        f"benchmark: no {what} '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}"
-                    )
+                    others = f"; names of timm's models are taken too{nearest(name, also)}" if also else ""
+                    raise ConfigError(f"benchmark: no {what} '{name}'{did_you_mean(name, known)}{others}")
         for what, given in (
             ("methods", self.entries),
             ("tasks", self.tasks),
@@ -218,7 +218,7 @@ def _layer(file: Path) -> DictConfig:
 def result_of(key: Key, outcome: Outcome) -> OfflineResult:
     """The row of a finished run."""
     folder, config = outcome.folder, outcome.job.config()
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_metrics(folder)
     own = own_parameters(folder, config, metrics) if metrics["trainable"] else 0  # neighbours have no checkpoint
     if own is None:
         raise ConfigError(f"{folder / BEST} cannot be read, so that its trained numbers cannot be counted; remove {folder}")

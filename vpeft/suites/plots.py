@@ -1,6 +1,6 @@
 """Pictures of a benchmark: accuracy over parameters, ranks, and what each method gains in each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from ..reporting.pictures import figure, save
 from .scores import pareto
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -16,13 +17,16 @@ def _save(drawn: "Figure", path: Path) -> None:
     save(drawn, path)
 
 
-def draw_front(path: Path, title: str, points: Mapping[str, tuple[float, float, float | None]]) -> None:
+def draw_front(
+    path: Path, title: str, points: Mapping[str, tuple[float, float, float | None]], named: Collection[str] = ()
+) -> None:
     """Mean accuracy over trained parameters, bubbles as large as the memory of a step, and the line that none passes.
 
     Args:
         path: of the PNG.
         title: above it.
         points: of each method: parameters without the classifier, accuracy in percent, memory over full fine-tuning's.
+        named: those that have their names beside them, with the line's; all where there are none.
     """
     drawn = figure(10, 6.5)
     axis = drawn.subplots()
@@ -30,18 +34,45 @@ def draw_front(path: Path, title: str, points: Mapping[str, tuple[float, float, 
     axis.set_xscale("symlog", linthresh=1000)
     for name, (x, y, memory) in points.items():
         colour = "#c0392b" if name in front else "#2c6fa6"
-        axis.scatter(x, y, s=60 if memory is None else 30 + 260 * memory, alpha=0.45, color=colour, linewidths=0)
+        if memory is not None:
+            axis.scatter(x, y, s=30 + 260 * memory, alpha=0.45, color=colour, linewidths=0)
         axis.scatter(x, y, s=9, color=colour)
-        axis.annotate(name, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
     line = [points[name] for name in front]
     axis.plot([p[0] for p in line], [p[1] for p in line], color="#c0392b", linewidth=1, alpha=0.6)
     axis.set(xlabel="trained parameters, classifier left out", ylabel="accuracy, %, mean of the groups", title=title)
     axis.set_xlim(left=-150)
     axis.grid(alpha=0.25)
-    axis.text(
-        0.99, 0.01, "bubble: memory of a step over full fine-tuning's", transform=axis.transAxes, ha="right", fontsize=8
-    )
+    shown = [name for name in points if not named or name in named or name in front]
+    axis.set_ylim(axis.get_ylim())  # as the bubbles have set it
+    _name_points(axis, {name: points[name][:2] for name in sorted(shown, key=lambda name: (name not in front, name))})
+    unnamed = f"; {len(points) - len(shown)} of {len(points)} dots without a name" if len(shown) < len(points) else ""
+    measured = [name for name, (*_, memory) in points.items() if memory is not None]
+    bubbles = f"bubble: memory of a step over full fine-tuning's{'' if len(measured) == len(points) else ', where measured'}"
+    axis.text(0.99, 0.01, (bubbles if measured else "") + unnamed, transform=axis.transAxes, ha="right", fontsize=8)
     _save(drawn, path)
+
+
+def _name_points(axis: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside points, the first ones nearest: each at the first place around its point that no other name has."""
+    taken: list[tuple[float, float, float, float]] = []
+    for name, point in points.items():
+        x, y = axis.transData.transform(point) * 72 / axis.figure.dpi
+        width, height = 4.6 * len(name), 9.0
+        places = [
+            (dx if dx >= 0 else dx - width, dy)
+            for far in (4, 10, 18, 28)
+            for dx, dy in ((far, far), (far, -far - 5), (-far, far), (-far, -far - 5), (far, -3), (-far, -3))
+        ]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in places]
+        free = [n for n, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)]
+        number = free[0] if free else 0
+        taken.append(boxes[number])
+        line = {"arrowprops": {"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5}} if number >= 6 else {}
+        axis.annotate(name, point, fontsize=8, xytext=places[number], textcoords="offset points", **line)
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def draw_ranks(path: Path, title: str, ranks: Mapping[str, float]) -> None:

@@ -79,10 +79,11 @@ def published(of: Suite, method: str | None = None) -> list[PublishedRow]:
         rows = [_row(of, raw) for raw in csv.DictReader(file)]
     if method is None:
         return rows
-    found = [row for row in rows if method in (row.about["vpeft"], row.about["id"])]
+    wanted = method.lower().replace("-", "_").replace(" ", "_")
+    found = [row for row in rows if wanted in (row.about["vpeft"].lower(), row.about["id"].lower())]
     if not found:
         known = {row.about[key] for row in rows for key in ("vpeft", "id")} - {""}
-        raise VpeftError(f"--method: nothing is published of '{method}' on {of.title} here{did_you_mean(method, known)}")
+        raise VpeftError(f"--method: nothing is published of '{method}' on {of.title} here{did_you_mean(wanted, known)}")
     return found
 
 

@@ -7,17 +7,19 @@ accuracy with that default stands beside the test accuracy with the rate that is
 no choice is made on test images.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 from ..data.generated.offline import TASKS
 from ..engine.lock import RunLock
+from ..engine.plan import read_metrics
 from ..engine.settings import refuse_keys
 from ..errors import ConfigError
 from ..files import write_text
+from .fitting import without_refused
 from .keeping import refuse_failed, run_and_keep
 from .offline import job, recipes, settings_of, takes_steps
 from .rows import read_rows
@@ -109,6 +111,7 @@ def _tune(jobs: dict[RateKey, Job], out: Path, processes: int) -> str:
         )
     missing = {key: planned for key, planned in jobs.items() if key not in results}
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them in {out / TABLE}", flush=True)
+    missing = without_refused(missing, partial(print, flush=True))
     failed = run_and_keep(missing, results, out / TABLE, _result_of, processes=processes)
     text = page(results.values())
     write_text(out / PAGE, text)
@@ -117,7 +120,7 @@ def _tune(jobs: dict[RateKey, Job], out: Path, processes: int) -> str:
 
 
 def _result_of(key: RateKey, outcome: Outcome) -> RateResult:
-    metrics = json.loads((outcome.folder / "metrics.json").read_text())
+    metrics = read_metrics(outcome.folder)
     return RateResult(*key, round(metrics["val_top1"], 3), round(metrics["test_top1"], 3), settings_of(outcome.job))
 
 

@@ -105,7 +105,8 @@ def write_report(out: Path, results: Iterable[OfflineResult], costs: Costs) -> s
         title, rows, some = _every(results, backbone, costs)
         if len(rows) > len(whole):
             parts.append(f"## {title}\n\n{table(rows, some)}")
-            draw_front(out / f"{name}_all_pareto.png", f"{backbone}, {len(some)} tasks", _points(rows, some))
+            named = {*recipes()["main"], *_below(rows, some)}
+            draw_front(out / f"{name}_all_pareto.png", f"{backbone}, {len(some)} tasks", _points(rows, some), named)
             parts.append(f"![pareto]({name}_all_pareto.png)")
             parts.append(below_the_probe(rows, some))
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -202,8 +203,14 @@ def _cells(rows: Sequence[EntryRow], tasks: Sequence[str]) -> tuple[list[str], l
 
 def below_the_probe(rows: Sequence[EntryRow], tasks: Sequence[str]) -> str:
     """Which entries the linear probe beats, on average."""
-    found: Mapping[str, float] = {row.entry: row.means(tasks).tasks for row in rows}
-    if probe() not in found:
+    of_probe = next((row.means(tasks).tasks for row in rows if row.entry == probe()), None)
+    if of_probe is None:
         return ""
-    below = [f"{name} ({score:.1f})" for name, score in found.items() if score < found[probe()] and name != probe()]
-    return f"Below the linear probe ({found[probe()]:.1f}) on average: {', '.join(below) or 'none'}."
+    below = [f"{name} ({score:.1f})" for name, score in _below(rows, tasks).items()]
+    return f"Below the linear probe ({of_probe:.1f}) on average: {', '.join(below) or 'none'}."
+
+
+def _below(rows: Sequence[EntryRow], tasks: Sequence[str]) -> dict[str, float]:
+    """The mean accuracies that are below the linear probe's; none where that was not trained."""
+    found: Mapping[str, float] = {row.entry: row.means(tasks).tasks for row in rows}
+    return {name: score for name, score in found.items() if score < found.get(probe(), 0.0)}

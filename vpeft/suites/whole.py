@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..data.sets import is_set
 from ..engine.config import load_config
 from ..engine.opening import open_data
 from ..engine.plan import place
@@ -124,10 +125,10 @@ def _check_data(of: Suite, configs: Sequence[DictConfig], say: Callable[[str], A
     for source, error in missing.items():
         say(f"{source}: {error}")
     if missing:
+        tells = f"vpeft data check {configs[0].data.root} tells what is there; " if all(map(is_set, missing)) else ""
         raise DataError(
             f"{of.title}: {len(missing)} of {len({str(c.data.source) for c in configs})} data sets cannot be read "
-            f"({', '.join(missing)}); nothing was trained. vpeft data check {configs[0].data.root} tells what is there; "
-            "--tasks runs only some"
+            f"({', '.join(missing)}); nothing was trained. {tells}--tasks runs only some"
         )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from ..engine.checks import check_files
+from ..engine.checks import building, check_files
 from ..engine.config import load_config
 from ..engine.opening import open_data
 from ..engine.plan import holds_run, place
+from ..engine.shipped import local_or_shipped
 from ..engine.train import check
 from ..errors import ConfigError, VpeftError
 from ..tasks.registry import get_task
@@ -42,8 +43,8 @@ class Sweep:
     def __init__(
         self, file: str | Path, space: Space, overrides: Sequence[str], seeds: Sequence[int], study: str | None = None
     ):
-        self.file, self.space, self.overrides, self.seeds = file, space, list(overrides), list(seeds)
-        self.base = load_config(file, self.overrides)
+        self.file, self.space, self.overrides, self.seeds = local_or_shipped(Path(file)), space, list(overrides), list(seeds)
+        self.base = load_config(self.file, self.overrides)
         self.name = f"{self.base.name}-sweep"
         self.study = self.name if study is None else study
         if self.study != self.name:
@@ -80,11 +81,15 @@ class Sweep:
         if data.val_split and data.val_split in (data.test_split, data.train_split):
             raise ConfigError(f"data.val_split: '{data.val_split}' is another split too; trials need samples of their own")
         config = self.trial({}, "trials/0000")
-        opened, _ = open_data(config, get_task(config))
+        task = get_task(config)
+        opened, _ = open_data(config, task)
         if opened.val is None:
             raise ConfigError("data.val_size: trials are compared on validation data; give data.val_split or data.val_size")
         if opened.test is not None or opened.also:
             raise ConfigError("data.test_split: this task tests whatever it says, and no trial may see a test split")
+        if not any(part.key.startswith("model.") for part in self.space.parts):
+            with building(config):  # weights that are not there would fail every trial
+                task.build_backbone(len(opened.classes))
 
     def _check_part(self, key: str, examples: Sequence[Any]) -> None:
         """Refuse a key of which no value can be had: then the key is wrong, and not a value."""
@@ -104,7 +109,7 @@ class Sweep:
     def trial(self, settings: Mapping[str, Any], name: str) -> DictConfig:
         """The experiment of some settings; it knows no test split."""
         given = [*self.overrides, *as_overrides(settings), "data.test_split=null", "data.also_test=[]"]
-        return self._named(load_config(self.file, given), name)
+        return self._named(load_config(self.file, given, tell=False), name)
 
     def final(self, settings: Mapping[str, Any], seed: int) -> DictConfig:
         """The winner's experiment: it learns from what trials had held out of training too, and is tested.
@@ -118,7 +123,7 @@ class Sweep:
             nothing = {"data.val_split": None, "data.val_size": 0}
             final = nothing | ({} if validates else {"train.patience": None}) | final
         given = [*self.overrides, *as_overrides(settings), *as_overrides(final), f"seed={seed}"]
-        return self._named(load_config(self.file, given), f"winner-seed{seed}")
+        return self._named(load_config(self.file, given, tell=False), f"winner-seed{seed}")
 
 
 def sweep(
@@ -130,6 +135,7 @@ def sweep(
     study: str | None = None,
     trials: int | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    final: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Try settings on validation data, and train and test the best ones; returns what ``sweep.json`` holds.
 
@@ -145,12 +151,13 @@ def sweep(
         study: name in the database; the sweep's where None.
         trials: of all workers together; the space's own number where None.
         seeds: of the winner's runs; empty for none.
+        final: ``key.sub=value`` of the winner's runs alone, beside the space's own.
 
     Raises:
         VpeftError: what cannot be swept, before anything is written; or no trial that came to an end.
     """
     optuna()
-    chosen = load_space(space, () if trials is None else (f"trials={trials}",))
+    chosen = load_space(space, () if trials is None else (f"trials={trials}",), final)
     work = Sweep(file, chosen, overrides, seeds, study)
     shared = SharedStudy(storage or default_storage(work.path), work.study, work.base, chosen)
     work.path.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..engine.config import check_options, read_config
+from ..engine.layers import setting
 from ..engine.settings import flat
+from ..engine.shipped import SPACES, listed
 from ..errors import ConfigError, did_you_mean, shown
 from ..options import SEED, option
 
@@ -154,19 +156,38 @@ class Space:
         }  # fmt: skip
 
 
-def load_space(file: str | Path, overrides: tuple[str, ...] = ()) -> Space:
+def load_space(file: str | Path, overrides: Sequence[str] = (), final: Sequence[str] = ()) -> Space:
     """Read a sweep's YAML; it may stand on others (``base``), and ships by name like a configuration.
+
+    Args:
+        file: its path, or the name of one that ships.
+        overrides: ``key=value`` of the sweep.
+        final: ``key.sub=value`` of the winner's runs, beside the file's own.
 
     Raises:
         ConfigError: an unknown key, a wrong value, or an entry of the space that says nothing.
     """
-    config = read_config(SweepConfig, file, overrides)
+    config = read_config(SweepConfig, _file(file), overrides)
     check_options(config)
     plain = OmegaConf.to_container(config, resolve=True)
+    for item in final:
+        plain["final"] |= flat(OmegaConf.to_container(setting(item, "--final")))
     try:
         return Space(SweepConfig(**plain))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+
+
+def _file(name: str | Path) -> str | Path:
+    """A space's file; of one that ships, ``spaces/`` may be left out."""
+    if Path(name).is_absolute() or Path(name).exists():
+        return name
+    known, whole = listed(SPACES), Path(name).as_posix().removesuffix(".yaml").removeprefix("configs/")
+    for text in (whole, f"{SPACES}{whole}"):
+        if text in known:
+            return text
+    near = did_you_mean(whole, known) or did_you_mean(f"{SPACES}{whole}", known)
+    raise ConfigError(f"--space: {name} does not exist{near}; vpeft configs list spaces/ shows those that ship")
 
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:

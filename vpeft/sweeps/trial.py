@@ -1,6 +1,5 @@
 """One trial: a run of the engine without the test split, which reports its validation metric after every epoch."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..engine.lock import RunLock
-from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, holds_run, place
+from ..engine.plan import CHECKPOINTS, PREVIOUS, STATE, TRAINING, holds_run, place, read_metrics
 from ..engine.settings import differences, harmful, stored_config
 from ..engine.train import train
 from ..errors import ConfigError, VpeftError, WriteError
@@ -71,7 +70,7 @@ def metrics_of(config: DictConfig, after_epoch: Callable[[dict[str, Any]], None]
     if holds_run(path):
         changes = harmful(differences(stored_config(path), config), finished=True, config=config)
         if not changes and (path / "metrics.json").is_file():
-            return json.loads((path / "metrics.json").read_text())
+            return read_metrics(path)
         config.overwrite = bool(changes)
     return train(config, after_epoch=after_epoch)
 

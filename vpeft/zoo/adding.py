@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .. import checkpoint
 from ..engine.config import from_container, load_config
-from ..engine.plan import BEST
+from ..engine.plan import BEST, read_metrics
 from ..engine.shipped import find
 from ..errors import CheckpointError, ConfigError, VpeftError, WriteError, did_you_mean
 from ..fetching.index import FOLDER, FORMAT, INDEX, KIND, as_text, check_index, read_index
@@ -58,10 +58,9 @@ class Run:
             raise ConfigError(f"{path} is no folder of a finished run of vpeft train: it has no {lacking[0]}")
         try:
             config = from_container(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
-            metrics = json.loads((path / "metrics.json").read_text())
-        except Exception as error:  # of YAML, JSON, OmegaConf
+        except Exception as error:  # of YAML, OmegaConf
             raise ConfigError(f"{path} is damaged: {error}") from error
-        return cls(path, config, metrics)
+        return cls(path, config, read_metrics(path))
 
 
 def add(

@@ -119,13 +119,13 @@ class LabelledSet:
         """
         for path in self.sources(asked, split):
             if not path.exists():
-                hint = self._hint(asked.root)
+                hint = self.hint(asked.root)
                 raise DataError(
                     f"data.root: {self.name} ({split}): {path} does not exist; {hint}expected, with ROOT = {asked.root}: "
                     f"{self.layout()}; {HELP}"
                 )
 
-    def _hint(self, root: Path) -> str:
+    def hint(self, root: Path) -> str:
         """Which root would be right, where the folder lies one step above or below."""
         if root.resolve().name in self.folders:
             return "give the folder that holds this one; "

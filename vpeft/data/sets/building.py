@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataError, VpeftError
-from ...files import writing_folder
+from ...files import no_folder, writing_folder
 from ...version import __version__
 from . import raw_arrays, raw_files
 from .order import SLICES, RankSlices, ranked
@@ -106,7 +106,7 @@ def build(name: str, raw: str | None, out: str, pixels: str = ZIP) -> Path:
     if pixels not in PIXELS:
         raise DataError(f"--pixels: '{pixels}' is none of {', '.join(PIXELS)}")
     if recipe.layout and (raw is None or not Path(raw).is_dir()):
-        raise DataError(f"--from: folder '{raw}' does not exist; {task} is built from one that holds {recipe.layout}")
+        raise DataError(f"--from: {no_folder(raw)}; {task} is built from a folder that holds {recipe.layout}")
     try:
         return build_task(task, recipe, SLICES[recipe.dataset], Path(raw or "."), Path(out), pixels)
     except DataError as error:

@@ -7,12 +7,13 @@ from itertools import combinations
 from pathlib import Path
 
 from ...errors import DataError
-from .base import Asked, LabelledSet
+from ...files import no_folder
+from .base import HELP, Asked, LabelledSet
 from .fewshot import SEEDS, SHOTS
 from .fgvc import OFFICIAL
 from .imagenet import ImageNetSet
 from .lists import Listing, missing
-from .registry import SETS, check_labels, get_set
+from .registry import SETS, check_labels, get_set, named
 from .vtab import VtabSet
 
 SHOWN = 6  # faults of one set
@@ -28,6 +29,8 @@ class Found:
         absent: lists or folders that are not there.
         faults: what is wrong with those that are.
         begun: whether there is a folder of the set's name.
+        hint: which root would be right, where the set seems to lie beside this one.
+        layout: what is expected, where the set is asked for by name.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Found:
     absent: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     begun: bool = False
+    hint: str = ""
+    layout: str = ""
 
     @property
     def there(self) -> bool:
@@ -50,7 +55,8 @@ class Found:
         if self.complete:
             return f"{self.name}: complete ({', '.join(self.splits)})"
         if not self.there:
-            return f"{self.name}: not there"
+            wanted = f"; expected, with ROOT = the folder: {self.layout}; {HELP}" if self.layout else ""
+            return f"{self.name}: not there{f'; {self.hint}' if self.hint else ''}{wanted}"
         lines = [*self.faults, *(f"{one} is not there" for one in self.absent)]
         lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         whole = [f"whole: {', '.join(self.splits)}"] if self.splits else []
@@ -69,7 +75,7 @@ def check_root(root: str | Path, names: Sequence[str] = ()) -> list[Found]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; give the one that holds the folders of the sets")
+        raise DataError(f"{no_folder(root)}; give the one that holds the folders of the sets")
     chosen: dict[str, LabelledSet] = {}
     for name in names or SETS:
         family = {other: found for other, found in SETS.items() if other.startswith(f"{name.rstrip('/')}/")}
@@ -80,6 +86,8 @@ def check_root(root: str | Path, names: Sequence[str] = ()) -> list[Found]:
         state.begun = not name.startswith("fewshot/imagenet") and any(
             (root / folder).is_dir() for folder in chosen[name].folders if folder not in taken
         )
+        state.hint = "" if state.there else chosen[name].hint(root).removesuffix("; ")
+        state.layout = chosen[name].layout() if name in map(named, names) else ""
     return list(states.values())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, did_you_mean, nearest
+from ...files import no_folder
 from .base import HELP, Asked, LabelledSet
 from .fewshot import FEW_SHOT, SEEDS, SHOTS
 from .fgvc import FGVC, FGVC_NAMES, OFFICIAL
@@ -64,8 +65,7 @@ def asked(data: Any) -> Asked:
     if not data.root or not Path(data.root).is_dir():
         found = get_set(data.source)
         raise DataError(
-            f"data.root: folder '{data.root}' does not exist; '{found.name}' expects, with ROOT = data.root: "
-            f"{found.layout()}; {HELP}"
+            f"data.root: {no_folder(data.root)}; '{found.name}' expects, with ROOT = data.root: {found.layout()}; {HELP}"
         )
     return Asked(Path(data.root), data.shots, data.list_seed, data.image_root)
 

@@ -31,10 +31,26 @@ from ...data.splits import (
     thinned,
 )
 from ...errors import DataError, did_you_mean, nearest, some
+from ...files import no_folder
 from .folder import FolderImages
 
 # Prefixes of timm.data.create_dataset.
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+# What torchvision reads below data.root, by timm's names of its sets; those that it downloads itself first.
+_MNIST = "raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+TORCHVISION = {
+    "cifar10": "cifar-10-batches-py/{data_batch_1 … data_batch_5,test_batch,batches.meta}",
+    "cifar100": "cifar-100-python/{train,test,meta}",
+    "mnist": f"MNIST/{_MNIST}",
+    "kmnist": f"KMNIST/{_MNIST}",
+    "fashion_mnist": f"FashionMNIST/{_MNIST}",
+    "qmnist": "QMNIST/raw/qmnist-{train,test}-{images-idx3,labels-idx2-int}-ubyte",
+    "inaturalist": "{2021_train,2021_valid}/<category>/<image>.jpg",
+    "places365": "{categories_places365.txt,places365_train_standard.txt,places365_val.txt} and the images' folders",
+    "imagenet": "{train,val}/<wnid>/<image>.JPEG and meta.bin, or ImageNet's own archives",
+    "image_folder": "<split>/<class name>/<image>",
+}
+OTHERWISE = {"inat": "inaturalist", "folder": "image_folder"}
 STREAMS = ("hfids", "tfds", "wds")  # to which data.num_samples says how long they are
 
 
@@ -73,9 +89,14 @@ def _check_own(data: Any) -> None:
             split = data[key]
             if split and not (Path(data.root) / split).is_dir():
                 have = sorted(p.name for p in Path(data.root).iterdir() if p.is_dir())
-                raise DataError(f"data.{key}: '{data.root}/{split}' does not exist{did_you_mean(split, have)}")
-    elif source.lower().startswith("torch/") and data.root and not data.download:
-        check_root(data, "torchvision's files are expected there; data.download=true brings those that it can")
+                raise DataError(f"data.{key}: {no_folder(Path(data.root) / split)}{did_you_mean(split, have)}")
+    elif source.lower().startswith("torch/"):
+        known = [*TORCHVISION, *OTHERWISE]
+        if source.rpartition("/")[2].lower() not in known:
+            near = did_you_mean(source.lower(), [f"torch/{name}" for name in known])
+            raise DataError(f"data.source: timm knows no '{source}'{near}; of torchvision's it has {', '.join(TORCHVISION)}")
+        if data.root and not data.download:
+            check_root(data, _torchvision_layout(data))
     elif _prefix(source) not in TIMM_PREFIXES or "/" not in source:
         known = [*BUILT_IN, "folder", *(f"{p}/NAME" for p in (*TIMM_PREFIXES, *FAMILIES))]
         near = nearest(source, [*BUILT_IN, "folder", *SETS]) or did_you_mean(source, known)
@@ -189,12 +210,21 @@ def _open(data: Any, split: str, part: str, transform: Callable) -> Dataset:
             input_img_mode=mode,
         )
     except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
-        raise DataError(f"data.source: could not open '{data.source}', split '{split}': {error}") from error
+        hint = f"; {_torchvision_layout(data)}" if _prefix(data.source) == "torch" else ""
+        raise DataError(f"data.source: could not open '{data.source}', split '{split}': {error}{hint}") from error
     if isinstance(dataset, ImageDataset):
         return ReaderImages(dataset.reader, transform)
     if hasattr(dataset, "loader"):  # torchvision's sets of files
         dataset.loader = open_image
     return _with_transform(dataset, Shown(transform))
+
+
+def _torchvision_layout(data: Any) -> str:
+    """What torchvision expects, and how to come by it."""
+    name = data.source.rpartition("/")[2].lower()
+    name = OTHERWISE.get(name, name)
+    brings = "; data.download=true fetches it" if name not in ("imagenet", "image_folder") else ""
+    return f"torchvision expects, with ROOT = data.root: ROOT/{TORCHVISION[name]}{brings}"
 
 
 def _prefix(source: str) -> str:

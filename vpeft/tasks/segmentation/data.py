@@ -28,6 +28,7 @@ from ...data.splits import (
     thinned,
 )
 from ...errors import DataError, did_you_mean
+from ...files import no_folder
 from .scenes import SCENE_CLASSES, SCENE_PALETTE, SceneOptions, Scenes
 
 VOC_CLASSES = (
@@ -106,7 +107,7 @@ def _pairs(images: Path, masks: Path, ending: str, cut: str = "") -> tuple[list[
     """Images below a folder with the masks at the same places; ``cut`` is left off an image's stem before ``ending``."""
     for folder in (images, masks):
         if not folder.is_dir():
-            raise DataError(f"data.root: folder {folder} does not exist")
+            raise DataError(f"data.root: {no_folder(folder)}")
     found = find_images([images])
     partners = [masks / p.relative_to(images).parent / f"{p.stem.removesuffix(cut)}{ending}" for p in found]
     pair: dict[Path, Path] = {}

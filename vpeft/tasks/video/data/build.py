@@ -24,6 +24,7 @@ from ....data.splits import (
     thinned,
 )
 from ....errors import DataError, did_you_mean
+from ....files import no_folder
 from ...prediction import left_out
 from ..motion import MOTIONS, check_motion, make_motion
 from .clips import ClipOptions, Clips
@@ -64,7 +65,7 @@ def check_video_source(data: Any, video: Any) -> None:
                 )
         return
     if video.lists and not Path(video.lists).is_dir():
-        raise DataError(f"video.lists: folder '{video.lists}' does not exist")
+        raise DataError(f"video.lists: {no_folder(video.lists)}")
     if data.source == "list":
         for split in named_splits(data).values():
             list_file(data, video, split)
