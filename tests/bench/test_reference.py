@@ -70,7 +70,9 @@ def test_what_is_kept(cfg, tmp_path, monkeypatch, capsys):
     assert stored["machine"]["versions"].keys() == {"torch", "timm", "vpeft"}
     assert stored["machine"]["threads"] == 1
     assert stored["machine"]["processor"]
-    assert "4 rows, each the median of 3 measurements" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "4 rows, each the median of 3 measurements" in told.out
+    assert [line.partition("]")[0] for line in told.err.splitlines()] == ["[1/3", "[2/3", "[3/3"]
 
 
 @pytest.mark.slow

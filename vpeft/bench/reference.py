@@ -6,7 +6,9 @@ that the reference was measured on alone, within the noise that repeated measure
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -82,7 +84,7 @@ def write_reference(file: str | Path, cfg: str | Path, overrides: Sequence[str] 
     _check_repeats(repeats)
     refuse_unwritable(file)
     tables = load_tables(cfg, overrides)
-    runs = {config.name: [_ratios(measure(config)) for _ in range(repeats)] for config in tables}
+    runs = _repeated({config.name: config for config in tables}, repeats)
     stored = {
         "format": FORMAT,
         "machine": machine_of(tables[0]),
@@ -111,13 +113,12 @@ def check_reference(file: str | Path, overrides: Sequence[str] = (), repeats: in
     if overrides:
         raise ConfigError(f"--check measures with the settings in {file}; leave out {overrides[0]}")
     stored = read_reference(file)
-    compared: list[Compared] = []
+    configs = {name: _config_of(table["config"], file, name) for name, table in stored["tables"].items()}
+    runs, compared = _repeated(configs, repeats), list[Compared]()
     for name, table in stored["tables"].items():
-        config = _config_of(table["config"], file, name)
-        here = machine_of(config)
-        runs = [_ratios(measure(config)) for _ in range(repeats)]
+        here = machine_of(configs[name])
         same = all(stored["machine"][key] == here[key] for key in ("processor", "threads"))
-        compared += _compared(name, table["rows"], _medians(runs), same)
+        compared += _compared(name, table["rows"], _medians(runs[name]), same)
     print(_told(stored["machine"], here, compared))
     return [c for c in compared if c.moved]
 
@@ -148,6 +149,17 @@ def _config_of(values: dict[str, Any], file: str | Path, name: str) -> DictConfi
     check_options(config)
     check_table(config)
     return config
+
+
+def _repeated(configs: Mapping[str, DictConfig], repeats: int) -> dict[str, list[Ratios]]:
+    """The ratios of each table as often as asked for, by its name; a line on stderr tells how long it will take."""
+    runs: dict[str, list[Ratios]] = {name: [] for name in configs}
+    total, begun = len(configs) * repeats, time.monotonic()
+    for done, (name, config) in enumerate((item for item in configs.items() for _ in range(repeats)), 1):
+        runs[name].append(_ratios(measure(config)))
+        left = (time.monotonic() - begun) / done * (total - done) / 60
+        print(f"[{done}/{total}] {name}; about {left:.0f} min left", file=sys.stderr, flush=True)
+    return runs
 
 
 def _check_repeats(repeats: int) -> None:
