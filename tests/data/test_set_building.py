@@ -309,7 +309,7 @@ def test_what_cannot_be_built_is_refused_and_nothing_is_left(tmp_path):
         ("vtab/dmlab", None, "dmlab cannot be rebuilt .*TensorFlow's own format"),
         ("fgvc/cub", None, "only VTAB-1k's tasks are built"),
         ("vtab/svnh", None, "did you mean 'vtab/svhn'"),
-        ("vtab/cifar", None, r"--from: folder 'None' does not exist; cifar is built from .*cifar-100-binary/train\.bin"),
+        ("vtab/cifar", None, r"--from: no folder is given; cifar is built from .*cifar-100-binary/train\.bin"),
         ("vtab/cifar", str(tmp_path), r"--from: .* holds no cifar-100-binary/train\.bin.*binary version"),
     ):
         with pytest.raises(DataError, match=words):

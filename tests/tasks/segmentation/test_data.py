@@ -186,7 +186,7 @@ def test_folder_names_what_is_wrong(tmp_path):
     read = LAYOUTS["folder"]
     with pytest.raises(vpeft.DataError, match=r"data\.num_classes"):
         read(tmp_path, "train", data())
-    with pytest.raises(vpeft.DataError, match="images/train does not exist"):
+    with pytest.raises(vpeft.DataError, match="images/train' does not exist"):
         read(tmp_path, "train", data(num_classes=3))
     save(tmp_path / "images/train/a.png", np.zeros((4, 6, 3)), "RGB")
     save(tmp_path / "images/train/b.png", np.zeros((4, 6, 3)), "RGB")
