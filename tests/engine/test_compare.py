@@ -143,9 +143,9 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("predictions.csv", b"index,file,true\nx\n", "no column 'predicted'"),
-        ("predictions.csv", b"", "no column 'true'"),
-        ("predictions.csv", b"\n\n", "no column 'true'"),
+        ("predictions.csv", b"index,file,true\n0,a.png,1\n", "no column 'predicted'"),
+        ("predictions.csv", b"", "does not begin with index, file"),
+        ("predictions.csv", b"\n\n", "does not begin with index, file"),
         ("predictions.csv", b"index,file,true,predicted\n", "no rows"),
         ("predictions.csv", b"index,file,true,predicted\nx,a.png,1,1\n", "'x'"),
         ("predictions.csv", b"file,index,true,predicted\na.png,0,1,1\n", "does not begin with index, file"),

@@ -156,7 +156,8 @@ def _read(label: str, path: Path) -> Finished:
         raise ConfigError(f"compare: {path} holds an unfinished run; finish it with the command that began it")
     run = Finished(label, path, stored_config(path), read_metrics(path), _epochs(path), _class_names(path))
     if (path / PREDICTIONS).is_file():
-        masks = run.config.task == "segmentation"
+        run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), (), ())
+        masks = "miou" in run.heading  # of a task of one's own too
         words, numbers = ((), ("pixels", "miou")) if masks else (("true", "predicted"), ())
         run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), words, numbers)
         run.per_class = _table(path / PER_CLASS, ("class",), (), ("iou" if masks else "accuracy",))

@@ -52,10 +52,16 @@ def _fitted(text: str, width: float, size: float) -> str:
             return TextPath((0, 0), line, size=size).get_extents().width if line.strip() else 0.0
 
     whole = text.replace(r"\$", "$")
-    kept = len(whole)
-    while kept > 1 and wide((whole if kept == len(whole) else f"{whole[:kept]}…").replace("$", r"\$")) > width:
-        kept -= 1
-    return (whole if kept == len(whole) else f"{whole[:kept]}…").replace("$", r"\$")
+    if wide(text) <= width:
+        return text
+    kept, most = 1, len(whole) - 1  # the most letters that fit, by halves: a width takes long to find
+    while kept < most:
+        middle = (kept + most + 1) // 2
+        if wide(f"{whole[:middle]}…".replace("$", r"\$")) <= width:
+            kept = middle
+        else:
+            most = middle - 1
+    return f"{whole[:kept]}…".replace("$", r"\$")
 
 
 def draw_confusion(path: Path, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: Sequence[str], unit: str) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..data.generated.offline import TASKS
-from ..engine.checks import building
 from ..errors import UnsupportedModelError
 from ..tasks.models import make_method
 from ..tasks.registry import get_task
@@ -18,9 +17,6 @@ def without_refused(jobs: Mapping[Any, Job], say: Callable[[str], Any] = print) 
     Args:
         jobs: by key, whose first and third parts are the backbone and the entry, the second the task.
         say: called with a line for each backbone and entry that is left out.
-
-    Raises:
-        VpeftError: a model that cannot be built.
     """
     reasons: dict[tuple[str, str], str | None] = {}
     for key, planned in jobs.items():
@@ -36,13 +32,13 @@ def without_refused(jobs: Mapping[Any, Job], say: Callable[[str], Any] = print) 
 
 def _why_refused(planned: Job, classes: int) -> str | None:
     """Why a job's method refuses its backbone; None where it does not."""
-    config = planned.config()
-    config.model.pretrained, config.model.checkpoint = False, None
-    method = make_method(config)
-    with building(config):
-        backbone = get_task(config).build_backbone(classes, keep_head=not method.trains_head)
     try:
-        attach(backbone, method)
+        config = planned.config()
+        config.model.pretrained, config.model.checkpoint = False, None
+        method = make_method(config)
+        attach(get_task(config).build_backbone(classes, keep_head=not method.trains_head), method)
     except UnsupportedModelError as error:
         return str(error)
+    except Exception:  # whatever it is, the run fails with it, by itself
+        return None
     return None

@@ -17,6 +17,7 @@ from ..engine.plan import holds_run, place
 from ..engine.shipped import local_or_shipped
 from ..engine.train import check
 from ..errors import ConfigError, VpeftError
+from ..tasks.models import make_method
 from ..tasks.registry import get_task
 from .results import write_results
 from .space import Space, as_overrides, load_space
@@ -87,9 +88,10 @@ class Sweep:
             raise ConfigError("data.val_size: trials are compared on validation data; give data.val_split or data.val_size")
         if opened.test is not None or opened.also:
             raise ConfigError("data.test_split: this task tests whatever it says, and no trial may see a test split")
-        if not any(part.key.startswith("model.") for part in self.space.parts):
+        keys = [part.key for part in self.space.parts]
+        if not any(key.partition(".")[0] == "model" or key in ("method", "method.name") for key in keys):
             with building(config):  # weights that are not there would fail every trial
-                task.build_backbone(len(opened.classes))
+                task.build_backbone(len(opened.classes), keep_head=not make_method(config).trains_head)
 
     def _check_part(self, key: str, examples: Sequence[Any]) -> None:
         """Refuse a key of which no value can be had: then the key is wrong, and not a value."""

@@ -1,7 +1,9 @@
 """What a benchmark's data set is: where its lists and images lie, which splits it has, how many classes and images."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -129,8 +131,12 @@ class LabelledSet:
         """Which root would be right, where the folder lies one step above or below."""
         if root.resolve().name in self.folders:
             return "give the folder that holds this one; "
-        inner = (p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in self.folders)
-        right = next((p for p in inner if any((p / name).is_dir() for name in self.folders)), None)
+        right = None
+        with suppress(OSError):  # a folder that may not be read
+            inner = (
+                p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in self.folders and os.access(p, os.X_OK)
+            )
+            right = next((p for p in inner if any((p / name).is_dir() for name in self.folders)), None)
         return f"it seems to be in {right}: give that; " if right else ""
 
 
