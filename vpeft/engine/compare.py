@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,32 +156,39 @@ def _read(label: str, path: Path) -> Finished:
         raise ConfigError(f"compare: {path} holds an unfinished run; finish it with the command that began it")
     run = Finished(label, path, stored_config(path), read_metrics(path), _epochs(path), _class_names(path))
     if (path / PREDICTIONS).is_file():
-        run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), (), ())
-        masks = "miou" in run.heading  # of a task of one's own too
-        words, numbers = ((), ("pixels", "miou")) if masks else (("true", "predicted"), ())
-        run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), words, numbers)
-        run.per_class = _table(path / PER_CLASS, ("class",), (), ("iou" if masks else "accuracy",))
+        run.heading, *rows = _table(path / PREDICTIONS, ("index", "file"), _said_of_samples)
+        number = "iou" if "miou" in run.heading else "accuracy"
+        run.per_class = _table(path / PER_CLASS, ("class",), lambda _: ((), (number,)))
         run.samples = {int(row[0]): row for row in rows}
     return run
 
 
-def _table(file: Path, first: Sequence[str], words: Sequence[str], numbers: Sequence[str]) -> list[list[str]]:
+Columns = tuple[Sequence[str], Sequence[str]]  # of words, and of numbers
+
+
+def _said_of_samples(heading: Sequence[str]) -> Columns:
+    """What predictions.csv must have: of masks, of a task of one's own too, or of labels."""
+    return ((), ("pixels", "miou")) if "miou" in heading else (("true", "predicted"), ())
+
+
+def _table(file: Path, first: Sequence[str], others: Callable[[Sequence[str]], Columns]) -> list[list[str]]:
     """The heading and the rows of a CSV file that a run left.
 
     Args:
         file: the CSV file.
         first: its first columns; ``index`` has whole numbers.
-        words: further ones that it must have.
-        numbers: those too, of whose cells each is a number or empty.
+        others: of its heading, the further ones that it must have; in those of numbers each cell is one, or empty.
 
     Raises:
         ConfigError: it cannot be read, lacks a column, has no row, or one of another length or with another cell.
     """
     try:
         heading, *rows = read_csv(file) or [[]]
-        lacking = [name for name in (*words, *numbers) if name not in heading]
-        if lacking or tuple(heading[: len(first)]) != tuple(first):
-            raise ValueError(f"it has no column '{lacking[0]}'" if lacking else f"it does not begin with {', '.join(first)}")
+        words, numbers = others(heading)
+        wrong = [f"it has no column '{name}'" for name in (*words, *numbers) if name not in heading][:1]
+        wrong += [f"it does not begin with {', '.join(first)}"] * (tuple(heading[: len(first)]) != tuple(first))
+        if wrong:
+            raise ValueError("; ".join(wrong))
         if not rows or any(len(row) != len(heading) for row in rows):
             raise ValueError("it has no rows, or some that are not as long as its heading")
         for row in rows:

@@ -40,5 +40,5 @@ def _why_refused(planned: Job, classes: int) -> str | None:
     except UnsupportedModelError as error:
         return str(error)
     except Exception:  # whatever it is, the run fails with it, by itself
-        return None
+        pass
     return None

@@ -18,7 +18,7 @@ from ..data.loader import make_loader
 from ..engine.checks import check_files
 from ..engine.config import load_config
 from ..engine.opening import open_split
-from ..engine.plan import place
+from ..engine.plan import place, read_metrics
 from ..engine.replacing import to_replace
 from ..engine.settings import refuse_keys
 from ..engine.train import check
@@ -149,7 +149,7 @@ def _metrics(config: DictConfig) -> Path:
 
 
 def _row(file: Path, configs: list[DictConfig]) -> dict[str, Any]:
-    found = [json.loads(_metrics(c).read_text()) for c in configs]
+    found = [read_metrics(_metrics(c).parent) for c in configs]
     task = get_task(configs[0])
     split = next((s for s in ("test", "val") if all(f"{s}_{task.monitor}" in m for m in found)), None)
     scores = [m[f"{split}_{task.monitor}"] for m in found] if split else []

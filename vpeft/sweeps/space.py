@@ -186,8 +186,9 @@ def _file(name: str | Path) -> str | Path:
     for text in (whole, f"{SPACES}{whole}"):
         if text in known:
             return text
-    near = did_you_mean(whole, known) or did_you_mean(f"{SPACES}{whole}", known)
-    raise ConfigError(f"--space: {name} does not exist{near}; vpeft configs list spaces/ shows those that ship")
+    raise ConfigError(
+        f"--space: {name} does not exist{did_you_mean(whole, known)}; vpeft configs list spaces/ shows those that ship"
+    )
 
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
