@@ -163,15 +163,14 @@ def _read(label: str, path: Path) -> Finished:
     return run
 
 
-Columns = tuple[Sequence[str], Sequence[str]]  # of words, and of numbers
-
-
-def _said_of_samples(heading: Sequence[str]) -> Columns:
-    """What predictions.csv must have: of masks, of a task of one's own too, or of labels."""
+def _said_of_samples(heading: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Columns of words and of numbers that predictions.csv must have: of masks, of a task of one's own too, or of labels."""
     return ((), ("pixels", "miou")) if "miou" in heading else (("true", "predicted"), ())
 
 
-def _table(file: Path, first: Sequence[str], others: Callable[[Sequence[str]], Columns]) -> list[list[str]]:
+def _table(
+    file: Path, first: Sequence[str], others: Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]]
+) -> list[list[str]]:
     """The heading and the rows of a CSV file that a run left.
 
     Args:
