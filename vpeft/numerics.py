@@ -75,10 +75,16 @@ def autocast_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would make of a product's factor; None where it is off, or leaves the factor as it is (float64)."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if autocast_on(kind) and x.dtype != torch.float64 else None
+
+
 def in_autocasts_type(x: Tensor) -> Tensor:
     """A factor of a product as autocast, where it is on, would give it to the product; with its gradient."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if autocast_on(kind) and x.dtype != torch.float64 else x
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 def weighted_change(values: Sequence[Tensor], weights: Sequence[float], start: Tensor | float) -> Tensor:

@@ -140,7 +140,8 @@ def test_autocast(method, options, inside):
             assert torch.equal(a, b)
     with torch.autocast("cpu", torch.bfloat16):
         less, more = saved_bytes(model, x), saved_bytes(other, x)
-    assert less < 0.97 * more
+    # Of a norm's output, which is in float32, autocast's copy is kept; a GELU's is in autocast's type already.
+    assert less == more if method in ("pissa", "kadaptation", "repadapter") else less < 0.97 * more
 
 
 def test_two_handles_read_one_input():

@@ -97,6 +97,13 @@ class Intervention(nn.Module):
         """``change(args, output)`` sees the module's inputs and output, and gives another output or None."""
         self.hub.at(place.module).add_after(self.owner, change, first=first)
 
+    def act_at_once(self, place: ModuleRef, change: Callable) -> None:
+        """``change(x)`` gives what the module and this intervention's ``act_after`` give together, or None.
+
+        It is asked where nothing else is done to the module's operation and output.
+        """
+        self.hub.at(place.module).add_at_once(self.owner, change)
+
     def act_around(self, place: ModuleRef, change: Callable) -> None:
         """``change(inner, *args, **kwargs)`` stands in place of the module's operation ``inner``."""
         with replacing(place):

@@ -37,6 +37,8 @@ def as_ordered(hooks: OrderedDict) -> None:
 def hooked_only_by(module: nn.Module, *known: object) -> bool:
     """Whether nothing but these objects hooks a module, in forward or backward, or stands in place of its forward."""
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if not any(own) and not any(_EVERYWHERE) and "forward" not in vars(module):
+        return True
     hooks = [hook for table in (*own, *_EVERYWHERE) for hook in table.values()]
     if "forward" in vars(module):
         hooks.append(vars(module)["forward"])

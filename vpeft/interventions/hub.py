@@ -161,9 +161,13 @@ class Hub:
     def untouched(self, module: nn.Module, besides: str | None = None) -> bool:
         """Whether a module computes what its class does: nobody acts there (``besides`` may), and no one else hooks it."""
         junction = self.junctions.get(module)
-        if not hooked_only_by(module, self, self.origins, junction):
+        if not self.hooked_by_it_alone(module):
             return False
         return junction is None or not (junction.owners() - {besides}) & set(self.acting_now())
+
+    def hooked_by_it_alone(self, module: nn.Module) -> bool:
+        """Whether no one else hooks a module, or stands in the place of its forward."""
+        return hooked_only_by(module, self, self.origins, self.junctions.get(module))
 
     # ---- the forward under way ----
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..backbone.attention import pad_pairs
 from ..errors import MethodError
+from .at_once import AtOnce, Edition
 from .flow import Flow
 from .hooks import as_ordered, unhook
 from .operation import Inner, with_tensors
@@ -16,7 +17,7 @@ from .rows import RowPart, in_parts, joined
 from .watched import exchanged
 
 
-class Forwards(Protocol):
+class Forwards(Edition, Protocol):
     """What a junction asks of the model's hub."""
 
     def now(self) -> Flow | None:
@@ -35,8 +36,8 @@ class Forwards(Protocol):
 class Junction:
     """All that is done at one module; each function belongs to a handle, by its name, and acts where that handle does.
 
-    torch's hooks are the way in. Only where the operation itself is changed (``around``, ``replace``, ``join``,
-    ``pad_bias``) does the module get an attribute that stands before its class's function, until nobody needs it.
+    torch's hooks are the way in. Only where the operation itself is changed (``around``, ``at_once``, ``replace``,
+    ``join``, ``pad_bias``) does the module get an attribute that stands before its class's function, until nobody needs it.
 
     Args:
         hub: of the model.
@@ -50,6 +51,7 @@ class Junction:
         self.before: list[tuple[str, Callable]] = []
         self.after: list[tuple[str, Callable]] = []
         self.around: list[tuple[str, Callable]] = []
+        self.at_once = AtOnce(hub, module)
         self.joined: list[tuple[str, Callable, nn.Module]] = []
         self.replaced: list[tuple[str, str, Callable]] = []
         self.padded: list[tuple[str, int, int]] = []
@@ -80,6 +82,12 @@ class Junction:
         """``change(inner, *args, **kwargs)`` stands in place of the operation ``inner``, which it may call."""
         self.around.append((owner, change))
         self._stand_in()
+
+    def add_at_once(self, owner: str, change: Callable) -> None:
+        """``change(x)`` gives what the module and its intervention's change after it give together, or None."""
+        if self.stands_in and self._forward_is_free():
+            self.at_once.entries.append((owner, change))
+            self._stand_in()
 
     def join(self, owner: str, change: Callable, member: nn.Module) -> None:
         """``change(inner, members, *args, **kwargs)`` stands there once for all members that act, whosever they are."""
@@ -142,7 +150,7 @@ class Junction:
 
     def rename(self, owner: str, name: str, parts: set[int]) -> None:
         """What some of one handle's interventions (by their ids) do here belongs to another name, in the same place."""
-        for entries in (self.before, self.after, self.around, self.joined, self.replaced):
+        for entries in (self.before, self.after, self.around, self.at_once.entries, self.joined, self.replaced):
             for i, entry in enumerate(entries):
                 change = getattr(entry[-1], "func", entry[-1])  # of functools.partial
                 if entry[0] == owner and id(getattr(change, "__self__", change)) in parts:
@@ -164,11 +172,14 @@ class Junction:
         return [getattr(change, "__self__", change) for change in changes]
 
     def _lists(self) -> tuple[list, ...]:
-        return self.before, self.after, self.around, self.joined, self.replaced, self.padded, self.trained
+        return (
+            self.before, self.after, self.around, self.at_once.entries, self.joined, self.replaced, self.padded,
+            self.trained,
+        )  # fmt: skip
 
     @property
     def _changes_operation(self) -> bool:
-        return bool(self.around or self.joined or self.replaced or self.trained or self.alone)
+        return bool(self.around or self.at_once.entries or self.joined or self.replaced or self.trained or self.alone)
 
     def prepare_routing(self) -> None:
         """Stand in place of the module's operation where a routed forward needs that."""
@@ -206,7 +217,7 @@ class Junction:
         if module is not self.module and not self._stands_for_it(module):
             return self._taken_over(module, flow)
         if flow.plan is None:
-            return self._changed_output(flow, args, output)
+            return output if self.at_once.gave(output) else self._changed_output(flow, args, output)
         return output if self._run_alone_in(flow) else self._output_in_parts(flow, args, output)
 
     def _changed_output(self, flow: Flow, args: tuple, output: Any) -> Any:
@@ -233,16 +244,22 @@ class Junction:
     def _stand_in(self) -> None:
         if not self.stands_in:
             return
-        own = vars(self.module)
-        if "forward" in own and getattr(own["forward"], "__self__", None) is not self:
+        if not self._forward_is_free():
             raise TypeError("its forward is replaced already, by something that is not vpeft's")
         self.module.forward = self._run
+
+    def _forward_is_free(self) -> bool:
+        own = vars(self.module)
+        return "forward" not in own or getattr(own["forward"], "__self__", None) is self
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         flow = self.hub.now()
         if flow is None:
             with self.hub.running():
                 return self._run(*args, **kwargs)
+        output = self.at_once.output(flow, args, kwargs, self.after, (self.around, self.joined, self.replaced))
+        if output is not None:
+            return output
         return self._operated(flow, args, kwargs) if flow.plan is None else self._operated_in_parts(flow, args, kwargs)
 
     def _operated(self, flow: Flow, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -12,124 +12,14 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions.again import Again, had_back, kept_for
-from ..interventions.linear import AddToLinear
+from ..interventions.fused import FusedAddToLinear
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, autocast_on, transformed, unregistered
+from ..numerics import at_least_float32, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
 SLOTS = ("q", "k", "v", "proj", "fc1", "fc2")
-
-
-class FrozenLinearPlus(torch.autograd.Function):
-    """x W^T + b + scale * drop(x U^T S^T) V^T for a frozen W, slice by slice where U and V are narrower than W.
-
-    As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
-    linear's output, and its input's gradient, once more each.
-
-    Args (of ``apply``):
-        x: (…, in).
-        weight, bias: frozen; bias may be None.
-        u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r).
-        mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
-        scale: a number.
-        again: how x is made again in backward; x is kept where it is None.
-
-    Returns the output, and (not differentiable) the two inner products, which the backward needs.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        core: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        again: Again | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        low = (rows.reshape(-1, u.shape[1]) @ u.t()).view(rows.shape[0], core.shape[1])
-        inner = low @ core.t()
-        if mask is not None:
-            inner *= mask
-        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
-        # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))), low, inner
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        x, weight, _, u, core, v, mask, ctx.scale, *more = inputs
-        again = more[0] if more else None
-        ctx.make = None if again is None else again.make
-        _, low, inner = output
-        ctx.mark_non_differentiable(low, inner)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, u, core, v, mask, low, inner, *kept_for(x, again))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, *_: None) -> tuple:
-        if grad is None:
-            return (None,) * 9
-        if autocast_on(grad.device.type):  # of the backward alone: the forward was none of autocast's
-            with torch.autocast(grad.device.type, enabled=False):
-                return FrozenLinearPlus.backward(ctx, grad)
-        weight, u, core, v, mask, low, inner, *kept = ctx.saved_tensors
-        x = had_back(ctx.make, kept)
-        if torch.is_grad_enabled():  # a second derivative goes through the two products as well
-            low = (x.reshape(-1, u.shape[1]) @ u.t()).view(low.shape)
-            inner = low @ core.t() if mask is None else (low @ core.t()) * mask
-        sliced = grad.reshape(-1, len(v))
-        to_inner = (sliced @ v).mul_(ctx.scale).view(inner.shape)
-        to_v = (sliced.t() @ inner.view(-1, len(u))).mul_(ctx.scale)
-        if mask is not None:
-            to_inner = to_inner * mask
-        to_core, to_low = to_inner.t() @ low, (to_inner @ core).view(-1, len(u))
-        to_u = to_low.t() @ x.reshape(-1, u.shape[1])
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = grad.reshape(inner.shape[0], -1) @ weight
-            to_x.view(-1, u.shape[1]).addmm_(to_low, u)
-            to_x = to_x.view(x.shape)
-        return to_x, None, None, to_u, to_core, to_v, None, None, None
-
-
-class FusedAddToLinear(AddToLinear):
-    """An ``AddToLinear`` that can do the frozen product and its own addition as one operation (``fused``).
-
-    It stands in the place of the linear's operation. Where another method changes that too, or something is needed that
-    the one operation cannot give (a gradient of the weight, autocast), it is ``forward`` that adds.
-    """
-
-    def install(self) -> None:
-        self.reads_input(self.site)
-        self.act_around(self.site, self._run)
-
-    def _run(self, inner: Inner, x: Tensor) -> Tensor:
-        if inner.alone and self.fusable(x):
-            return self.fused(x)
-        return self(x, inner(x))
-
-    def fusable(self, x: Tensor) -> bool:
-        """Whether ``fused`` gives all that is asked for here."""
-        module, device = self.site.module, x.device.type
-        # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
-            return False
-        if autocast_on(device):
-            return False
-        own = module._parameters  # without the weight where that is made of other tensors, which may train
-        frozen = "weight" in own and not any(p is not None and p.requires_grad for p in own.values())
-        return frozen and type(module).forward is nn.Linear.forward
-
-    def fused(self, x: Tensor) -> Tensor:
-        """The linear's new output from its input."""
-        raise NotImplementedError
 
 
 def hidden_slices(block: BlockSite) -> int:
@@ -208,6 +98,15 @@ class FactLinear(FusedAddToLinear):
     def core(self) -> Tensor:
         raise NotImplementedError
 
+    def install(self) -> None:
+        self.reads_input(self.site)
+        self.act_around(self.site, self._run)
+
+    def _run(self, inner: Inner, x: Tensor) -> Tensor:
+        if inner.alone and self.fusable(x):
+            return self.fused(x)
+        return self(x, inner(x))
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         u, v = self.factors.u, self.factors.v
         h = self.drop(F.linear(self.input_times(self.site, x, u), self.core()))
@@ -220,9 +119,7 @@ class FactLinear(FusedAddToLinear):
             # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
             mask = self.drop(x.new_ones(math.prod(x.shape[:-1]), len(core))) != 0
             scale = scale / (1 - p) if p < 1 else 0.0
-        weights = self.site.module.weight, self.site.module.bias
-        again = self.hub.origins.of(x, self.site.module)
-        return FrozenLinearPlus.apply(x, *weights, self.factors.u, core, self.factors.v, mask, scale, again)[0]
+        return self.in_one(x, self.factors.u, core, self.factors.v, mask, scale)
 
     def _run_together(self, members: list["FactLinear"], plan: RowPlan, args: tuple) -> Tensor | None:
         """What ``_run`` gives, in inference: added in place to the linear's output, where slices would be joined anew."""

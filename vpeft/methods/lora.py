@@ -12,8 +12,8 @@ from ..backbone.modules import SLOTS, LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
+from ..interventions.fused import FusedAddToLinear
 from ..interventions.gathered import Gathered
-from ..interventions.linear import AddToLinear
 from ..interventions.rows import RowPlan
 from ..numerics import at_least_float32
 from ..options import nonnegative, probability
@@ -36,7 +36,7 @@ class LowRank(nn.Module):
             nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in))
 
 
-class LoraLinear(AddToLinear):
+class LoraLinear(FusedAddToLinear):
     """y + scale * drop(x) A^T B^T on one frozen linear, or on chosen row blocks of a fused one.
 
     With one whole-linear slot the factors are the module's own ``a`` and ``b``; else each slot has a child with them.
@@ -125,18 +125,31 @@ class LoraLinear(AddToLinear):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """y + scale * x A^T B^T, with the bottleneck's dropout where that is what was asked for."""
-        ready = None if self.gathered is None else self.gathered.ready(self, x)
-        a, b = self.factors() if ready is None else ready
+        a, b = self._factors_for(x)
         h = self.input_times(self.site, x, a)
         if not self.on_input:
             h = self.drop(h)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)
 
+    def fusable(self, x: Tensor) -> bool:
+        return self._as_lora() and not (self.training and self.drop.p) and super().fusable(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        a, b = self._factors_for(x)
+        return self.in_one(x, a, None, b, scale=self.scale)
+
+    def _factors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ready = None if self.gathered is None else self.gathered.ready(self, x)
+        return self.factors() if ready is None else ready
+
+    def _as_lora(self) -> bool:
+        """Whether what it adds is what LoRA adds, with other factors at the most."""
+        return type(self).forward is LoraLinear.forward and type(self).update is LoraLinear.update
+
     def together(self, members: list["LoraLinear"], plan: RowPlan, x: Tensor, y: Tensor) -> Tensor | None:
         # Faster than slices at every size that was measured (one to eight samples a task, two to 32 tasks).
         pairs = [m.factors() for m in members]
-        own = type(self).forward is not LoraLinear.forward or type(self).update is not LoraLinear.update
-        if own or len({a.shape for a, _ in pairs}) > 1 or (self.training and any(m.drop.p for m in members)):
+        if not self._as_lora() or len({a.shape for a, _ in pairs}) > 1 or (self.training and any(m.drop.p for m in members)):
             return None
         a = plan.of_each([a for a, _ in pairs])
         b = plan.of_each([m.scale * b for m, (_, b) in zip(members, pairs, strict=True)])

@@ -1,0 +1,132 @@
+"""A frozen linear and a low-rank addition to it as one operation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import autocast_dtype, autocast_on, transformed
+from .again import Again, had_back, kept_for
+from .linear import AddToLinear
+
+
+class FrozenLinearPlus(torch.autograd.Function):
+    """x W^T + b + scale * drop(x U^T S^T) V^T for a frozen W, slice by slice where U and V are narrower than W.
+
+    As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
+    linear's output, and its input's gradient, once more each.
+
+    Args (of ``apply``), all of one type:
+        x: (…, in).
+        weight, bias: frozen; bias may be None.
+        u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r); core may be None, for 1.
+        mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
+        scale: a number.
+        again: how x is made again in backward; x is kept where it is None and U trains.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        core: Tensor | None,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        again: Again | None = None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows.reshape(-1, u.shape[1]) @ u.t()
+        inner = low
+        if core is not None:
+            low = low.view(len(rows), core.shape[1])
+            inner = low @ core.t()
+        if mask is not None:
+            inner = inner * mask
+        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
+        ctx.scale, ctx.make, ctx.shape = scale, None if again is None else again.make, x.shape
+        kept = kept_for(x, again) if ctx.needs_input_grad[3] or (core is not None and ctx.needs_input_grad[4]) else ()
+        ctx.save_for_backward(weight, u, core, v, mask, None if core is None else low, inner, *kept)
+        # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if autocast_on(grad.device.type):  # all has the type that autocast gave it
+            with torch.autocast(grad.device.type, enabled=False):
+                return FrozenLinearPlus.backward(ctx, grad)
+        weight, u, core, v, mask, low, inner, *kept = ctx.saved_tensors
+        to_x = to_u = to_core = to_v = None
+        x = had_back(ctx.make, kept) if kept else None
+        if torch.is_grad_enabled() and kept:  # a second derivative goes through the two products as well
+            low = x.reshape(-1, u.shape[1]) @ u.t()
+            inner = low
+            if core is not None:
+                low = low.view(-1, core.shape[1])
+                inner = low @ core.t()
+            inner = inner if mask is None else inner * mask
+        sliced = grad.reshape(-1, len(v))
+        to_inner = sliced @ v
+        if ctx.needs_input_grad[5]:
+            to_v = sliced.t() @ inner.view(-1, len(u))
+        if ctx.scale != 1:
+            to_inner, to_v = to_inner * ctx.scale, None if to_v is None else to_v * ctx.scale
+        to_inner = to_inner.view(inner.shape)
+        to_low = to_inner if mask is None else to_inner * mask
+        if core is not None:
+            to_core, to_low = to_low.t() @ low, (to_low @ core).view(-1, len(u))
+        if ctx.needs_input_grad[3]:
+            to_u = to_low.t() @ x.reshape(-1, u.shape[1])
+        if ctx.needs_input_grad[0]:
+            to_x = grad.reshape(-1, len(weight)) @ weight
+            to_x.view(-1, u.shape[1]).addmm_(to_low, u)
+            to_x = to_x.view(ctx.shape)
+        return to_x, None, None, to_u, to_core, to_v, None, None, None
+
+
+class FusedAddToLinear(AddToLinear):
+    """An ``AddToLinear`` that can do the frozen product and its own addition as one operation (``fused``).
+
+    Where another method changes the linear too, someone else hooks it, or something is needed that the one operation
+    cannot give (a gradient of the weight, say), it is ``forward`` that adds.
+    """
+
+    def install(self) -> None:
+        super().install()
+        self.act_at_once(self.site, self._at_once)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        return self.fused(x) if self.fusable(x) else None
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether ``fused`` gives all that is asked for here."""
+        module = self.site.module
+        # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
+            return False
+        own = module._parameters  # without the weight where that is made of other tensors, which may train
+        if "weight" not in own or type(module).forward is not nn.Linear.forward:
+            return False
+        if any(p is not None and (p.requires_grad or type(p) is not nn.Parameter) for p in own.values()):
+            return False
+        return x.dtype == own["weight"].dtype or autocast_dtype(x) is not None
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The linear's new output from its input."""
+        raise NotImplementedError
+
+    def in_one(
+        self, x: Tensor, u: Tensor, core: Tensor | None, v: Tensor, mask: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """``FrozenLinearPlus`` of this linear, in autocast's type where that is on."""
+        module, again = self.site.module, None
+        if u.requires_grad:
+            again = self.hub.origins.of(x, module)
+        tensors, dtype = (x, module.weight, module.bias, u, core, v), autocast_dtype(x)
+        if dtype is not None:
+            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
+        return FrozenLinearPlus.apply(*tensors, mask, scale, again)
