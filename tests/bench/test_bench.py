@@ -15,7 +15,7 @@ from tests.support.bench import segmentation_table, tiny_table
 from tests.support.models import SMALL
 from vpeft.bench import rows as bench_rows
 from vpeft.bench.config import load_bench_config, load_tables
-from vpeft.bench.gpu import counted
+from vpeft.bench.gpu import summed
 from vpeft.bench.kept import kept, list_kept
 from vpeft.bench.measure import bench, measure
 from vpeft.bench.memory import saved_bytes
@@ -307,10 +307,12 @@ def test_several_tables_by_one_command(tmp_path, capsys):
 
 
 def test_kernels_are_the_devices_events():
-    def event(kind, count):
-        return types.SimpleNamespace(device_type=types.SimpleNamespace(name=kind), count=count)
+    def event(kind, count, took):
+        return types.SimpleNamespace(device_type=types.SimpleNamespace(name=kind), count=count, self_device_time_total=took)
 
-    assert counted([event("CUDA", 3), event("CPU", 100), event("CUDA", 4)]) == 7
+    number, seconds = summed([event("CUDA", 3, 1500.0), event("CPU", 100, 0.0), event("CUDA", 4, 500.0)])
+    assert number == 7
+    assert seconds == pytest.approx(2e-3)
 
 
 def test_the_gpu_command_is_complete():

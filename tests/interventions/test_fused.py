@@ -9,7 +9,7 @@ from torch import nn
 import vpeft
 from tests.support.models import attached, images, make, randomise
 from tests.support.saved import saved_bytes
-from vpeft.interventions.fused import FrozenLinearPlus, FusedAddToLinear
+from vpeft.interventions.fused import FrozenLinearPlus, FusedAddToLinear, side_by_side
 
 LORAS = [
     ("lora", {}), ("lora", {"targets": ["qkv", "proj", "fc1", "fc2"], "scale": 0.7}), ("lora", {"targets": ["k", "fc2"]}),
@@ -104,6 +104,28 @@ def test_derivatives_of_two_factors():
     assert torch.autograd.gradcheck(run, (x, u, v))
     assert torch.autograd.gradgradcheck(run, (x, u, v))
     assert torch.autograd.gradcheck(lambda x, v: run(x, u.detach(), v), (x, v))  # as in LoRA-FA
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_two_products_as_one(biased):
+    """As on a GPU under autocast, where the frozen weight has another type than the rest."""
+    torch.manual_seed(0)
+    rows, u, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 6), (2, 6), (7, 2)))
+    weight, bias = torch.randn(7, 6), torch.randn(7) if biased else None
+    plain = rows @ weight.double().T + (bias if biased else 0) + rows @ u.T @ v.T
+    y, low, cast = side_by_side(rows, weight, bias, u, v)
+    assert torch.allclose(y, plain)
+    assert torch.equal(cast, weight.double())
+    assert torch.allclose(low, rows @ u.T)
+    for t in (rows, u, v):
+        t.requires_grad_()
+
+    def run(x, u, v):
+        return FrozenLinearPlus.apply(x, weight, bias, u, None, v, None, 1.0)
+
+    assert torch.allclose(run(rows, u, v), plain)
+    assert torch.autograd.gradcheck(run, (rows, u, v))
+    assert torch.autograd.gradgradcheck(run, (rows, u, v))
 
 
 def test_a_frozen_first_factor_keeps_no_input(monkeypatch):

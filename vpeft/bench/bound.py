@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .rows import Batch, Row
 
-_PRODUCTS = {"addmv", "mv", "dot", "linear", "linear_backward", "_addmm_activation"}
+_PRODUCTS = {"addmm_", "baddbmm_", "addmv", "mv", "dot", "linear", "linear_backward", "_addmm_activation"}
 _PRODUCTS_BEGIN = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "mkldnn_", "cudnn_convolution")
 _COPIES = {
     "copy_", "clone", "_to_copy", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "slice_scatter",

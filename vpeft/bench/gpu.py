@@ -10,27 +10,29 @@ from torch import Tensor
 from .rows import Batch, merged_forward
 from .rows import Row as BenchRow
 
+_PROFILED = 3  # steps
 _WARMUP = 3  # runs before a capture, as torch asks for
 
 
-def kernels_of(row: BenchRow) -> int | None:
-    """How many kernels one step runs, copies and fills included; None elsewhere than on a GPU."""
-    if row.batch.device.type != "cuda":
-        return None
+def device_work(row: BenchRow) -> tuple[int, float]:
+    """How many kernels one step runs on a GPU, copies and fills included, and the seconds that they take together."""
     from torch.profiler import ProfilerActivity, profile
 
     row.training()
     row.step()
     row.batch.finish()
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        row.step()
+        for _ in range(_PROFILED):
+            row.step()
         row.batch.finish()
-    return counted(watched.key_averages())
+    number, seconds = summed(watched.key_averages())
+    return round(number / _PROFILED), seconds / _PROFILED
 
 
-def counted(events: Iterable[Any]) -> int:
-    """Of a profile's summed events, how often the device worked."""
-    return sum(e.count for e in events if getattr(e.device_type, "name", "") == "CUDA")
+def summed(events: Iterable[Any]) -> tuple[int, float]:
+    """Of a profile's events, how often the device worked, and for how many seconds."""
+    worked = [e for e in events if getattr(e.device_type, "name", "") == "CUDA"]
+    return sum(e.count for e in worked), sum(e.self_device_time_total for e in worked) / 1e6
 
 
 def host_time(batch: Batch, run: Callable[[], object]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from .allocator import give_back, page_faults
 from .bound import Kernels, OwnWork
 from .config import interleaved
 from .deadline import Deadline
-from .gpu import graphed_time, host_time, kernels_of
+from .gpu import device_work, graphed_time, host_time
 from .memory import peak_bytes, saved_bytes
 from .result import Result
 from .rows import FROZEN, FULL, LIMIT, Batch, LimitRow, Row, merged_forward, twin
@@ -135,8 +135,10 @@ def _on_gpu(row: Row, config: DictConfig) -> dict[str, Any]:
     """What a GPU alone has; a compiled row's forward is no plain one, and is not captured by itself."""
     if row.batch.device.type != "cuda":
         return {}
+    kernels, device = device_work(row) if row.trains else (None, None)
     return {
-        "kernels": kernels_of(row) if row.trains else None,
+        "kernels": kernels,
+        "device": device,
         "graphed": None if config.compile else graphed_time(row, config.rounds),
     }
 
@@ -191,6 +193,7 @@ def fill_ratios(results: Sequence[Result]) -> None:
     """Ratios to references that were measured after a row, by itself, as of medians: full fine-tuning comes first."""
     known = {r.label: r for r in results}
     for row in results:
+        _fill(row, f"device/{LIMIT}", row.device, getattr(known.get(LIMIT), "device", None))
         for base, of in ((FULL, "step"), (LIMIT, "step"), (FROZEN, "forward")):
             its = known.get(base)
             for part in ("step",) if of == "step" else ("step", "forward", "merged"):

@@ -77,6 +77,7 @@ def _table(config: DictConfig, deadline: Deadline, journal: Unfinished | None) -
     known = journal.rows if journal is not None else []
     if interleaved(config) == "all":
         results = known or list(measured(config, deadline))
+        fill_ratios(results)
         if journal is not None:
             journal.write(results)
         return results

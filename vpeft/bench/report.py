@@ -20,7 +20,7 @@ from .rows import FROZEN, FULL, LIMIT
 
 RATIOS = (
     f"step/{LIMIT}", f"step/{FULL}", f"step/{FROZEN}", "cached/step", f"forward/{FROZEN}", f"merged/{FROZEN}",
-    f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}", "step/bound",
+    f"saved/{LIMIT}", f"saved/{FULL}", f"peak/{LIMIT}", f"peak/{FULL}", f"device/{LIMIT}", "step/bound",
 )  # fmt: skip
 # Columns of the CSV that are attributes of a result, in front of the ratios and behind them.
 FIRST = {
@@ -28,14 +28,14 @@ FIRST = {
     "merged_s": "merged", "saved_bytes": "saved", "peak_bytes": "peak",
 }  # fmt: skip
 MORE = {
-    "host_s": "host", "kernels": "kernels", "graphed_s": "graphed", "page_faults": "faults", "attach_s": "attach",
-    "load_s": "load", "bound_s": "bound", "products_s": "products", "copies_s": "copies", "rounds": "rounds",
-    "left_out": "left_out",
+    "host_s": "host", "kernels": "kernels", "device_s": "device", "graphed_s": "graphed", "page_faults": "faults",
+    "attach_s": "attach", "load_s": "load", "bound_s": "bound", "products_s": "products", "copies_s": "copies",
+    "rounds": "rounds", "left_out": "left_out",
 }  # fmt: skip
 _WHOLE = ("parameters", "saved", "peak", "kernels", "faults", "rounds")
 BRIEF = (
     "row", "parameters", "step, ms", "step / limit", "step / full", "step / bound", "forward / frozen", "saved / limit",
-    "peak / limit", "images / s",
+    "peak / limit", "device / limit", "images / s",
 )  # fmt: skip
 UNEXPLAINED = 1.10  # a step over its bound, above which the table says so
 
@@ -123,7 +123,7 @@ class Column(NamedTuple):
 
 
 def _columns(config: DictConfig, gpu: bool) -> list[Column]:
-    shown = [k for k in RATIOS if k != "step/bound" and (gpu or not k.startswith("peak"))]
+    shown = [k for k in RATIOS if k != "step/bound" and (gpu or not k.startswith(("peak", "device")))]
     ratios = [Column(k.replace("/", " / "), lambda r, k=k: _ratio(r, k)) for k in shown]
     times = [Column(f"{n}, ms", lambda r, n=n: _ms(getattr(r, n))) for n in ("step", "cached", "forward", "merged")]
     memory = Column("peak, MiB", lambda r: _mib(r.peak)) if gpu else Column("saved, MiB", lambda r: _mib(r.saved))
@@ -146,6 +146,7 @@ def _on_gpu(config: DictConfig) -> list[Column]:
         Column("images / s", lambda r: "–" if r.step is None else f"{config.batch_size / r.step:,.0f}"),
         Column("host, ms", lambda r: _ms(r.host)),
         Column("kernels", lambda r: "–" if r.kernels is None else str(r.kernels)),
+        Column("device, ms", lambda r: _ms(r.device)),
         Column("graphed, ms", lambda r: _ms(r.graphed)),
     ]
 

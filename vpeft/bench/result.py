@@ -19,6 +19,7 @@ class Result:
         peak: highest memory of a step on a GPU, weights, gradients and optimiser state included.
         host: of a step on a GPU, until Python has asked for all of it; near ``step``, it is Python that is waited for.
         kernels: that a step runs on a GPU.
+        device: what these take together; a step cannot be faster, and is not much slower where Python keeps up.
         faults: pages that the system gave the process anew during a step.
         attach: the method to a fresh model.
         load: the method's file on a fresh model, which is compared with the file's fingerprint.
@@ -28,8 +29,8 @@ class Result:
         rounds: how many rounds the medians are of.
         left_out: why nothing was measured, "" where it was.
         graphed: the merged forward, or the adapted where nothing merges, replayed as a CUDA graph.
-        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``cached`` to the row's own step, of
-            ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
+        ratios: of ``step`` and ``saved`` to full fine-tuning and to the limit, of ``device`` to the limit's, of ``cached``
+            to the row's own step, of ``forward`` and ``merged`` to the frozen forward, as ``{"step/limit": …}``.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Result:
     ratios: dict[str, float]
     host: float | None = None
     kernels: int | None = None
+    device: float | None = None
     graphed: float | None = None
     faults: int | None = None
     attach: float | None = None

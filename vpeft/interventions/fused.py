@@ -10,19 +10,44 @@ from .again import Again, had_back, kept_for
 from .linear import AddToLinear
 
 
+def side_by_side(rows: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x W^T + b + (x U^T) V^T as one product of x and x U^T, side by side, with W and V, side by side.
+
+    To add a product of few columns to the linear's output moves all of that once more, which on a GPU takes longer than the
+    arithmetic.
+
+    Args:
+        rows, u, v: of one type.
+        weight, bias: of any.
+
+    Returns the output, x U^T, and W in that type.
+    """
+    width = u.shape[1]
+    both, weights = (like.new_empty(len(like), width + len(u)) for like in (rows, v))
+    both[:, :width].copy_(rows)
+    low = rows @ u.t()
+    both[:, width:].copy_(low)
+    weights[:, :width].copy_(weight)
+    weights[:, width:].copy_(v)
+    y = both @ weights.t() if bias is None else torch.addmm(bias.to(v.dtype), both, weights.t())
+    return y, low, weights[:, :width]
+
+
 class FrozenLinearPlus(torch.autograd.Function):
     """x W^T + b + scale * drop(x U^T S^T) V^T for a frozen W, slice by slice where U and V are narrower than W.
 
     As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
     linear's output, and its input's gradient, once more each.
 
-    Args (of ``apply``), all of one type:
+    Args (of ``apply``):
         x: (…, in).
         weight, bias: frozen; bias may be None.
         u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r); core may be None, for 1.
         mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
         scale: a number.
         again: how x is made again in backward; x is kept where it is None and U trains.
+
+    A weight and bias of another type than the rest are put beside V (``side_by_side``), without core, mask and scale.
     """
 
     @staticmethod
@@ -38,17 +63,21 @@ class FrozenLinearPlus(torch.autograd.Function):
         scale: float,
         again: Again | None = None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows.reshape(-1, u.shape[1]) @ u.t()
-        inner = low
-        if core is not None:
-            low = low.view(len(rows), core.shape[1])
-            inner = low @ core.t()
-        if mask is not None:
-            inner = inner * mask
-        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
         ctx.scale, ctx.make, ctx.shape = scale, None if again is None else again.make, x.shape
+        rows = x.reshape(-1, x.shape[-1])
+        if weight.dtype != x.dtype:
+            y, low, weight = side_by_side(rows, weight, bias, u, v)
+            inner = low
+        else:
+            low = rows.reshape(-1, u.shape[1]) @ u.t()
+            inner = low
+            if core is not None:
+                low = low.view(len(rows), core.shape[1])
+                inner = low @ core.t()
+            if mask is not None:
+                inner = inner * mask
+            y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+            y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
         kept = kept_for(x, again) if ctx.needs_input_grad[3] or (core is not None and ctx.needs_input_grad[4]) else ()
         ctx.save_for_backward(weight, u, core, v, mask, None if core is None else low, inner, *kept)
         # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
@@ -126,7 +155,11 @@ class FusedAddToLinear(AddToLinear):
         module, again = self.site.module, None
         if u.requires_grad:
             again = self.hub.origins.of(x, module)
-        tensors, dtype = (x, module.weight, module.bias, u, core, v), autocast_dtype(x)
+        weights, dtype = (module.weight, module.bias), autocast_dtype(x)
         if dtype is not None:
-            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
-        return FrozenLinearPlus.apply(*tensors, mask, scale, again)
+            x, u, core, v = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, u, core, v))
+            # What has to be cast is copied anyway; rows of 16 bytes' multiples are read fast.
+            beside = x.is_cuda and core is None and mask is None and scale == 1 and (len(u) + u.shape[1]) % 8 == 0
+            if not beside:
+                weights = tuple(t if t is None else t.to(dtype) for t in weights)
+        return FrozenLinearPlus.apply(x, *weights, u, core, v, mask, scale, again)

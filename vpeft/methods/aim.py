@@ -30,12 +30,9 @@ class UpOfGelu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(h, weight)
         return F.linear(F.gelu(h), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

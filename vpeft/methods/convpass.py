@@ -1,11 +1,11 @@
 """Convpass: convolutional bypasses (Jie and Deng, arXiv 2207.07039, 2022)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import DropPath
 from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from ..errors import UnsupportedModelError
 from ..interventions.base import OWN_ROWS, Intervention
 from ..interventions.branch import AddToBranch
 from ..interventions.context import Grid
+from ..interventions.gathered import Gathered
 from ..numerics import unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, grids, per_block, register, which_blocks
+
+_K = 1.702  # q(x) = x sigmoid(k x)
 
 
 class Bypass(AddToBranch):
@@ -26,9 +29,20 @@ class Bypass(AddToBranch):
 
     bars = frozenset({OWN_ROWS})
 
-    def __init__(self, method: "Convpass", block: BlockSite, size: int, grid: Grid, norm: ModuleRef, branch: ModuleRef):
+    def __init__(
+        self,
+        method: "Convpass",
+        block: BlockSite,
+        size: int,
+        grid: Grid,
+        norm: ModuleRef,
+        branch: ModuleRef,
+        gathered: Gathered,
+    ):
         super().__init__(block, norm, branch, output=True)
         unregistered(self, grid=grid)
+        self.gathered = gathered
+        gathered.members.append(self)
         self.down, self.up = nn.Linear(block.width, size), nn.Linear(size, block.width)
         self.conv = nn.Conv2d(size, size, 3, padding=1)
         self.drop, self.scale = nn.Dropout(method.dropout), method.scale
@@ -45,18 +59,35 @@ class Bypass(AddToBranch):
             with torch.no_grad():
                 self.conv.weight[:, :, 1, 1] = torch.eye(size)
 
+    def gathers(self) -> tuple[Tensor, ...]:
+        return tuple(t for part in (self.down, self.conv, self.up) for t in (part.weight, part.bias))
+
+    def made_ready(self, *stacked: Tensor) -> tuple[Tensor, ...]:
+        """So that q, three operations, is one: k q(x) = silu(k x), with k in the maps around it, and s in the last."""
+        down, down_bias, conv, conv_bias, up, up_bias = stacked
+        return _K * down, _K * down_bias, conv, _K * conv_bias, self.scale / _K * up, self.scale * up_bias
+
     def forward(self, n: Tensor) -> Tensor:
-        height, width = self.grid.size
         tokens = n.flatten(1, -2)  # (B, P + HW, D)
-        prefix = tokens.shape[1] - height * width
-        h = quick_gelu(self.down(tokens))
-        patches = self.conv(rearrange(h[:, prefix:], "b (h w) r -> b r h w", h=height, w=width))
-        h_patches = rearrange(patches, "b r h w -> b (h w) r")
-        if prefix:
-            alone = F.linear(h[:, :prefix], self.conv.weight[:, :, 1, 1], self.conv.bias)
-            h_patches = torch.cat([alone, h_patches], 1)
-        a = self.up(self.drop(quick_gelu(h_patches)))
-        return self.scale * self.drop_path(a).view(n.shape)
+        ready = self.gathered.ready(self, n)
+        if ready is None:
+            h = self.convolved(quick_gelu(self.down(tokens)), self.conv, self.conv.weight, self.conv.bias)
+            a = self.scale * self.drop_path(self.up(self.drop(quick_gelu(h))))
+        else:
+            down, down_bias, weight, bias, up, up_bias = ready
+            convolve = partial(F.conv2d, weight=weight, bias=bias, padding=1)
+            h = self.convolved(F.silu(F.linear(tokens, down, down_bias)), convolve, weight, bias)
+            a = self.drop_path(F.linear(self.drop(F.silu(h)), up, up_bias))
+        return a.view(n.shape)
+
+    def convolved(self, h: Tensor, convolve: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        """The tokens (B, P + HW, r) behind the 3x3 convolution."""
+        size = self.grid.size
+        prefix = h.shape[1] - size[0] * size[1]
+        patches = convolve(h[:, prefix:].mT.unflatten(2, size)).flatten(2).mT
+        if not prefix:
+            return patches
+        return torch.cat([F.linear(h[:, :prefix], weight[:, :, 1, 1], bias), patches], 1)
 
 
 _PAPER = ("Convolutional Bypasses Are Better Vision Transformer Adapters", "arXiv 2022", "2207.07039", "additive")
@@ -89,14 +120,14 @@ class Convpass(Method):
     blocks: Blocks = which_blocks()
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        grid_of_block = yield from grids(sites)
+        grid_of_block, gathered = (yield from grids(sites)), Gathered()
         for block, size in self.sized_blocks(sites, "bottleneck", self.blocks):
             if not block.pre_norm:
                 raise UnsupportedModelError(
                     f"{block.path} is norm-after-branch: what {self.name} reads, the branch's normed input, is not there"
                 )
             for name, norm, branch in self.bypasses(block):
-                yield f"{block.path}.{name}", Bypass(self, block, size, grid_of_block(block), norm, branch)
+                yield f"{block.path}.{name}", Bypass(self, block, size, grid_of_block(block), norm, branch, gathered)
 
     def bypasses(self, block: BlockSite) -> list[tuple[str, ModuleRef, ModuleRef]]:
         """(name, norm to read, branch end to add at) of one block's bypasses."""

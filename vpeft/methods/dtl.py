@@ -111,13 +111,12 @@ class FedTerms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(part: "Swish", size: tuple[int, int] | None, y: Tensor, weight: Tensor | None, *terms: Tensor) -> Tensor:
-        return part.fed_terms(size, y, weight, terms)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.part, ctx.size, _, weight, *terms = inputs
+    def forward(
+        ctx, part: "Swish", size: tuple[int, int] | None, y: Tensor, weight: Tensor | None, *terms: Tensor
+    ) -> Tensor:
+        ctx.part, ctx.size = part, size
         ctx.save_for_backward(weight, *terms)
+        return part.fed_terms(size, y, weight, terms)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:

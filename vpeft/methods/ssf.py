@@ -1,6 +1,7 @@
 """SSF: scale and shift the features (Lian et al., NeurIPS 2022, arXiv 2210.08823)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +32,24 @@ class ScaleShiftFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        y: Tensor, scale: Tensor, shift: Tensor, axis: int, again: Callable[[Tensor], Tensor] | None, source: Tensor | None
+        ctx: Any,
+        y: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        axis: int,
+        again: Callable[[Tensor], Tensor] | None,
+        source: Tensor | None,
     ) -> Tensor:
-        return scaled_and_shifted(y, _along(scale, y, axis), _along(shift, y, axis))
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, scale, shift, ctx.axis, ctx.again, source = inputs
-        ctx.save_for_backward(output if ctx.again is None else source, scale, shift)
+        output = scaled_and_shifted(y, _along(scale, y, axis), _along(shift, y, axis))
+        ctx.axis, ctx.again = axis, again
+        ctx.save_for_backward(output if again is None else source, scale, shift)
         device = output.device.type
         ctx.precision = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
+        return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -53,22 +58,43 @@ class ScaleShiftFunction(torch.autograd.Function):
         if ctx.again is not None:
             with torch.autocast(**ctx.precision):
                 y = ctx.again(kept)
-        others = [d for d in range(grad.ndim) if d != ctx.axis % grad.ndim]
-        dtype = torch.promote_types(grad.dtype, scale.dtype)
-        product = grad * y
-        to_scale, to_shift = product.sum(others, dtype=dtype), grad.sum(others, dtype=dtype)
+        differentiable = torch.is_grad_enabled()
+        to_scale, to_shift, product = sums_of(
+            grad, y, ctx.axis, torch.promote_types(grad.dtype, scale.dtype), differentiable
+        )
         if ctx.again is None:
             to_scale = (to_scale - shift * to_shift) / scale
         factor = _along(scale, grad, ctx.axis)
-        if torch.is_grad_enabled():
+        if differentiable:
             return (grad * factor).to(grad.dtype), to_scale, to_shift, None, None, None
         # The product's memory is not needed any more.
-        return torch.mul(grad, factor, out=product), to_scale, to_shift, None, None, None
+        out = torch.empty_like(grad) if product is None else product
+        return torch.mul(grad, factor, out=out), to_scale, to_shift, None, None, None
+
+
+def sums_of(
+    grad: Tensor, y: Tensor, axis: int, dtype: torch.dtype, differentiable: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per channel the sums of grad * y and of grad, in a type, and grad * y where it was made.
+
+    On a GPU one kernel of batch normalisation's backward has both sums of rows of channels, and reads grad and y once.
+    """
+    if grad.is_cuda and y.dtype == grad.dtype and axis % grad.ndim == grad.ndim - 1 and not differentiable:
+        rows, values = (t.reshape(-1, t.shape[-1]).contiguous() for t in (grad, y))
+        zero = rows.new_zeros(rows.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        _, _, to_scale, to_shift = torch.batch_norm_backward_reduce(
+            rows, values, zero, torch.ones_like(zero), torch.ones_like(zero), False, True, True
+        )
+        return to_scale.to(dtype), to_shift.to(dtype), None
+    product, others = grad * y, [d for d in range(grad.ndim) if d != axis % grad.ndim]
+    return product.sum(others, dtype=dtype), grad.sum(others, dtype=dtype), product
 
 
 def scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """y * scale + shift in y's type: under autocast scale and shift are more precise than y, and what follows takes y's."""
-    return torch.addcmul(shift, y, scale).to(y.dtype)
+    if y.dtype == scale.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.addcmul(shift, y, scale).to(y.dtype)
+    return torch.addcmul(shift, y, scale, out=torch.empty_like(y))  # without the more precise result in memory
 
 
 def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
