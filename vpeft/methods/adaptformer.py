@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite
 from ..backbone.sites import Sites
 from ..interventions.base import Intervention
+from ..interventions.bottleneck import ReluBottleneck
 from ..interventions.branch import AddToBranch
 from ..interventions.gathered import Gathered
+from ..numerics import leaner_backward
 from ..options import factor, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
 from .sums import scaled
@@ -62,10 +64,17 @@ class ParallelBottleneck(AddToBranch):
         if ready is None:
             a = self.scale * self.up(self.drop(self.down(v).relu()))
         else:
-            a = F.linear(self.drop(F.linear(v, *ready[:2]).relu()), *ready[2:])
+            a = self.bottleneck(v, *ready)
             if isinstance(self.scale, Tensor):
                 a = self.scale * a
         return self.norm(a) if self.where == "out" else a
+
+    def bottleneck(self, v: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        """With tensors that were made ready."""
+        p = self.drop.p if self.training else 0.0
+        if not leaner_backward() or p == 1:
+            return F.linear(self.drop(F.linear(v, down, down_bias).relu()), up, up_bias)
+        return ReluBottleneck.apply(v.to(down.dtype), down, down_bias, up, up_bias, p)
 
 
 @register(
