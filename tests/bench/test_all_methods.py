@@ -156,9 +156,9 @@ def test_each_row_by_itself(file, monkeypatch):
     rounds, reset = [], []
     one = groups._round
 
-    def watched(together, batch):
+    def watched(together, batch, merging):
         rounds.append([r.label for r in together])
-        return one(together, batch)
+        return one(together, batch, merging)
 
     monkeypatch.setattr(groups, "_round", watched)
     monkeypatch.setattr(torch._dynamo, "reset", lambda: reset.append(1))
@@ -171,15 +171,16 @@ def test_each_row_by_itself(file, monkeypatch):
     assert lora.ratios["step/full"] == lora.step / full.step
     assert lora.ratios["forward/frozen"] == lora.forward / frozen.forward
     assert lora.ratios["saved/limit"] == lora.saved / limit.saved
+    assert lora.merged is not None, "behind the rounds"
 
 
 @pytest.mark.slow
 def test_a_row_that_trains_everything_has_the_memory_of_full_fine_tuning(file, monkeypatch):
     rounds, one = [], groups._round
 
-    def watched(together, batch):
+    def watched(together, batch, merging):
         rounds.append(({r.label for r in together}, full[0].optimizer is None or len(full[0].optimizer.state)))
-        return one(together, batch)
+        return one(together, batch, merging)
 
     full, make = [], rows.MethodRow.__init__
 

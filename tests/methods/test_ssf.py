@@ -10,7 +10,7 @@ from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, 
 from tests.support.models import images, make, randomise
 from tests.support.reference import Reference
 from vpeft.docs.compatibility import small_model
-from vpeft.methods.ssf import ScaleShiftFunction, ScalesNearZero
+from vpeft.methods.ssf import ScaleAndShift, ScaledLinear, ScaleShiftFunction, ScalesNearZero
 
 
 class SSF(Reference):
@@ -226,3 +226,49 @@ def test_another_hook_on_the_projection():
     ours = gradients(model, ssf, x)
     ssf.root.get_submodule("blocks.0.norm1.ssf").near_zero.BOUND = float("inf")
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, gradients(model, ssf, x), strict=True))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_scaled_weight_and_its_second_gradient(again, biased):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    x, scale, shift = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 3), (4,), (4,)))
+    scale = scale.abs() + 0.5
+    values = [t.requires_grad_() for t in (x, scale, shift)]
+
+    def run(x, scale, shift):
+        return ScaledLinear.apply(x, weight, bias if biased else None, scale, shift, again)
+
+    y = torch.nn.functional.linear(x, weight, bias if biased else None)
+    assert torch.allclose(run(*values), y * scale + shift)
+    assert torch.autograd.gradcheck(run, values)
+    assert torch.autograd.gradgradcheck(run, values)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_where_the_weight_is_scaled_under_autocast(kind, monkeypatch):
+    """As on a GPU: no further from float32 than where the output is."""
+    model = make(kind)
+    handle = vpeft.attach(model, "ssf")
+    x = images(model)
+
+    def run(autocast=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), list(handle.parameters()))]
+
+    exact, apart = run(autocast=False), run()
+    calls, apply = [], ScaledLinear.apply
+    monkeypatch.setattr(ScaledLinear, "apply", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(ScaleAndShift, "pays", lambda self, x: True)
+    found = run()
+    assert len(calls) == 4 * len(handle.root.sites.blocks)
+    assert found[0].dtype == apart[0].dtype
+    wrong, before = (
+        sum(float((a - b).norm() / (b.norm() + 1e-6)) for a, b in zip(of, exact, strict=True)) for of in (found, apart)
+    )
+    assert wrong <= 1.2 * before
+    with vpeft.get_handle(model).disable():
+        model(x)
+    assert len(calls) == 4 * len(handle.root.sites.blocks)

@@ -83,10 +83,12 @@ def results_of(session: Session, rows: list[Row], shown: list[Row]) -> list[Resu
     give_back()
     timed = [*rows, *{id(limit): limit for _, limit in limits.values() if limit not in rows}.values()]
     for _ in range(config.warmup):
-        _round(timed, batch)
+        _round(timed, batch, not config.compile)
     times = _rounds(session, timed)
     for row in shown:
         more[row.label] |= _on_gpu(row, config) | {"rounds": len(times)}
+        if config.compile:
+            times += _merged_by_itself(row, config)
         if row.label in limits:
             more[row.label] |= _bound(row, limits[row.label][1], work[row.label], times)
     return [_result(session, row, times, more[row.label]) for row in shown]
@@ -101,12 +103,12 @@ def _rounds(session: Session, rows: list[Row]) -> list[Times]:
         if len(times) >= FEWEST and session.deadline.over():
             break
         k = n % len(rows)
-        times.append(_round(rows[k:] + rows[:k], session.batch))
+        times.append(_round(rows[k:] + rows[:k], session.batch, not session.config.compile))
     return times
 
 
-def _round(rows: list[Row], batch: Batch) -> Times:
-    """One time of everything: (label, pass) to seconds, and page faults of the steps."""
+def _round(rows: list[Row], batch: Batch, merging: bool) -> Times:
+    """One time of everything, of merged forwards too: (label, pass) to seconds, and page faults of the steps."""
     found: Times = {}
     for row in rows:
         if row.trains:
@@ -122,13 +124,26 @@ def _round(rows: list[Row], batch: Batch) -> Times:
     for row in rows:
         row.inference()
         found[row.label, "forward"] = batch.time(row.forward)
-    for row in rows:
+    for row in rows if merging else ():
         row.inference()
         merged = merged_forward(row)
         if merged is not None:
             found[row.label, "merged"] = batch.time(merged)
             row.handle.unmerge()
     return found
+
+
+def _merged_by_itself(row: Row, config: DictConfig) -> list[Times]:
+    """The merged forward of a compiled row, behind all else: what is compiled holds for one state of the model."""
+    row.inference()
+    merged = merged_forward(row) if row.forwards else None
+    if merged is None:
+        return []
+    for _ in range(max(config.warmup, 1)):
+        merged()
+    times: list[Times] = [{(row.label, "merged"): row.batch.time(merged)} for _ in range(config.rounds)]
+    row.handle.unmerge()
+    return times
 
 
 def _on_gpu(row: Row, config: DictConfig) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class AtOnce:
         known = self._known
         if known[0] != (self.hub.edition, acting):
             behind, here = ([entry[-1] for entry in entries if entry[0] in acting] for entries in (after, self.entries))
-            alone = len(behind) == len(here) == 1 and behind[0].__self__ is here[0].__self__
+            alone = len(behind) == len(here) == 1 and getattr(behind[0], "__self__", None) is here[0].__self__
             alone = alone and not any(entry[0] in acting for entries in others for entry in entries)
             known = self._known = (self.hub.edition, acting), here[0] if alone else None
         return known[1]

@@ -10,27 +10,28 @@ from .again import Again, had_back, kept_for
 from .linear import AddToLinear
 
 
-def side_by_side(rows: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x W^T + b + (x U^T) V^T as one product of x and x U^T, side by side, with W and V, side by side.
+def side_by_side(rows: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """x W^T + b + (x U^T) V^T as one product of x and x U^T, side by side, with W and V, side by side; and x U^T.
 
     To add a product of few columns to the linear's output moves all of that once more, which on a GPU takes longer than the
-    arithmetic.
-
-    Args:
-        rows, u, v: of one type.
-        weight, bias: of any.
-
-    Returns the output, x U^T, and W in that type.
+    arithmetic, and longer than to copy x and W.
     """
-    width = u.shape[1]
-    both, weights = (like.new_empty(len(like), width + len(u)) for like in (rows, v))
-    both[:, :width].copy_(rows)
     low = rows @ u.t()
-    both[:, width:].copy_(low)
-    weights[:, :width].copy_(weight)
-    weights[:, width:].copy_(v)
-    y = both @ weights.t() if bias is None else torch.addmm(bias.to(v.dtype), both, weights.t())
-    return y, low, weights[:, :width]
+    both, weights = torch.cat([rows, low], 1), torch.cat([weight, v], 1)
+    return (both @ weights.t() if bias is None else torch.addmm(bias, both, weights.t())), low
+
+
+def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether a function of the library's own can do with a module's tensors what it does with x."""
+    # A traced model that holds such a function cannot be saved; a compiler decides by itself.
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
+        return False
+    own = module._parameters  # without the weight where that is made of other tensors, which may train
+    if "weight" not in own or type(module).forward is not nn.Linear.forward:
+        return False
+    if any(p is not None and (p.requires_grad or type(p) is not nn.Parameter) for p in own.values()):
+        return False
+    return x.dtype == own["weight"].dtype or autocast_dtype(x) is not None
 
 
 class FrozenLinearPlus(torch.autograd.Function):
@@ -39,15 +40,14 @@ class FrozenLinearPlus(torch.autograd.Function):
     As one operation the low-rank term is added in place, and so is its gradient of x, where autograd would copy the
     linear's output, and its input's gradient, once more each.
 
-    Args (of ``apply``):
+    Args (of ``apply``), all of one type:
         x: (…, in).
         weight, bias: frozen; bias may be None.
         u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r); core may be None, for 1.
         mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
         scale: a number.
         again: how x is made again in backward; x is kept where it is None and U trains.
-
-    A weight and bias of another type than the rest are put beside V (``side_by_side``), without core, mask and scale.
+        beside: compute it ``side_by_side``, which knows no core, mask and scale.
     """
 
     @staticmethod
@@ -62,11 +62,12 @@ class FrozenLinearPlus(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         again: Again | None = None,
+        beside: bool = False,
     ) -> Tensor:
         ctx.scale, ctx.make, ctx.shape = scale, None if again is None else again.make, x.shape
         rows = x.reshape(-1, x.shape[-1])
-        if weight.dtype != x.dtype:
-            y, low, weight = side_by_side(rows, weight, bias, u, v)
+        if beside:
+            y, low = side_by_side(rows, weight, bias, u, v)
             inner = low
         else:
             low = rows.reshape(-1, u.shape[1]) @ u.t()
@@ -114,7 +115,7 @@ class FrozenLinearPlus(torch.autograd.Function):
             to_x = grad.reshape(-1, len(weight)) @ weight
             to_x.view(-1, u.shape[1]).addmm_(to_low, u)
             to_x = to_x.view(ctx.shape)
-        return to_x, None, None, to_u, to_core, to_v, None, None, None
+        return to_x, None, None, to_u, to_core, to_v, None, None, None, None
 
 
 class FusedAddToLinear(AddToLinear):
@@ -133,16 +134,7 @@ class FusedAddToLinear(AddToLinear):
 
     def fusable(self, x: Tensor) -> bool:
         """Whether ``fused`` gives all that is asked for here."""
-        module = self.site.module
-        # A traced model that holds a function of this library's own cannot be saved; a compiler decides by itself.
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
-            return False
-        own = module._parameters  # without the weight where that is made of other tensors, which may train
-        if "weight" not in own or type(module).forward is not nn.Linear.forward:
-            return False
-        if any(p is not None and (p.requires_grad or type(p) is not nn.Parameter) for p in own.values()):
-            return False
-        return x.dtype == own["weight"].dtype or autocast_dtype(x) is not None
+        return is_frozen_linear(self.site.module, x)
 
     def fused(self, x: Tensor) -> Tensor:
         """The linear's new output from its input."""
@@ -155,11 +147,9 @@ class FusedAddToLinear(AddToLinear):
         module, again = self.site.module, None
         if u.requires_grad:
             again = self.hub.origins.of(x, module)
-        weights, dtype = (module.weight, module.bias), autocast_dtype(x)
+        tensors, dtype, beside = (x, module.weight, module.bias, u, core, v), autocast_dtype(x), False
         if dtype is not None:
-            x, u, core, v = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, u, core, v))
-            # What has to be cast is copied anyway; rows of 16 bytes' multiples are read fast.
+            tensors = tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+            # Rows of 16 bytes' multiples are read fast.
             beside = x.is_cuda and core is None and mask is None and scale == 1 and (len(u) + u.shape[1]) % 8 == 0
-            if not beside:
-                weights = tuple(t if t is None else t.to(dtype) for t in weights)
-        return FrozenLinearPlus.apply(x, *weights, u, core, v, mask, scale, again)
+        return FrozenLinearPlus.apply(*tensors, mask, scale, again, beside)

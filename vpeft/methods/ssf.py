@@ -12,9 +12,10 @@ from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_p
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
+from ..interventions.fused import is_frozen_linear
 from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
-from ..numerics import leaner_backward, weighted_change, wide
+from ..numerics import autocast_dtype, leaner_backward, weighted_change, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -70,6 +71,51 @@ class ScaleShiftFunction(torch.autograd.Function):
         # The product's memory is not needed any more.
         out = torch.empty_like(grad) if product is None else product
         return torch.mul(grad, factor, out=out), to_scale, to_shift, None, None, None
+
+
+class ScaledLinear(torch.autograd.Function):
+    """(x W^T + b) * scale + shift as one product: W and b are scaled, where they are smaller than the output.
+
+    Args (of ``apply``):
+        x: (…, in), of the type that is computed in.
+        weight, bias: frozen, of any type; bias may be None.
+        scale, shift: (out,).
+        again: make the output anew in backward; else it is kept, and should be by the next operation as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, again: bool
+    ) -> Tensor:
+        scaled = torch.mul(weight, scale[:, None], out=x.new_empty(weight.shape))
+        moved = ScaledLinear.moved(bias, scale, shift).to(x.dtype)
+        z = torch.addmm(moved, x.reshape(-1, x.shape[-1]), scaled.t())
+        z = torch.ops.aten._unsafe_view(z, (*x.shape[:-1], len(weight)))  # no view, which nothing could change in place
+        ctx.again = again
+        ctx.save_for_backward(x if again else z, weight, bias, scale, shift, scaled)
+        return z
+
+    @staticmethod
+    def moved(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+        """b * scale + shift."""
+        return shift if bias is None else torch.addcmul(shift, bias, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):  # all has its type
+            return ScaledLinear.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, bias, scale, shift, scaled = ctx.saved_tensors
+        differentiable = torch.is_grad_enabled()
+        if differentiable:  # a second derivative goes through these as well
+            scaled = (weight * scale[:, None]).to(grad.dtype)
+        if ctx.again:
+            z = F.linear(z, scaled, ScaledLinear.moved(bias, scale, shift).to(z.dtype))
+        to_scale, to_shift, _ = sums_of(grad, z, -1, torch.promote_types(grad.dtype, scale.dtype), differentiable)
+        to_x = grad @ scaled if ctx.needs_input_grad[0] else None
+        return to_x, None, None, (to_scale - shift * to_shift) / scale, to_shift, None
 
 
 def sums_of(
@@ -155,6 +201,21 @@ class ScaleAndShift(MapOutput):
             self.act_around(self.place, self._run_norm)
         else:
             self.act_after(self.place, self._map_output)
+            if isinstance(self.place.module, nn.Linear):
+                self.act_at_once(self.place, self._in_one)
+
+    def _in_one(self, x: Tensor) -> Tensor | None:
+        if not self.pays(x) or self._keeps_y(x) or not is_frozen_linear(self.place.module, x):
+            return None
+        module, dtype = self.place.module, autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        return ScaledLinear.apply(x, module.weight, module.bias, *self.vectors(), self.again)
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether the weight is scaled rather than the output: under autocast it is copied anyway, and on a GPU the output
+        takes longer to move than the product to compute.
+        """
+        return x.is_cuda and autocast_dtype(x) not in (None, self.place.module.weight.dtype)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """scale and shift, each (C,)."""
