@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 import vpeft
 from tests.support.models import SMALL
+from vpeft.backbone.hollow import Hollow
 from vpeft.bench.config import BenchConfig
-from vpeft.bench.hollow import Hollow
 from vpeft.bench.memory import saved_bytes
 from vpeft.bench.plan import CHECK, MemoryPlan, optimizer_bytes, plan, settings, told
 from vpeft.bench.rows import MethodRow, classifier

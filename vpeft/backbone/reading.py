@@ -1,6 +1,7 @@
 """Reading a model: which blocks it has, in which order they run, and that a hooked module is called at all."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VpeftError
 from ..numerics import eval_mode
+from .hollow import Hollow
 from .modules import CONTAINER, QKV_SLOTS, BlockSite, ModuleRef
 
 # A block may have these parts and no other that holds parameters; anything else would act where we do not know of it.
@@ -163,14 +165,14 @@ def dry_forward(
 ) -> Any:
     """One forward of no image, or of one blank image, without gradients, in eval mode, on the model's device and dtype.
 
-    A batch of no images has all shapes and calls all modules, and costs next to nothing; where something cannot do with
-    that, one image is taken.
+    A batch of no images has all shapes and calls all modules, and costs next to nothing. Where something cannot do with
+    that, one image is taken: on a CPU first without computing the products, which is what takes time.
 
     Args:
         model: the model.
         size: of the image.
         run: in the model's place.
-        again: called before the second attempt, to forget what was seen in the first.
+        again: called before each further attempt, to forget what was seen in the one before.
 
     Returns what the model, or ``run``, gave.
 
@@ -180,11 +182,13 @@ def dry_forward(
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     with eval_mode(model), torch.no_grad():
         image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
-        try:
-            return (run or model)(image[:0])
-        except Exception:  # of whatever class: the one image decides
-            if again is not None:
-                again()
+        for few, products in ((image[:0], nullcontext), *([(image, Hollow)] if image.device.type == "cpu" else [])):
+            try:
+                with products():
+                    return (run or model)(few)
+            except Exception:  # of whatever class: the one image decides
+                if again is not None:
+                    again()
         try:
             return (run or model)(image)
         except VpeftError:

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.flop_counter import flop_registry
 
+from ..backbone.hollow import is_product
 from .rows import Batch, Row
 
-_PRODUCTS = {"addmm_", "baddbmm_", "addmv", "mv", "dot", "linear", "linear_backward", "_addmm_activation"}
-_PRODUCTS_BEGIN = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "mkldnn_", "cudnn_convolution")
 _COPIES = {
     "copy_", "clone", "_to_copy", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "slice_scatter",
     "index", "index_select", "gather", "scatter", "scatter_", "index_put", "index_put_", "embedding", "roll", "flip",
@@ -51,12 +49,6 @@ class Shaped(NamedTuple):
         if self.dtype.is_floating_point:
             flat.uniform_(0.5, 1.5)
         return flat.as_strided(self.size, self.stride)
-
-
-def is_product(function: Any) -> bool:
-    """Whether an operation of torch is a product of matrices, a convolution or attention."""
-    packet = function.overloadpacket
-    return packet in flop_registry or packet.__name__ in _PRODUCTS or packet.__name__.startswith(_PRODUCTS_BEGIN)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 
+from ..backbone.hollow import Hollow
 from ..engine.config import check_options
 from ..engine.layers import setting
 from ..errors import ConfigError
 from ..methods import Method, create, on_images
 from ..tasks.models import check_model_name
 from .config import BenchConfig, check_device
-from .hollow import Hollow
 from .memory import peak_bytes, saved_bytes
 from .rows import Batch, MethodRow, classifier
 

@@ -4,6 +4,7 @@ On torch's meta and fake tensors other kernels are chosen, autocast does nothing
 products, convolutions and attention give zeros of the shape that they would have, and everything else is computed.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
-from .bound import is_product
-
+_PRODUCTS = {"addmm_", "baddbmm_", "addmv", "mv", "dot", "linear", "linear_backward", "_addmm_activation"}
+_PRODUCTS_BEGIN = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "mkldnn_", "cudnn_convolution")
+_OF_MATRICES = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 _RANDOM = ("uniform_", "normal_", "erfinv_", "random_", "bernoulli_")
 _FOLLOW = ("mul_", "add_", "sub_", "div_", "clamp_")  # what initial values are made by from random ones
 _LARGE = 2**16  # entries of a tensor whose initial values take time
+
+
+def is_product(function: Any) -> bool:
+    """Whether an operation of torch is a product of matrices, a convolution or attention."""
+    packet = function.overloadpacket
+    return packet in flop_registry or packet.__name__ in _PRODUCTS or packet.__name__.startswith(_PRODUCTS_BEGIN)
 
 
 class Hollow(TorchDispatchMode):
@@ -46,6 +55,9 @@ class Hollow(TorchDispatchMode):
 
 def _shapes(func: Any, args: tuple, kwargs: dict) -> Any:
     """What a function gives, in zeros; None where torch does not know its shapes without computing it."""
+    if func in _OF_MATRICES and all(type(x) in (Tensor, torch.nn.Parameter) for x in args):  # torch's own way is slow
+        a, b = args[-2:]
+        return _zeros_of((*a.shape[:-1], b.shape[-1]), a.dtype)
     to_meta = lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if _is(x) else x  # noqa: E731
     try:
         result = func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
@@ -59,6 +71,9 @@ def _is(x: Any) -> bool:
 
 
 def _zeros(like: Tensor) -> Tensor:
+    return _zeros_of((like.untyped_storage().nbytes() // like.itemsize,), like.dtype).as_strided(like.shape, like.stride())
+
+
+def _zeros_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """NumPy asks the system for zeros, which gives them without writing them; torch writes its own."""
-    flat = torch.from_numpy(np.zeros(like.untyped_storage().nbytes(), dtype=np.uint8))
-    return flat.view(like.dtype).as_strided(like.shape, like.stride())
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
