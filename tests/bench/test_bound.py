@@ -150,8 +150,15 @@ def test_what_is_unexplained_is_said(tmp_path):
     assert [bool(r.bound) for r in results] == [True, False, False, True, True]
     for r, ratio in zip(results, (1.0, None, None, 1.11, 1.09), strict=True):
         r.ratios["step/bound"] = ratio or 0.0
+    lora = results[3]
+    lora.bound, lora.copies = 1.0, 0.005
     text = markdown(config, results)
     assert "Above 1.10 of their own bound, unexplained: lora." in text
+    assert "by what they copy" not in text
+    lora.copies = 0.02
+    text = markdown(config, results)
+    assert "Above 1.10 of their own bound, by what they copy: lora." in text
+    assert "unexplained" not in text
     assert "| bound, ms | step / bound | products, ms | copies, ms |" in text
 
 

@@ -105,9 +105,11 @@ def _shown(config: DictConfig, results: list[Result]) -> tuple[list["Column"], l
 
 def _notes(results: list[Result]) -> Iterator[str]:
     """What the table does not show."""
-    above = [r.label for r in results if r.ratios.get("step/bound", 0) > UNEXPLAINED]
-    if above:
-        yield from ("", f"Above {UNEXPLAINED:.2f} of their own bound, unexplained: {', '.join(above)}.")
+    above = [r for r in results if r.ratios.get("step/bound", 0) > UNEXPLAINED]
+    copied = [r for r in above if r.ratios["step/bound"] * r.bound / (r.bound + r.copies) <= UNEXPLAINED]
+    for rows, why in ((copied, "by what they copy"), ([r for r in above if r not in copied], "unexplained")):
+        if rows:
+            yield from ("", f"Above {UNEXPLAINED:.2f} of their own bound, {why}: {', '.join(r.label for r in rows)}.")
     left = [r for r in results if r.left_out]
     if left:
         yield from ("", "Left out:", "")
