@@ -190,6 +190,21 @@ def test_hooks_of_others_see_the_frozen_output_where_they_stand(late, calls):
     assert torch.allclose(y, 2 * whole if late else bare + whole)
 
 
+@pytest.mark.parametrize("where", ["itself", "its dropout"])
+def test_a_hooked_intervention_is_called(where, calls):
+    model, handle = adapted(targets=["qkv"])
+    part, qkv = handle.root.interventions[0], model.blocks[0].attn.qkv
+    x = torch.randn(2, 17, 32, dtype=torch.float64)
+    hooked = part if where == "itself" else part.drop
+    hook = hooked.register_forward_hook(lambda module, args, output: 0 * output)
+    y = qkv(x)
+    assert not calls
+    assert torch.allclose(y, torch.zeros_like(y) if where == "itself" else nn.functional.linear(x, qkv.weight, qkv.bias))
+    hook.remove()
+    assert torch.allclose(qkv(x), formula(handle, qkv, x))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("order", [("lora", "ssf"), ("ssf", "lora")])
 def test_handles_act_in_their_order(order, calls):
     model = make("vit", dtype=torch.float64)

@@ -242,8 +242,8 @@ def _normalised(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, b
 
 
 def _is_cast(x: Tensor) -> bool:
-    """Whether a product keeps x in autocast's type, which is half of it: to make x again, and that, would cost more time
-    than that is worth (ViT-B/16 on a GPU, LoRA: 3 % of a step for 4 % of what is kept).
+    """Whether a product keeps x in autocast's type, of half the size: to make that again would take more time than it is
+    worth (LoRA on ViT-B/16 on a GPU: a step took a fifth longer, for 6 % of what is kept).
     """
     return autocast_dtype(x) not in (None, x.dtype)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .flow import Flow
+from .hooks import hooked_only_by
 
 Entry = tuple  # (owner, …, change)
 
@@ -49,8 +50,8 @@ class AtOnce:
         if not self.entries or flow.routed or kwargs or len(args) != 1 or torch.compiler.is_compiling():
             return None
         change = self._sole(flow.acting, after, others)
-        if change is None or not self.hub.hooked_by_it_alone(self.module):
-            return None
+        if change is None or not (self.hub.hooked_by_it_alone(self.module) and hooked_only_by(change.__self__)):
+            return None  # others hook the module, or the intervention, which would not be called
         output = change(args[0])
         if output is not None:
             self.hub.local.at_once = weakref.ref(output)  # the module may be called where no forward is under way

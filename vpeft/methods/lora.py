@@ -14,6 +14,7 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.fused import FusedAddToLinear
 from ..interventions.gathered import Gathered
+from ..interventions.hooks import hooked_only_by
 from ..interventions.rows import RowPlan
 from ..numerics import at_least_float32
 from ..options import nonnegative, probability
@@ -132,7 +133,8 @@ class LoraLinear(FusedAddToLinear):
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)
 
     def fusable(self, x: Tensor) -> bool:
-        return self._as_lora() and not (self.training and self.drop.p) and super().fusable(x)
+        drops = (self.training and self.drop.p) or not hooked_only_by(self.drop)
+        return self._as_lora() and not drops and super().fusable(x)
 
     def fused(self, x: Tensor) -> Tensor:
         a, b = self._factors_for(x)
