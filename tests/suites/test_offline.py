@@ -381,7 +381,23 @@ def test_names_of_points_do_not_lie_on_each_other():
     boxes = []
     for text in axis.texts:
         x, y = axis.transData.transform(text.xy) * 72 / axis.figure.dpi
-        (dx, dy), width = text.get_position(), 4.6 * len(text.get_text())
+        (dx, dy), width = text.get_position(), 5.2 * len(text.get_text())
         boxes.append((x + dx, y + dy, x + dx + width, y + dy + 9))
     assert [text.get_text() for text in axis.texts] == list(points)
     assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if _meet(a, b)]
+
+
+def test_names_in_a_picture_lie_apart_when_it_is_drawn(tmp_path, monkeypatch):
+    """As they are drawn at last: laying out a figure moves its axes."""
+    from vpeft.suites import plots
+
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda drawn, path: kept.append(drawn))
+    points = {f"method_{i}": (10.0**4 * (1 + 0.2 * i), 70.0 + 0.3 * (i % 3), None) for i in range(9)}
+    plots.draw_front(tmp_path / "front.png", "A long title of two lines\nthat needs room", points)
+    drawn = kept[0]
+    drawn.canvas.draw()
+    names = [t for t in drawn.axes[0].texts if t.get_text().startswith("method")]
+    boxes = [t.get_window_extent() for t in names]
+    assert len(boxes) == len(points)
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.shrunk(0.98, 0.8).overlaps(b.shrunk(0.98, 0.8))]

@@ -122,3 +122,38 @@ def test_a_space_that_ships_is_found_without_its_folder(monkeypatch, tmp_path):
         load_space("rate")
     with pytest.raises(vpeft.ConfigError, match=r"--final 'train\.epochs': expected key\.sub=value"):
         load_space("rates", final=["train.epochs"])
+    with pytest.raises(vpeft.ConfigError, match=r"^--final: final\.seed: the winner's runs have the sweep's own"):
+        load_space("rates", final=["seed=4"])
+    (tmp_path / "rates").mkdir()  # a folder of this name hides none
+    assert load_space("rates").parts
+    (tmp_path / "mine.yaml").write_text("space: {optim.lr: [1]}")
+    with pytest.raises(vpeft.ConfigError, match=r"--space: mime\.yaml does not exist; did you mean 'mine\.yaml'"):
+        load_space("mime.yaml")
+
+
+def test_settings_behind_final_are_of_every_run(monkeypatch):
+    """Each ``--final`` takes one; what follows it is an override like those before it."""
+    from vpeft import sweeps
+    from vpeft.cli import main
+
+    given = []
+    monkeypatch.setattr(sweeps, "sweep", lambda *args, **more: given.append((args, more["final"])))
+    main(
+        [
+            "sweep",
+            "--cfg",
+            "digits/lora",
+            "--space",
+            "rates",
+            "--final",
+            "train.epochs=3",
+            "--final",
+            "train.patience=2",
+            "optim.lr=1",
+            "--seeds",
+            "1",
+        ]
+    )
+    (((_, _, overrides), final),) = given
+    assert final == ["train.epochs=3", "train.patience=2"]
+    assert "optim.lr=1" in overrides

@@ -14,8 +14,8 @@ def sweep(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
         "--seeds", nargs="*", default=["0", "1", "2"], metavar="N", help="of the winner's runs; none trains no winner"
     )
     parser.add_argument(
-        "--final", nargs="+", default=[], metavar="key.sub=value",
-        help="of the winner's runs alone, such as data.train_split=train800val200",
+        "--final", action="append", default=[], metavar="key.sub=value",
+        help="of the winner's runs alone, such as data.train_split=train800val200; once for each",
     )  # fmt: skip
     parser.add_argument("--storage", metavar="URL", help="a database for Optuna; SQLite in the sweep's folder if not given")
     parser.add_argument("--study", metavar="NAME", help="in the database; NAME-sweep if not given")

@@ -260,7 +260,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
     file = path / "metrics.json"
     try:
         found = parse_json(file.read_text(), file)
-    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+    except CheckpointError as error:  # which names the file
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} is damaged: it holds no metrics by name")

@@ -49,6 +49,8 @@ def _benchmark(jobs: dict[Key, Job], out: Path, processes: int, again: bool, cos
         if costs:
             _costs(out / COSTS, [key for key in results if key in jobs])
         _told(out, results)
+    elif jobs and not missing:
+        raise ConfigError("nothing to measure: every method that was asked for refuses its model, for the reasons above")
     refuse_failed(failed)
 
 

@@ -44,6 +44,7 @@ def draw_front(
     axis.grid(alpha=0.25)
     shown = [name for name in points if not named or name in named or name in front]
     axis.set_ylim(axis.get_ylim())  # as the bubbles have set it
+    drawn.draw_without_rendering()  # which lays the axes out: names are placed where the points will be
     _name_points(axis, {name: points[name][:2] for name in sorted(shown, key=lambda name: (name not in front, name))})
     unnamed = f"; {len(points) - len(shown)} of {len(points)} dots without a name" if len(shown) < len(points) else ""
     measured = [name for name, (*_, memory) in points.items() if memory is not None]
@@ -57,7 +58,7 @@ def _name_points(axis: "Axes", points: Mapping[str, tuple[float, float]]) -> Non
     taken: list[tuple[float, float, float, float]] = []
     for name, point in points.items():
         x, y = axis.transData.transform(point) * 72 / axis.figure.dpi
-        width, height = 4.6 * len(name), 9.0
+        width, height = 5.2 * len(name), 9.0
         places = [
             (dx if dx >= 0 else dx - width, dy)
             for far in (4, 10, 18, 28)

@@ -170,25 +170,29 @@ def load_space(file: str | Path, overrides: Sequence[str] = (), final: Sequence[
     config = read_config(SweepConfig, _file(file), overrides)
     check_options(config)
     plain = OmegaConf.to_container(config, resolve=True)
+    try:
+        found = Space(SweepConfig(**plain))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     for item in final:
         plain["final"] |= flat(OmegaConf.to_container(setting(item, "--final")))
     try:
-        return Space(SweepConfig(**plain))
+        return Space(SweepConfig(**plain)) if final else found
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"--final: {error}") from error
 
 
 def _file(name: str | Path) -> str | Path:
     """A space's file; of one that ships, ``spaces/`` may be left out."""
-    if Path(name).is_absolute() or Path(name).exists():
+    if Path(name).is_absolute() or Path(name).is_file():
         return name
     known, whole = listed(SPACES), Path(name).as_posix().removesuffix(".yaml").removeprefix("configs/")
     for text in (whole, f"{SPACES}{whole}"):
         if text in known:
             return text
-    raise ConfigError(
-        f"--space: {name} does not exist{did_you_mean(whole, known)}; vpeft configs list spaces/ shows those that ship"
-    )
+    beside = [str(f) for f in Path(name).parent.glob("*.yaml")]
+    near = did_you_mean(str(name), beside) or did_you_mean(whole, known)
+    raise ConfigError(f"--space: {name} does not exist{near}; vpeft configs list spaces/ shows those that ship")
 
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:

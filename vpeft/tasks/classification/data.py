@@ -210,7 +210,8 @@ def _open(data: Any, split: str, part: str, transform: Callable) -> Dataset:
             input_img_mode=mode,
         )
     except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
-        hint = f"; {_torchvision_layout(data)}" if _prefix(data.source) == "torch" else ""
+        looks = isinstance(error, FileNotFoundError | RuntimeError) and not data.download
+        hint = f"; {_torchvision_layout(data)}" if _prefix(data.source) == "torch" and looks else ""
         raise DataError(f"data.source: could not open '{data.source}', split '{split}': {error}{hint}") from error
     if isinstance(dataset, ImageDataset):
         return ReaderImages(dataset.reader, transform)
