@@ -167,6 +167,9 @@ def test_what_a_method_refuses_is_left_out_and_no_failure(tmp_path, capsys):
     assert "left out: lst on swin, 1 runs: lst on swin_micro" in text
     assert "failed" not in text
     assert [key[2] for key in read_results(tmp_path / "report/results.csv")] == ["linear"]
+    none = Selection(("swin",), ("lst",), ("digits",), (0,), (*SMALL, f"output={tmp_path / 'runs'}"))
+    with pytest.raises(VpeftError, match="every method that was asked for refuses its model"):
+        benchmark([none], tmp_path / "another", costs=False)
 
 
 def test_the_report_says_what_the_results_say(tmp_path):
