@@ -1,7 +1,7 @@
 """Reading a model: which blocks it has, in which order they run, and that a hooked module is called at all."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VpeftError
 from ..numerics import eval_mode
-from .hollow import Hollow
 from .modules import CONTAINER, QKV_SLOTS, BlockSite, ModuleRef
 
 # A block may have these parts and no other that holds parameters; anything else would act where we do not know of it.
@@ -182,7 +181,8 @@ def dry_forward(
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     with eval_mode(model), torch.no_grad():
         image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
-        for few, products in ((image[:0], nullcontext), *([(image, Hollow)] if image.device.type == "cpu" else [])):
+        cheap = [(image, _without_products)] if image.device.type == "cpu" else []
+        for few, products in ((image[:0], nullcontext), *cheap):
             try:
                 with products():
                     return (run or model)(few)
@@ -197,6 +197,12 @@ def dry_forward(
             raise UnsupportedModelError(
                 f"a dry forward of {type(model).__name__} on a {'x'.join(map(str, size))} image failed: {error}"
             ) from error
+
+
+def _without_products() -> AbstractContextManager:
+    from .hollow import Hollow  # of torch's parts that nothing else needs
+
+    return Hollow()
 
 
 def prove_alive(model: nn.Module, places: Iterable[ModuleRef], size: tuple[int, ...]) -> None:
