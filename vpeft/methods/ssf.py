@@ -205,7 +205,9 @@ class ScaleAndShift(MapOutput):
                 self.act_at_once(self.place, self._in_one)
 
     def _in_one(self, x: Tensor) -> Tensor | None:
-        if not self.pays(x) or self._keeps_y(x) or not is_frozen_linear(self.place.module, x):
+        if not self.pays(x) or self.outside is not None or not is_frozen_linear(self.place.module, x):
+            return None
+        if torch.is_grad_enabled() and self._keeps_y(x):
             return None
         module, dtype = self.place.module, autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
