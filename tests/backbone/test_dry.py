@@ -55,3 +55,14 @@ def test_what_fails_in_earnest_is_told():
         vpeft.UnsupportedModelError, match=r"a dry forward of SwinTransformer on a 3x48x48 image failed: not today"
     ):
         vpeft.attach(model, "lora")
+
+
+@pytest.mark.parametrize("change", ["width", "type"])
+def test_what_cannot_be_multiplied_is_refused(change):
+    model = make("vit")
+    if change == "width":
+        model.blocks[1].mlp.fc2 = torch.nn.Linear(64, 32)  # 128 channels come in
+    else:
+        model.blocks[1].mlp.double()
+    with pytest.raises(vpeft.UnsupportedModelError, match="a dry forward of VisionTransformer"):
+        vpeft.attach(model, "lora")

@@ -83,6 +83,19 @@ def test_adaptformer_under_autocast(options, monkeypatch):
         assert (a - right).norm() <= 1.3 * (b - right).norm() + 0.005 * right.norm()
 
 
+def test_a_second_derivative_under_autocast():
+    model, handle = adapted(dropout=0.1)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    trained = list(handle.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images(model)).float().square().sum()
+    first = torch.autograd.grad(loss, trained, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), trained)
+    assert all(torch.isfinite(g).all() for g in second)
+    assert any(g.abs().max() > 0 for g in second)
+
+
 def test_no_mask_is_kept(monkeypatch):
     model, _ = adapted(dropout=0.1)
     x = images(model)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 import vpeft
 from tests.support.compare import SWIN_B, VIT_B, compare, count, kinds, state, uniform
-from tests.support.models import make
+from tests.support.models import images, make
 from tests.support.reference import Reference
 from vpeft.methods import METHODS
 
@@ -129,3 +130,21 @@ def test_norm_after_branch_is_refused():
     with pytest.raises(vpeft.UnsupportedModelError, match=r"convpass on swinv2.*norm-after-branch"):
         vpeft.attach(model, "convpass")
     assert METHODS["convpass"].paper.arxiv == "2207.07039"
+
+
+def test_a_pruned_convolution_is_made_before_it_is_read():
+    """Its weight is made anew by each call of the convolution, and the prefix tokens use the same."""
+    model = make("vit")
+    handle = vpeft.attach(model, "convpass").train()
+    bypass = handle.root.interventions[1]
+    prune.identity(bypass.conv, "weight")
+    x = images(model)
+    for _ in range(3):
+        model(x).sum().backward()
+    with torch.no_grad():
+        before = model.eval()(x)
+        bypass.up.weight.normal_()
+        bypass.conv.weight_orig.mul_(3)
+        first, second = model(x), model(x)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, before)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vpeft
-from tests.support.models import CASES, MODELS, attached, make, randomise
+from tests.support.models import CASES, MODELS, attached, images, make, randomise
 
 # Methods without a form for single samples: they change whole weights.
 WEIGHTS = {
@@ -529,3 +529,20 @@ def test_compiled_forwards_follow_the_plan():
 def test_compiled_forwards_follow_many_plans(method):
     mixes = [TASKS, SWAPPED, ["c"] * 7, *(["a"] * i + ["b"] * (7 - i) for i in range(1, 7)), ["a", None] * 3 + ["c"], TASKS]
     check_compiled(method, mixes, 2)
+
+
+@pytest.mark.parametrize("method", ["fact_tt", "fact_tk", "lora", "ssf", "adaptformer", "convpass"])
+def test_mixed_batches_under_autocast(method):
+    """What each task's own forward gives, up to the rounding of its products."""
+    model = make("vit")
+    for number, name in enumerate(("a", "b")):
+        randomise(vpeft.attach(model, method, name=name), 0.1, number)
+    model.eval()
+    x = images(model, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with vpeft.route(model, ["a", "b", "b", "a"]):
+            mixed = model(x)
+        for name, rows in (("a", [0, 3]), ("b", [1, 2])):
+            with vpeft.route(model, [name] * 4):
+                alone = model(x)
+            assert (mixed[rows] - alone[rows]).abs().max() <= 0.05 * alone.abs().max()

@@ -55,7 +55,7 @@ class Hollow(TorchDispatchMode):
 
 def _shapes(func: Any, args: tuple, kwargs: dict) -> Any:
     """What a function gives, in zeros; None where torch does not know its shapes without computing it."""
-    if func in _OF_MATRICES and all(type(x) in (Tensor, torch.nn.Parameter) for x in args):  # torch's own way is slow
+    if func in _OF_MATRICES and _fit(args):  # torch's own way is slow
         a, b = args[-2:]
         return _zeros_of((*a.shape[:-1], b.shape[-1]), a.dtype)
     to_meta = lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if _is(x) else x  # noqa: E731
@@ -64,6 +64,15 @@ def _shapes(func: Any, args: tuple, kwargs: dict) -> Any:
     except (NotImplementedError, RuntimeError):
         return None
     return tree_map(lambda x: _zeros(x) if _is(x) else x, result)
+
+
+def _fit(tensors: tuple) -> bool:
+    """Whether plain matrices can be multiplied, and what is added has a number for each column; what cannot torch tells."""
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors) or len({x.dtype for x in tensors}) > 1:
+        return False
+    *added, a, b = tensors
+    fits = a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
+    return fits and all(x.shape == b.shape[-1:] for x in added)
 
 
 def _is(x: Any) -> bool:

@@ -87,11 +87,10 @@ def results_of(session: Session, rows: list[Row], shown: list[Row]) -> list[Resu
     times = _rounds(session, timed)
     for row in shown:
         more[row.label] |= _on_gpu(row, config) | {"rounds": len(times)}
-        if config.compile:
-            times += _merged_by_itself(row, config)
         if row.label in limits:
             more[row.label] |= _bound(row, limits[row.label][1], work[row.label], times)
-    return [_result(session, row, times, more[row.label]) for row in shown]
+    merged = [t for row in shown for t in _merged_by_itself(row, config)] if config.compile else []
+    return [_result(session, row, times + merged, more[row.label]) for row in shown]
 
 
 def _rounds(session: Session, rows: list[Row]) -> list[Times]:

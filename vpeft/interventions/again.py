@@ -177,13 +177,7 @@ class Origins:
         if not leaner_backward() or _is_cast(x):
             return None
         origin = self.made.get(x)
-        if (
-            origin is None
-            or _is_cast(x)
-            or x.grad_fn is not origin.node
-            or x._version
-            or _versions(origin.tensors) != origin.versions
-        ):
+        if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
             return None
         passed = self._between(origin.maker, module)
         if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in passed):

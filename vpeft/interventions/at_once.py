@@ -64,6 +64,10 @@ class AtOnce:
         given = getattr(self.hub.local, "at_once", None)
         return given is not None and given() is output
 
+    def forget(self) -> None:
+        """What is done at the module has changed: hold nothing of who is gone."""
+        self._known = None, None
+
     def _sole(self, acting: tuple[str, ...], after: Sequence[Entry], others: Iterable[Sequence[Entry]]) -> Callable | None:
         known = self._known
         if known[0] != (self.hub.edition, acting):

@@ -100,7 +100,8 @@ class Intervention(nn.Module):
     def act_at_once(self, place: ModuleRef, change: Callable) -> None:
         """``change(x)`` gives what the module and this intervention's ``act_after`` give together, or None.
 
-        It is asked where nothing else is done to the module's operation and output.
+        It is asked where nothing else is done to the module's operation and output, nobody else hooks the module or has
+        put a forward in the place of its own, and this intervention itself is not hooked.
         """
         self.hub.at(place.module).add_at_once(self.owner, change)
 

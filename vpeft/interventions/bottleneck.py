@@ -41,7 +41,7 @@ class ReluBottleneck(torch.autograd.Function):
         x, down, down_bias, up, middle = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(up))
         if torch.is_grad_enabled():  # a second derivative goes through the middle as well
-            passes = (middle != 0) * ctx.factor
+            passes = (middle != 0).to(middle.dtype) * ctx.factor
             middle = torch.addmm(down_bias, rows, down.t()) * passes
             to_down = (grad @ up) * passes
         else:

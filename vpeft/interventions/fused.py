@@ -46,8 +46,11 @@ class FrozenLinearPlus(torch.autograd.Function):
         u, core, v: (r, in / slices), (slices out * r, slices in * r), (out / slices, r); core may be None, for 1.
         mask: dropout's factors, or what it lets through (rows of x, slices out * r), or None.
         scale: a number.
-        again: how x is made again in backward; x is kept where it is None and U trains.
+        again: how x is made again in backward; x is kept where it is None and U or the core trains.
         beside: compute it ``side_by_side``, which knows no core, mask and scale.
+
+    Second derivatives are right where U or the core trains, or neither these nor V: with V alone nothing is kept that tells
+    how its gradient depends on x.
     """
 
     @staticmethod
@@ -80,9 +83,10 @@ class FrozenLinearPlus(torch.autograd.Function):
             y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
             y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
         kept = kept_for(x, again) if ctx.needs_input_grad[3] or (core is not None and ctx.needs_input_grad[4]) else ()
+        weight = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(weight, u, core, v, mask, None if core is None else low, inner, *kept)
         # No view, which nothing could change in place: in BEiT, EVA and SwinV2 the q and v biases are added so.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,8 +140,8 @@ class FusedAddToLinear(AddToLinear):
         """Whether ``fused`` gives all that is asked for here."""
         return is_frozen_linear(self.site.module, x)
 
-    def fused(self, x: Tensor) -> Tensor:
-        """The linear's new output from its input."""
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The linear's new output from its input, or None."""
         raise NotImplementedError
 
     def in_one(

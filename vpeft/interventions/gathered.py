@@ -1,6 +1,6 @@
 """Tensors of one kind in all blocks, made ready for a forward together: stacked, computed with and cast once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ class Member(Protocol):
     """An intervention whose tensors are gathered."""
 
     hub: Hub | None
+    alike: Hashable  # what ``made_ready`` depends on beside the tensors' shapes
 
     def modules(self) -> Iterator[nn.Module]:
         """Itself and its parts."""
@@ -71,7 +72,8 @@ class Gathered:
                 continue  # its parts must be called
             tensors = member.gathers()
             if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards
-                groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in tensors), []).append((member, tensors))
+                key = member.alike, *((t.shape, t.dtype, t.device) for t in tensors)
+                groups.setdefault(key, []).append((member, tensors))
         for found in groups.values():
             stacked = [torch.stack(same) for same in zip(*(tensors for _, tensors in found), strict=True)]
             made = [

@@ -136,6 +136,7 @@ class Junction:
 
     def remove(self, owner: str) -> None:
         """Take off all that one handle does here."""
+        self.at_once.forget()
         for entries in self._lists():
             entries[:] = [entry for entry in entries if entry[0] != owner]
         self.alone[:] = [name for name in self.alone if name != owner]
@@ -150,6 +151,7 @@ class Junction:
 
     def rename(self, owner: str, name: str, parts: set[int]) -> None:
         """What some of one handle's interventions (by their ids) do here belongs to another name, in the same place."""
+        self.at_once.forget()
         for entries in (self.before, self.after, self.around, self.at_once.entries, self.joined, self.replaced):
             for i, entry in enumerate(entries):
                 change = getattr(entry[-1], "func", entry[-1])  # of functools.partial

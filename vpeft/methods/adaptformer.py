@@ -24,6 +24,7 @@ class ParallelBottleneck(AddToBranch):
     """s * (drop(relu(v Wd^T + bd)) Wu^T + bu), with v the stream that enters norm2."""
 
     no_decay = frozenset({"scale"})
+    alike = None
 
     def __init__(self, method: "AdaptFormer", block: BlockSite, size: int, gathered: Gathered):
         super().__init__(block, block.mlp_input, block.branch2)

@@ -28,6 +28,7 @@ class Bypass(AddToBranch):
     """s * drop_path(up(drop(q(conv(q(down(n))))))), n the normed tokens; a prefix token is an image of one pixel."""
 
     bars = frozenset({OWN_ROWS})
+    alike = None
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Bypass(AddToBranch):
         tokens = n.flatten(1, -2)  # (B, P + HW, D)
         ready = self.gathered.ready(self, n)
         if ready is None:
-            h = self.convolved(quick_gelu(self.down(tokens)), self.conv, self.conv.weight, self.conv.bias)
+            h = self.convolved(quick_gelu(self.down(tokens)), self.conv)
             a = self.scale * self.drop_path(self.up(self.drop(quick_gelu(h))))
         else:
             down, down_bias, weight, bias, up, up_bias = ready
@@ -80,13 +81,17 @@ class Bypass(AddToBranch):
             a = self.drop_path(F.linear(self.drop(F.silu(h)), up, up_bias))
         return a.view(n.shape)
 
-    def convolved(self, h: Tensor, convolve: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        """The tokens (B, P + HW, r) behind the 3x3 convolution."""
+    def convolved(
+        self, h: Tensor, convolve: Callable[[Tensor], Tensor], weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """The tokens (B, P + HW, r) behind the 3x3 convolution, whose own tensors its call may make anew."""
         size = self.grid.size
         prefix = h.shape[1] - size[0] * size[1]
         patches = convolve(h[:, prefix:].mT.unflatten(2, size)).flatten(2).mT
         if not prefix:
             return patches
+        if weight is None:
+            weight, bias = self.conv.weight, self.conv.bias
         return torch.cat([F.linear(h[:, :prefix], weight[:, :, 1, 1], bias), patches], 1)
 
 

@@ -15,7 +15,7 @@ from ..errors import UnsupportedModelError
 from ..interventions.fused import FusedAddToLinear
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, unregistered
+from ..numerics import at_least_float32, autocast_on, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
@@ -125,7 +125,7 @@ class FactLinear(FusedAddToLinear):
         """What ``_run`` gives, in inference: added in place to the linear's output, where slices would be joined anew."""
         x = args[0]
         alike = len({m.factors.u.shape for m in members}) == 1 and not (self.training and any(m.drop.p for m in members))
-        if torch.is_grad_enabled() or not (alike and self.fusable(x)):
+        if torch.is_grad_enabled() or autocast_on(x.device.type) or not (alike and self.fusable(x)):
             return None
         u, core, v = (plan.of_each(t) for t in zip(*((m.factors.u, m.core(), m.factors.v) for m in members), strict=True))
         y = F.linear(x, self.site.module.weight, self.site.module.bias)

@@ -61,6 +61,7 @@ class LoraLinear(FusedAddToLinear):
         self.gathered: Gathered | None = None
         self.scale, self.on_input, self.drop = scale, on_input, nn.Dropout(dropout)
         self.rows = [s.rows for s in sites]
+        self.alike = (*self.rows, sites[0].module.out_features)
         self.slots = [s.slot for s in sites] if sites[0].is_part else []
         for site in sites:
             part = self.part(site, rank)
@@ -136,8 +137,10 @@ class LoraLinear(FusedAddToLinear):
         drops = (self.training and self.drop.p) or not hooked_only_by(self.drop)
         return self._as_lora() and not drops and super().fusable(x)
 
-    def fused(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor | None:
         a, b = self._factors_for(x)
+        if b.requires_grad and not a.requires_grad and torch.is_grad_enabled():
+            return None  # its second derivative would be another one
         return self.in_one(x, a, None, b, scale=self.scale)
 
     def _factors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
