@@ -2,8 +2,9 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,31 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def leaner_backward() -> bool:
-    """Whether an autograd function of the library's own may stand in for torch's operations, to keep less for backward.
+def own_function() -> bool:
+    """Whether an autograd function of the library's own may stand in for torch's operations.
 
-    See ``own_backward``; and what follows the operations must know it. Compilers decide by themselves what is kept.
+    What follows the operations must know it: a traced model cannot hold one, and compilers decide by themselves what is
+    kept.
     """
-    return own_backward() and not torch.compiler.is_compiling() and not transformed()
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed())
+
+
+def leaner_backward() -> bool:
+    """Whether such a function is of use, to keep less for backward: gradients are recorded."""
+    return torch.is_grad_enabled() and own_function()
+
+
+def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """The backward of an autograd function whose tensors have the types that autocast gave them in the forward."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        if not autocast_on(grad.device.type):
+            return backward(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return run
 
 
 def autocast_on(device: str) -> bool:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics import without_autocast
+
 
 class ReluBottleneck(torch.autograd.Function):
     """drop(relu(x D^T + d)) U^T + u, of which x and the r-wide middle are kept.
@@ -32,12 +34,8 @@ class ReluBottleneck(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(torch.addmm(up_bias, middle, up.t()), (*x.shape[:-1], len(up)))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):  # all has the type that autocast gave it
-            return ReluBottleneck.gradients(ctx, grad)
-
-    @staticmethod
-    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, down_bias, up, middle = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(up))
         if torch.is_grad_enabled():  # a second derivative goes through the middle as well

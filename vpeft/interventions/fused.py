@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..numerics import autocast_dtype, autocast_on, transformed
+from ..numerics import autocast_dtype, own_function, without_autocast
 from .again import Again, had_back, kept_for
 from .linear import AddToLinear
 
@@ -21,10 +21,18 @@ def side_by_side(rows: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v
     return (both @ weights.t() if bias is None else torch.addmm(bias, both, weights.t())), low
 
 
+def inner_products(x: Tensor, u: Tensor, core: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x U^T, slice by slice, and drop(x U^T S^T), see ``FrozenLinearPlus``."""
+    low = inner = x.reshape(-1, u.shape[1]) @ u.t()
+    if core is not None:
+        low = low.view(-1, core.shape[1])
+        inner = low @ core.t()
+    return low, inner if mask is None else inner * mask
+
+
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether a function of the library's own can do with a module's tensors what it does with x."""
-    # A traced model that holds such a function cannot be saved; a compiler decides by itself.
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed():
+    if not own_function():
         return False
     own = module._parameters  # without the weight where that is made of other tensors, which may train
     if "weight" not in own or type(module).forward is not nn.Linear.forward:
@@ -73,13 +81,7 @@ class FrozenLinearPlus(torch.autograd.Function):
             y, low = side_by_side(rows, weight, bias, u, v)
             inner = low
         else:
-            low = rows.reshape(-1, u.shape[1]) @ u.t()
-            inner = low
-            if core is not None:
-                low = low.view(len(rows), core.shape[1])
-                inner = low @ core.t()
-            if mask is not None:
-                inner = inner * mask
+            low, inner = inner_products(rows, u, core, mask)
             y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
             y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
         kept = kept_for(x, again) if ctx.needs_input_grad[3] or (core is not None and ctx.needs_input_grad[4]) else ()
@@ -89,20 +91,13 @@ class FrozenLinearPlus(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if autocast_on(grad.device.type):  # all has the type that autocast gave it
-            with torch.autocast(grad.device.type, enabled=False):
-                return FrozenLinearPlus.backward(ctx, grad)
         weight, u, core, v, mask, low, inner, *kept = ctx.saved_tensors
         to_x = to_u = to_core = to_v = None
         x = had_back(ctx.make, kept) if kept else None
         if torch.is_grad_enabled() and kept:  # a second derivative goes through the two products as well
-            low = x.reshape(-1, u.shape[1]) @ u.t()
-            inner = low
-            if core is not None:
-                low = low.view(-1, core.shape[1])
-                inner = low @ core.t()
-            inner = inner if mask is None else inner * mask
+            low, inner = inner_products(x, u, core, mask)
         sliced = grad.reshape(-1, len(v))
         to_inner = sliced @ v
         if ctx.needs_input_grad[5]:

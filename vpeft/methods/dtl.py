@@ -17,7 +17,7 @@ from ..interventions.base import Intervention
 from ..interventions.context import Grid
 from ..interventions.output import ForPooling
 from ..interventions.side import SideOutput, Tap
-from ..numerics import leaner_backward, transformed, unregistered
+from ..numerics import leaner_backward, own_function, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, grids, register, which_blocks
 
@@ -157,7 +157,7 @@ class Swish(SideOutput):
 
     def _by_terms(self, low: Tensor, y: Tensor) -> bool:
         """Whether beta h can be formed and keeps y's type, and no one looks on who follows torch's operations alone."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        if not own_function():
             return False
         within = _LEAST <= self.beta <= _LARGEST and low.dtype != torch.float16
         return within and torch.result_type(y, low) == y.dtype

@@ -15,7 +15,7 @@ from ..interventions.base import Folded, Intervention
 from ..interventions.fused import is_frozen_linear
 from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
-from ..numerics import autocast_dtype, leaner_backward, weighted_change, wide
+from ..numerics import autocast_dtype, leaner_backward, weighted_change, wide, without_autocast
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
 
 
@@ -101,12 +101,8 @@ class ScaledLinear(torch.autograd.Function):
         return shift if bias is None else torch.addcmul(shift, bias, scale)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):  # all has its type
-            return ScaledLinear.gradients(ctx, grad)
-
-    @staticmethod
-    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, bias, scale, shift, scaled = ctx.saved_tensors
         differentiable = torch.is_grad_enabled()
         if differentiable:  # a second derivative goes through these as well
