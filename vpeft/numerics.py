@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedTensorMixin
 
+_AUTOCAST = ("cpu", "cuda")  # these have it always, others are asked; what every module asks is worth a short way
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64."""
@@ -69,7 +71,8 @@ def own_function() -> bool:
     What follows the operations must know it: a traced model cannot hold one, and compilers decide by themselves what is
     kept.
     """
-    return not (torch.jit.is_tracing() or torch.compiler.is_compiling() or transformed())
+    # In this order, since a compiler does not know the second; torch.jit.is_tracing is the same by a longer way.
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or transformed())
 
 
 def leaner_backward() -> bool:
@@ -92,13 +95,15 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
 
 def autocast_on(device: str) -> bool:
     """Whether operations on this kind of device run in autocast's type now."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device in _AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would make of a product's factor; None where it is off, or leaves the factor as it is (float64)."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if autocast_on(kind) and x.dtype != torch.float64 else None
+    if not autocast_on(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def in_autocasts_type(x: Tensor) -> Tensor:

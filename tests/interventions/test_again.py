@@ -81,6 +81,21 @@ def in_both(method, options, **more):
 
 
 @pytest.mark.parametrize(
+    ("targets", "watched"),
+    [(["qkv"], ["norm1"]), (["fc1"], ["norm2"]), (["fc2"], ["mlp.act"]), (ALL, ["mlp.act", "norm1", "norm2"])],
+)
+def test_only_what_a_module_gets_is_watched(targets, watched):
+    """Each watched module costs a call of a hook in every forward."""
+    model = make("vit")
+    handle = attached(model, "lora", targets=targets)
+    found = {path for path, m in model.named_modules() if any(h.__name__ == "_note" for h in m._forward_hooks.values())}
+    assert found == {f"blocks.{i}.{path}" for i in range(len(model.blocks)) for path in watched}
+    handle.detach()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+
+@pytest.mark.parametrize(
     ("method", "options", "most"),
     slow_but(
         ("fact_tt", {}, 1.12), ("fact_tk", {}, 1.20), ("lora", {"targets": ALL}, 1.04), ("lora", {"targets": ["fc2"]}, 1.01),

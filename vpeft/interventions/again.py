@@ -7,6 +7,7 @@ what it was made of: a LayerNorm's input, a GELU's input. Such products (``Inter
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -89,7 +90,7 @@ class ProductAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
-        rows, to_x, to_weight, to_bias = grad.reshape(-1, len(weight)), None, None, None
+        rows, to_x, to_weight, to_bias = grad.reshape(-1, weight.shape[0]), None, None, None
         if ctx.needs_input_grad[0]:
             to_x = (rows @ weight).view(kept[0].shape).to(kept[0].dtype)
         if ctx.needs_input_grad[1]:
@@ -145,16 +146,31 @@ class Origins:
         self.made = WeakTensorKeyDictionary()
 
     def watch(self, owner: str, module: nn.Module) -> None:
-        """A handle will ask for what this module, or one inside of it, gets: look at the norms and GELUs of its block."""
-        around = self._around(module)
-        # What else gives something does not give it on to this module.
-        makers = (child for outer in around[1:] for child in outer.children()) if around[-1] in self.hub.blocks else ()
-        for maker in makers:
-            if is_plain_norm(maker) or is_plain_gelu(maker):
-                if maker not in self.readers:
-                    self.readers[maker] = set()
-                    maker.register_forward_hook(self._note)
-                self.readers[maker].add(owner)
+        """A handle will ask for what this module, or one inside of it, gets: look at what its block makes of that before."""
+        for maker in self._makers(self._around(module)):
+            if maker not in self.readers:
+                self.readers[maker] = set()
+                maker.register_forward_hook(self._note)
+            self.readers[maker].add(owner)
+
+    def _makers(self, around: list[nn.Module]) -> list[nn.Module]:
+        """The norms and GELUs whose output a module may get (see ``_around``), which cost a call of a hook each.
+
+        timm's blocks list their parts in the order in which they are called: it is the last one before the module, or before
+        what that is in; all of them in a block that lists none before it. What else gives something does not give it on to
+        this module.
+        """
+        if around[-1] not in self.hub.blocks:
+            return []
+        found = []
+        for inner, outer in pairwise(around):
+            parts = list(outer.children())
+            makers = [part for part in parts if is_plain_norm(part) or is_plain_gelu(part)]
+            before = [part for part in makers if parts.index(part) < parts.index(inner)]
+            if before:
+                return before[-1:]
+            found += makers
+        return found
 
     def remove(self, owner: str) -> None:
         """A handle does not ask any more."""
@@ -174,7 +190,7 @@ class Origins:
 
     def of(self, x: Tensor, module: nn.Module) -> Again | None:
         """How x, which a module gets or one inside of it, is made; None where it is not known, or of no use."""
-        if not leaner_backward() or _is_cast(x):
+        if _is_cast(x) or not leaner_backward():
             return None
         origin = self.made.get(x)
         if origin is None or x.grad_fn is not origin.node or x._version or _versions(origin.tensors) != origin.versions:
@@ -203,7 +219,7 @@ class Origins:
         return around
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not leaner_backward() or type(output) is not Tensor or len(args) != 1 or _is_cast(output):
+        if type(output) is not Tensor or _is_cast(output) or len(args) != 1 or not leaner_backward():
             return
         source, node = args[0], output.grad_fn
         if node is None or type(source) is not Tensor or self.readers.get(module, set()).isdisjoint(self.hub.acting_now()):

@@ -31,13 +31,13 @@ class ReluBottleneck(torch.autograd.Function):
         ctx.save_for_backward(x, down, down_bias, up, middle)
         ctx.factor = 1 / (1 - p)
         # No view, which nothing could change in place.
-        return torch.ops.aten._unsafe_view(torch.addmm(up_bias, middle, up.t()), (*x.shape[:-1], len(up)))
+        return torch.ops.aten._unsafe_view(torch.addmm(up_bias, middle, up.t()), (*x.shape[:-1], up.shape[0]))
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, down_bias, up, middle = ctx.saved_tensors
-        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(up))
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, up.shape[0])
         if torch.is_grad_enabled():  # a second derivative goes through the middle as well
             passes = (middle != 0).to(middle.dtype) * ctx.factor
             middle = torch.addmm(down_bias, rows, down.t()) * passes

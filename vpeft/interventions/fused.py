@@ -37,8 +37,9 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     own = module._parameters  # without the weight where that is made of other tensors, which may train
     if "weight" not in own or type(module).forward is not nn.Linear.forward:
         return False
-    if any(p is not None and (p.requires_grad or type(p) is not nn.Parameter) for p in own.values()):
-        return False
+    for tensor in own.values():
+        if tensor is not None and (tensor.requires_grad or type(tensor) is not nn.Parameter):
+            return False
     return x.dtype == own["weight"].dtype or autocast_dtype(x) is not None
 
 
@@ -83,7 +84,7 @@ class FrozenLinearPlus(torch.autograd.Function):
         else:
             low, inner = inner_products(rows, u, core, mask)
             y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-            y.view(-1, len(v)).addmm_(inner.view(-1, len(u)), v.t(), alpha=scale)
+            y.view(-1, v.shape[0]).addmm_(inner.view(-1, u.shape[0]), v.t(), alpha=scale)
         kept = kept_for(x, again) if ctx.needs_input_grad[3] or (core is not None and ctx.needs_input_grad[4]) else ()
         weight = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(weight, u, core, v, mask, None if core is None else low, inner, *kept)
@@ -98,20 +99,20 @@ class FrozenLinearPlus(torch.autograd.Function):
         x = had_back(ctx.make, kept) if kept else None
         if torch.is_grad_enabled() and kept:  # a second derivative goes through the two products as well
             low, inner = inner_products(x, u, core, mask)
-        sliced = grad.reshape(-1, len(v))
+        sliced = grad.reshape(-1, v.shape[0])
         to_inner = sliced @ v
         if ctx.needs_input_grad[5]:
-            to_v = sliced.t() @ inner.view(-1, len(u))
+            to_v = sliced.t() @ inner.view(-1, u.shape[0])
         if ctx.scale != 1:
             to_inner, to_v = to_inner * ctx.scale, None if to_v is None else to_v * ctx.scale
         to_inner = to_inner.view(inner.shape)
         to_low = to_inner if mask is None else to_inner * mask
         if core is not None:
-            to_core, to_low = to_low.t() @ low, (to_low @ core).view(-1, len(u))
+            to_core, to_low = to_low.t() @ low, (to_low @ core).view(-1, u.shape[0])
         if ctx.needs_input_grad[3]:
             to_u = to_low.t() @ x.reshape(-1, u.shape[1])
         if ctx.needs_input_grad[0]:
-            to_x = grad.reshape(-1, len(weight)) @ weight
+            to_x = grad.reshape(-1, weight.shape[0]) @ weight
             to_x.view(-1, u.shape[1]).addmm_(to_low, u)
             to_x = to_x.view(ctx.shape)
         return to_x, None, None, to_u, to_core, to_v, None, None, None, None
@@ -143,12 +144,13 @@ class FusedAddToLinear(AddToLinear):
         self, x: Tensor, u: Tensor, core: Tensor | None, v: Tensor, mask: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         """``FrozenLinearPlus`` of this linear, in autocast's type where that is on."""
-        module, again = self.site.module, None
-        if u.requires_grad:
+        module, dtype, again, beside = self.site.module, autocast_dtype(x), None, False
+        if u.requires_grad and dtype in (None, x.dtype):
             again = self.hub.origins.of(x, module)
-        tensors, dtype, beside = (x, module.weight, module.bias, u, core, v), autocast_dtype(x), False
+        own = module._parameters
+        tensors = x, own["weight"], own["bias"], u, core, v
         if dtype is not None:
-            tensors = tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+            tensors = [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
             # Rows of 16 bytes' multiples are read fast.
-            beside = x.is_cuda and core is None and mask is None and scale == 1 and (len(u) + u.shape[1]) % 8 == 0
+            beside = x.is_cuda and core is None and mask is None and scale == 1 and (u.shape[0] + u.shape[1]) % 8 == 0
         return FrozenLinearPlus.apply(*tensors, mask, scale, again, beside)

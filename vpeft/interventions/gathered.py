@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..numerics import autocast_on
 from .flow import Flow
-from .hooks import hooked_only_by
+from .hooks import unhooked
 from .hub import Hub
 
 
@@ -47,20 +47,23 @@ class Gathered:
             x: what the member is about to act on.
         """
         flow = None if member.hub is None else member.hub.now()
-        if flow is None or flow.starter is not member.hub.model or not self._pays(flow, x):
+        if flow is None or flow.starter is not member.hub.model:
             return None  # where a block is called by itself, other members do not run
         # A part of a model may run without gradients, or in another precision.
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x.device.type) else None
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if autocast_on(kind) else None
+        if dtype is None and kind != "cuda":
+            return None
         name = f"ready {torch.is_grad_enabled()} {dtype}"
         found = flow.get(self, name)
         if found is None:
+            if not self._pays(flow):
+                return None
             found = dict(self._made(dtype))
             flow.put(self, name, found)
         return found.get(id(member))
 
-    def _pays(self, flow: Flow, x: Tensor) -> bool:
-        if not (x.is_cuda or autocast_on(x.device.type)):
-            return False
+    def _pays(self, flow: Flow) -> bool:
         if flow.checkpointed or flow.task is not None or flow.routed or flow.exported:
             return False  # blocks run again by themselves; each sample has its own
         return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
@@ -68,7 +71,7 @@ class Gathered:
     def _made(self, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
         for member in self.members:
-            if not all(map(hooked_only_by, member.modules())):
+            if not unhooked(member):
                 continue  # its parts must be called
             tensors = member.gathers()
             if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards

@@ -37,12 +37,23 @@ def as_ordered(hooks: OrderedDict) -> None:
 def hooked_only_by(module: nn.Module, *known: object) -> bool:
     """Whether nothing but these objects hooks a module, in forward or backward, or stands in place of its forward."""
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if not any(own) and not any(_EVERYWHERE) and "forward" not in vars(module):
+    if not (own[0] or own[1] or own[2] or own[3] or any(_EVERYWHERE) or "forward" in module.__dict__):
         return True
-    hooks = [hook for table in (*own, *_EVERYWHERE) for hook in table.values()]
-    if "forward" in vars(module):
-        hooks.append(vars(module)["forward"])
-    return all(getattr(hook, "__self__", hook) in known for hook in hooks)  # a plain function has none
+    for table in (*own, *_EVERYWHERE):
+        if table and not all([getattr(hook, "__self__", hook) in known for hook in table.values()]):
+            return False  # a plain function has no __self__
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__self__", forward) in known
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing hooks a module or one inside of it, or stands in place of their forwards."""
+    if not hooked_only_by(module):
+        return False
+    for child in module._modules.values():
+        if child is not None and not unhooked(child):
+            return False
+    return True
 
 
 def is_plain_linear(module: nn.Module) -> bool:
