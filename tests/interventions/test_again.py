@@ -94,7 +94,6 @@ def test_only_what_a_module_gets_is_watched(targets, watched):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-
 @pytest.mark.parametrize(
     ("method", "options", "most"),
     slow_but(

@@ -40,7 +40,7 @@ def hooked_only_by(module: nn.Module, *known: object) -> bool:
     if not (own[0] or own[1] or own[2] or own[3] or any(_EVERYWHERE) or "forward" in module.__dict__):
         return True
     for table in (*own, *_EVERYWHERE):
-        if table and not all([getattr(hook, "__self__", hook) in known for hook in table.values()]):
+        if table and not all(getattr(hook, "__self__", hook) in known for hook in table.values()):
             return False  # a plain function has no __self__
     forward = module.__dict__.get("forward")
     return forward is None or getattr(forward, "__self__", forward) in known
@@ -48,12 +48,8 @@ def hooked_only_by(module: nn.Module, *known: object) -> bool:
 
 def unhooked(module: nn.Module) -> bool:
     """Whether nothing hooks a module or one inside of it, or stands in place of their forwards."""
-    if not hooked_only_by(module):
-        return False
-    for child in module._modules.values():
-        if child is not None and not unhooked(child):
-            return False
-    return True
+    children = module._modules.values()
+    return hooked_only_by(module) and all(child is None or unhooked(child) for child in children)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
