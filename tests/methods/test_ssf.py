@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import vpeft
 from tests.support.compare import SWIN_B, SWIN_L, VIT_B, VIT_L, compare, count, kinds, state
 from tests.support.models import images, make, randomise
 from tests.support.reference import Reference
 from vpeft.docs.compatibility import small_model
-from vpeft.methods.ssf import ScaleAndShift, ScaledLinear, ScaleShiftFunction, ScalesNearZero
+from vpeft.interventions.gathered import Gathered
+from vpeft.interventions.scaled import ScaledLinear, Scales, ScaleShiftFunction, with_bias
+from vpeft.methods.ssf import ScaleAndShift, ScalesNearZero
 
 
 class SSF(Reference):
@@ -230,7 +233,8 @@ def test_another_hook_on_the_projection():
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_scaled_weight_and_its_second_gradient(again, biased):
+@pytest.mark.parametrize("together", [False, True])
+def test_a_scaled_weight_and_its_second_gradient(again, biased, together):
     torch.manual_seed(0)
     weight, bias = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     x, scale, shift = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 3), (4,), (4,)))
@@ -238,7 +242,11 @@ def test_a_scaled_weight_and_its_second_gradient(again, biased):
     values = [t.requires_grad_() for t in (x, scale, shift)]
 
     def run(x, scale, shift):
-        return ScaledLinear.apply(x, weight, bias if biased else None, scale, shift, again)
+        made = ()
+        if together:
+            moved = with_bias(bias if biased else None, scale, shift).detach()
+            made = (moved, torch.zeros_like(moved), torch.ones_like(moved), *Scales.apply(scale, shift, 1e-3))
+        return ScaledLinear.apply(x, weight, bias if biased else None, scale, shift, again, *made)
 
     y = torch.nn.functional.linear(x, weight, bias if biased else None)
     assert torch.allclose(run(*values), y * scale + shift)
@@ -275,3 +283,34 @@ def test_where_the_weight_is_scaled_under_autocast(kind, monkeypatch):
     with handle.disable():
         model(x)
     assert len(calls) == 8 * len(handle.root.sites.blocks)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_made_ready_together_is_the_same(kind, zero, monkeypatch):
+    """Under autocast norms' tensors and, where the weight is scaled, linears' are made for all blocks at once."""
+    model = make(kind)
+    handle = vpeft.attach(model, "ssf")
+    if zero:
+        handle.root.get_submodule(f"{handle.root.sites.blocks[0].path}.mlp.fc1.ssf").scale.data[0] = 0
+    x = images(model)
+    monkeypatch.setattr(ScaleAndShift, "pays", lambda self, x: True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), list(handle.parameters()))]
+
+    with profile(activities=[ProfilerActivity.CPU]) as few:
+        together = run()
+    made = []
+    monkeypatch.setattr(Gathered, "ready", lambda self, member, x: made.append(member))
+    with profile(activities=[ProfilerActivity.CPU]) as many:
+        apart = run()
+    assert len(made) >= 6 * len(handle.root.sites.blocks) - 1
+    for a, b in zip(together, apart, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+    arithmetic = ("aten::mul", "aten::addcmul", "aten::div", "aten::sub")
+    few, many = (sum(e.count for e in p.key_averages() if e.key in arithmetic) for p in (few, many))
+    assert few < 0.6 * many

@@ -34,10 +34,14 @@ class Gathered:
     On a GPU, and under autocast, what is small waits for Python and not for arithmetic: to cast and rearrange a few thousand
     numbers costs as much there as a linear layer. All members' are done in one; the values are those that each would make.
     It is done in calls of the whole model, which run all blocks: one that a changed model leaves out gets a gradient of 0.
+
+    Args:
+        cast: give all in autocast's type; else ``made_ready`` does that itself where it is due.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cast: bool = True) -> None:
         self.members: list[Member] = []
+        self.cast = cast
 
     def ready(self, member: Member, x: Tensor) -> tuple[Tensor, ...] | None:
         """What ``made_ready`` gives for one member, in autocast's type; None where each has to see to itself.
@@ -79,8 +83,8 @@ class Gathered:
                 groups.setdefault(key, []).append((member, tensors))
         for found in groups.values():
             stacked = [torch.stack(same) for same in zip(*(tensors for _, tensors in found), strict=True)]
-            made = [
-                t if dtype is None or t.dtype == torch.float64 else t.to(dtype) for t in found[0][0].made_ready(*stacked)
-            ]
+            made = found[0][0].made_ready(*stacked)
+            if self.cast and dtype is not None:
+                made = [t if t.dtype == torch.float64 else t.to(dtype) for t in made]
             for (member, _), own in zip(found, zip(*(t.unbind() for t in made), strict=True), strict=True):
                 yield id(member), own

@@ -1,7 +1,6 @@
 """SSF: scale and shift the features (Lian et al., NeurIPS 2022, arXiv 2210.08823)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,134 +12,12 @@ from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Folded, Intervention
 from ..interventions.fused import is_frozen_linear
+from ..interventions.gathered import Gathered
 from ..interventions.operation import Inner
 from ..interventions.output import MapOutput
-from ..numerics import autocast_dtype, leaner_backward, weighted_change, wide, without_autocast
+from ..interventions.scaled import ScaledLinear, Scales, ScaleShiftFunction, scaled_and_shifted, with_bias
+from ..numerics import autocast_dtype, in_autocasts_type, leaner_backward, weighted_change, wide
 from .base import Blocks, Method, Paper, linears_by_path, register, which_blocks
-
-
-class ScaleShiftFunction(torch.autograd.Function):
-    """y * scale + shift per channel, without keeping y.
-
-    The gradient of scale is the sum of g * y. It is had from the result z, which the next operation often keeps as well:
-    y is (z - shift) / scale. Where it does not, ``again`` can make y anew from ``source`` instead.
-
-    Args (of ``apply``):
-        y, scale, shift: scale and shift are (C,).
-        axis: of y's channels.
-        again, source: y = again(source); both None where z is kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        axis: int,
-        again: Callable[[Tensor], Tensor] | None,
-        source: Tensor | None,
-    ) -> Tensor:
-        output = scaled_and_shifted(y, _along(scale, y, axis), _along(shift, y, axis))
-        ctx.axis, ctx.again = axis, again
-        ctx.save_for_backward(output if again is None else source, scale, shift)
-        device = output.device.type
-        ctx.precision = {
-            "device_type": device,
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
-        }
-        return output
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        kept, scale, shift = ctx.saved_tensors
-        y = kept
-        if ctx.again is not None:
-            with torch.autocast(**ctx.precision):
-                y = ctx.again(kept)
-        differentiable = torch.is_grad_enabled()
-        to_scale, to_shift, product = sums_of(
-            grad, y, ctx.axis, torch.promote_types(grad.dtype, scale.dtype), differentiable
-        )
-        if ctx.again is None:
-            to_scale = (to_scale - shift * to_shift) / scale
-        factor = _along(scale, grad, ctx.axis)
-        if differentiable:
-            return (grad * factor).to(grad.dtype), to_scale, to_shift, None, None, None
-        # The product's memory is not needed any more.
-        out = torch.empty_like(grad) if product is None else product
-        return torch.mul(grad, factor, out=out), to_scale, to_shift, None, None, None
-
-
-class ScaledLinear(torch.autograd.Function):
-    """(x W^T + b) * scale + shift as one product: W and b are scaled, where they are smaller than the output.
-
-    Args (of ``apply``):
-        x: (…, in), of the type that is computed in.
-        weight, bias: frozen, of any type; bias may be None.
-        scale, shift: (out,).
-        again: make the output anew in backward; else it is kept, and should be by the next operation as well.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, again: bool
-    ) -> Tensor:
-        scaled = torch.mul(weight, scale[:, None], out=x.new_empty(weight.shape))
-        moved = ScaledLinear.moved(bias, scale, shift).to(x.dtype)
-        z = torch.addmm(moved, x.reshape(-1, x.shape[-1]), scaled.t())
-        z = torch.ops.aten._unsafe_view(z, (*x.shape[:-1], len(weight)))  # no view, which nothing could change in place
-        ctx.again = again
-        ctx.save_for_backward(x if again else z, weight, bias, scale, shift, scaled)
-        return z
-
-    @staticmethod
-    def moved(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
-        """b * scale + shift."""
-        return shift if bias is None else torch.addcmul(shift, bias, scale)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, bias, scale, shift, scaled = ctx.saved_tensors
-        differentiable = torch.is_grad_enabled()
-        if differentiable:  # a second derivative goes through these as well
-            scaled = (weight * scale[:, None]).to(grad.dtype)
-        if ctx.again:
-            z = F.linear(z, scaled, ScaledLinear.moved(bias, scale, shift).to(z.dtype))
-        to_scale, to_shift, _ = sums_of(grad, z, -1, torch.promote_types(grad.dtype, scale.dtype), differentiable)
-        to_x = grad @ scaled if ctx.needs_input_grad[0] else None
-        return to_x, None, None, (to_scale - shift * to_shift) / scale, to_shift, None
-
-
-def sums_of(
-    grad: Tensor, y: Tensor, axis: int, dtype: torch.dtype, differentiable: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per channel the sums of grad * y and of grad, in a type, and grad * y where it was made.
-
-    On a GPU one kernel of batch normalisation's backward has both sums of rows of channels, and reads grad and y once.
-    """
-    if grad.is_cuda and y.dtype == grad.dtype and axis % grad.ndim == grad.ndim - 1 and not differentiable:
-        rows, values = (t.reshape(-1, t.shape[-1]).contiguous() for t in (grad, y))
-        zero = rows.new_zeros(rows.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
-        _, _, to_scale, to_shift = torch.batch_norm_backward_reduce(
-            rows, values, zero, torch.ones_like(zero), torch.ones_like(zero), False, True, True
-        )
-        return to_scale.to(dtype), to_shift.to(dtype), None
-    product, others = grad * y, [d for d in range(grad.ndim) if d != axis % grad.ndim]
-    return product.sum(others, dtype=dtype), grad.sum(others, dtype=dtype), product
-
-
-def scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """y * scale + shift in y's type: under autocast scale and shift are more precise than y, and what follows takes y's."""
-    if y.dtype == scale.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.addcmul(shift, y, scale).to(y.dtype)
-    return torch.addcmul(shift, y, scale, out=torch.empty_like(y))  # without the more precise result in memory
-
-
-def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
-    return vector if axis % like.ndim == like.ndim - 1 else vector.view(-1, *(1,) * (like.ndim - 1 - axis % like.ndim))
 
 
 class ScalesNearZero:
@@ -188,6 +65,9 @@ class ScaleAndShift(MapOutput):
         self.outside = place.bias_outside if isinstance(place, LinearSite) else None
         self.near_zero = near_zero
         near_zero.parts.append(self)
+        self.gathered: Gathered | None = None
+        bias = getattr(place.module, "bias", None)
+        self.alike = isinstance(place.module, nn.Linear), bias is None
 
     def calls_needed(self) -> list[ModuleRef]:
         return [self.outside] if self.outside else []
@@ -206,8 +86,10 @@ class ScaleAndShift(MapOutput):
         if torch.is_grad_enabled() and self._keeps_y(x):
             return None
         module, dtype = self.place.module, autocast_dtype(x)
+        ready = None if self.gathered is None else self.gathered.ready(self, x)
+        scale, shift, *made = self.vectors() if ready is None else ready
         x = x if dtype is None else x.to(dtype)
-        return ScaledLinear.apply(x, module.weight, module.bias, *self.vectors(), self.again)
+        return ScaledLinear.apply(x, module.weight, module.bias, scale, shift, self.again, *made)
 
     def pays(self, x: Tensor) -> bool:
         """Whether the weight is scaled rather than the output: under autocast it is copied anyway, and on a GPU the output
@@ -222,9 +104,28 @@ class ScaleAndShift(MapOutput):
     def _run_norm(self, inner: Inner, x: Tensor) -> Tensor:
         if not inner.alone:
             return self(inner(x), x)
-        norm, (scale, shift) = self.place.module, self.vectors()
-        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, scale)
-        return F.layer_norm(x, norm.normalized_shape, norm.weight * scale, bias, norm.eps)
+        norm, ready = self.place.module, None if self.gathered is None else self.gathered.ready(self, x)
+        weight, bias = self._of_norm(*self.gathers()) if ready is None else ready
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+    @staticmethod
+    def _of_norm(scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return weight * scale, with_bias(bias, scale, shift)
+
+    def gathers(self) -> tuple[Tensor, ...]:
+        """scale and shift, and the frozen tensors of the same size."""
+        module, linear = self.place.module, self.alike[0]
+        frozen = (module.bias,) if linear else (module.weight, module.bias)
+        return (*self.vectors(), *(t for t in frozen if t is not None))
+
+    def made_ready(self, scale: Tensor, shift: Tensor, *frozen: Tensor) -> tuple[Tensor, ...]:
+        """A norm's weight and bias; a linear's scale and shift, and what else ``ScaledLinear`` takes."""
+        if not self.alike[0]:
+            return self._of_norm(scale, shift, *frozen)
+        with torch.no_grad():
+            moved = in_autocasts_type(with_bias(frozen[0] if frozen else None, scale, shift))
+            zero, one = (scale.new_full(scale.shape[1:], n, dtype=torch.float32).expand(scale.shape) for n in (0, 1))
+        return scale, shift, moved, zero, one, *Scales.apply(scale, shift, self.near_zero.BOUND)
 
     def _map_output(self, args: tuple, output: Tensor) -> Tensor:
         return self(output, args[0])
@@ -328,6 +229,16 @@ class SSF(Method):
         return False
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
+        of_norms, of_linears = Gathered(cast=False), Gathered(cast=False)
+        for path, part in self.pairs(sites):
+            module = part.place.module
+            if is_plain_norm(module) or (isinstance(module, nn.Linear) and part.outside is None):
+                part.gathered = of_norms if is_plain_norm(module) else of_linears
+                part.gathered.members.append(part)
+            yield path, part
+
+    def pairs(self, sites: Sites) -> Iterator[tuple[str, ScaleShift]]:
+        """All scales and shifts, with their paths."""
         near = ScalesNearZero()
         if self.blocks is None:
             embed = sites.patch_projection
