@@ -18,10 +18,7 @@ OPTIONS = ("search.supernet.train.epochs=6", "train.epochs=6", "search.populatio
 
 def started(file, *overrides):
     command = [sys.executable, ROOT / "tools/search.py", "--cfg", file, *OPTIONS, *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
-    )  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def lines(file):
