@@ -14,12 +14,12 @@ import pytest
 from tests.support.models import CASES
 from tests.support.places import ENVIRONMENT, ROOT
 
-MAIN = ("lora", "vpt_deep", "bitfit", "dtl")  # all: in the slow sweep
+MAIN = ("lora", "bitfit", "dtl")  # all: in the slow sweep
 FAST = [
     *(f"train_save_load:blocks:{method}:vit" for method in MAIN),
     "train_save_load:ddp:lora:vit", "train_save_load:ddp:bitfit:vit", "train_save_load:small:vqt:vit",
     "around:blocks:attention:vit", "every_epoch:blocks:ilm_vp:vit", "drawn_apart:ddp:adapterdrop:vit",
-    "drawn_together:ddp:supernet:vit", "drawn_together:blocks:supernet:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "resume:accelerate:vqt:vit", "growth:blocks:increlora:vit",
+    "drawn_together:blocks:supernet:vit", "drawn_apart:blocks:adamix:vit", "resume:blocks:bitfit:vit", "growth:blocks:increlora:vit",
     "refusals:blocks:child_tuning_d:vit", "no_unit:-:lora:vit", "unlike:blocks:lora_fa:vit",
     "cannot_write:blocks:lora:vit", "one_unit_for_all_blocks:-:vqt:vit", "fsdp1:-:lora:vit", "engine:-:-:-",
 ]  # fmt: skip
@@ -28,7 +28,13 @@ REFUSED: set[str] = set()
 SETTINGS = ("ddp", "blocks", "accelerate")
 SWEEP = [f"{f}:{s}:{m}:{k}" for s in SETTINGS for m, k in CASES if k != "vit_reg" for f in ("train_save_load", "resume")]
 
-MORE = ["train_save_load:root:vqt:vit", "around:small:lora:vit", "drawn_apart:blocks:adapterdrop:vit"]
+MORE = [
+    "drawn_together:ddp:supernet:vit",
+    "resume:accelerate:vqt:vit",
+    "train_save_load:root:vqt:vit",
+    "around:small:lora:vit",
+    "drawn_apart:blocks:adapterdrop:vit",
+]
 
 
 def run_pair(folder: Path, cases: list[str], timeout: float) -> dict[str, str]:

@@ -164,7 +164,7 @@ def test_accumulation_equals_one_batch(tiny):
     [
         ["train.precision=bf16", "train.clip_grad=1.0", "train.ema=0.9"],
         ["train.grad_checkpointing=true", "train.label_smoothing=0.1", "optim.name=sgd"],
-        ["augment.enabled=true", "augment.mixup=0.4", "augment.cutmix=1.0", "augment.auto_augment=rand-m5-n2", "data.workers=2"],
+        ["augment.enabled=true", "augment.mixup=0.4", "augment.cutmix=1.0", "augment.auto_augment=rand-m5-n2"],
         ["model.drop_path=0.2", "train.select=last", "train.drop_last=true", "schedule.warmup_epochs=1"],
         ["data.val_size=0", "method.name=linear", "method.options={}"],
     ],

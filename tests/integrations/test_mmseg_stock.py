@@ -99,7 +99,8 @@ def goes_all_the_way(root, tmp_path, stock):
 # ---- a few in the fast suite ----
 
 
-@pytest.mark.parametrize("model", [VIT, pytest.param(SWIN, marks=pytest.mark.slow)], ids=["vit", "swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [VIT, SWIN], ids=["vit", "swin"])
 def test_a_rewritten_configuration_goes_all_the_way(root, tmp_path, model):
     goes_all_the_way(root, tmp_path, mine(tmp_path, small(tmp_path, UPER), model))
 

@@ -79,6 +79,7 @@ def test_a_method_that_comes_later_is_seen(fullgraph):
             assert torch.allclose(compiled(x), seen[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_clip_lengths_are_seen():
     model = make("vit")
     randomise(vpeft.attach(model, "st_adapter", bottleneck=4))

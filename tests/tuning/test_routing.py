@@ -21,6 +21,7 @@ ROUTED = [(m, k) for m, k in CASES if m not in WEIGHTS]
 sweep = pytest.mark.parametrize(("method", "kind"), [
     pytest.param(m, k, marks=() if k == "vit" else pytest.mark.slow) for m, k in ROUTED
 ])  # fmt: skip
+IN_SHORT = [(m, "vit") for m in ("lora", "bitfit", "vpt_deep", "lst", "convpass", "ssf", "fact_tk", "compacter")]
 TASKS = ["a", "b", None, "a", "c", "b", "a"]
 SWAPPED = ["b", "a", None, "c", "a", "c", "b"]
 ALIVE = [i for i, task in enumerate(TASKS) if task is not None]
@@ -84,7 +85,9 @@ def test_each_sample_is_computed_by_its_own_handle(method, kind):
     assert difference(alone(model, x, TASKS), expected) == 0  # and nothing is left behind
 
 
-@sweep
+@pytest.mark.parametrize(
+    ("method", "kind"), [pytest.param(m, k, marks=() if (m, k) in IN_SHORT else pytest.mark.slow) for m, k in ROUTED]
+)
 @torch.no_grad()
 def test_float32(method, kind):
     model = with_handles(method, kind, dtype=torch.float32)
