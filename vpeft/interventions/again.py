@@ -157,8 +157,8 @@ class Origins:
         """The norms and GELUs whose output a module may get (see ``_around``), which cost a call of a hook each.
 
         timm's blocks list their parts in the order in which they are called: it is the last one before the module, or before
-        what that is in; all of them in a block that lists none before it. What else gives something does not give it on to
-        this module.
+        what that is in; all between the module and its block where none is listed before it. What else gives something does
+        not give it on to this module.
         """
         if around[-1] not in self.hub.blocks:
             return []
@@ -198,7 +198,7 @@ class Origins:
         passed = self._between(origin.maker, module)
         if not all(hooked_only_by(m, self.hub, self, self.hub.junctions.get(m)) for m in passed):
             return None
-        if _within_checkpoint():
+        if within_checkpoint():
             return None
         return Again(origin.make, InPlaceOf.apply(x, x.new_empty(()).expand(x.shape)), origin.tensors)
 
@@ -258,7 +258,7 @@ def _is_cast(x: Tensor) -> bool:
     return autocast_dtype(x) not in (None, x.dtype)
 
 
-def _within_checkpoint() -> bool:
+def within_checkpoint() -> bool:
     """Whether torch's activation checkpointing runs what runs now, in forward or again in backward.
 
     What it runs again may begin behind the norm, whose output is another tensor then; and it wants the same tensors kept as

@@ -34,8 +34,8 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether a function of the library's own can do with a module's tensors what it does with x."""
     if not own_function():
         return False
-    own = module._parameters  # without the weight where that is made of other tensors, which may train
-    if "weight" not in own or type(module).forward is not nn.Linear.forward:
+    own = module._parameters  # without what is made of other tensors, which may train
+    if "weight" not in own or "bias" not in own or type(module).forward is not nn.Linear.forward:
         return False
     for tensor in own.values():
         if tensor is not None and (tensor.requires_grad or type(tensor) is not nn.Parameter):

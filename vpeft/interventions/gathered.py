@@ -1,12 +1,12 @@
 """Tensors of one kind in all blocks, made ready for a forward together: stacked, computed with and cast once."""
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..numerics import autocast_on
+from ..numerics import autocast_on, own_function
 from .flow import Flow
 from .hooks import unhooked
 from .hub import Hub
@@ -16,24 +16,51 @@ class Member(Protocol):
     """An intervention whose tensors are gathered."""
 
     hub: Hub | None
-    alike: Hashable  # what ``made_ready`` depends on beside the tensors' shapes
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Itself and its parts."""
+    alike: Hashable  # what ``made_ready`` depends on beside the tensors' number and shapes
 
     def gathers(self) -> tuple[Tensor, ...]:
-        """Its tensors, each to be stacked with those of the others of the same shapes."""
+        """Its tensors, each to be stacked with those of the others of the same shapes; none where it sees to itself."""
 
     def made_ready(self, *stacked: Tensor) -> Sequence[Tensor]:
         """Of tensors with the members as first dimension, what each forward needs, likewise."""
+
+
+class MadeReady(torch.autograd.Function):
+    """``make(*stacked)``, whose backward may be asked several times.
+
+    All members share it, and parts of a model that are detached from each other may have losses of their own. What it is
+    made of is kept, and all is made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[..., Sequence[Tensor]], *stacked: Tensor) -> tuple[Tensor, ...]:
+        ctx.make, ctx.stacked = make, stacked  # not saved_tensors, which are given up after the first time
+        ctx.set_materialize_grads(False)
+        return tuple(make(*stacked))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        again, differentiable = ctx.stacked, torch.is_grad_enabled()
+        if not differentiable:
+            again = [t.detach().requires_grad_(needed) for t, needed in zip(again, ctx.needs_input_grad[1:], strict=True)]
+        with torch.enable_grad():
+            made = ctx.make(*again)
+        asked = [(t, g) for t, g in zip(made, grads, strict=True) if g is not None and t.requires_grad]
+        if not asked:
+            return (None,) * (1 + len(again))
+        trained = [t for t, needed in zip(again, ctx.needs_input_grad[1:], strict=True) if needed]
+        outputs, given = zip(*asked, strict=True)
+        found = iter(torch.autograd.grad(outputs, trained, given, create_graph=differentiable, allow_unused=True))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 class Gathered:
     """The interventions of one method that get their tensors ready together.
 
     On a GPU, and under autocast, what is small waits for Python and not for arithmetic: to cast and rearrange a few thousand
-    numbers costs as much there as a linear layer. All members' are done in one; the values are those that each would make.
-    It is done in calls of the whole model, which run all blocks: one that a changed model leaves out gets a gradient of 0.
+    numbers costs as much there as a linear layer. All members' are done in one, when the first one asks: the values are
+    those that each would make then, whatever someone writes into its tensors later in the forward. It is done in calls of
+    the whole model, which run all blocks: one that a changed model leaves out gets a gradient of 0.
 
     Args:
         cast: give all in autocast's type; else ``made_ready`` does that itself where it is due.
@@ -44,7 +71,7 @@ class Gathered:
         self.cast = cast
 
     def ready(self, member: Member, x: Tensor) -> tuple[Tensor, ...] | None:
-        """What ``made_ready`` gives for one member, in autocast's type; None where each has to see to itself.
+        """What ``made_ready`` gives for one member; None where each has to see to itself.
 
         Args:
             member: one that was added to ``members``.
@@ -63,7 +90,7 @@ class Gathered:
         if found is None:
             if not self._pays(flow):
                 return None
-            found = dict(self._made(dtype))
+            found = dict(self._made(x.device, dtype))
             flow.put(self, name, found)
         return found.get(id(member))
 
@@ -72,19 +99,24 @@ class Gathered:
             return False  # blocks run again by themselves; each sample has its own
         return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    def _made(self, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def _made(self, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
         for member in self.members:
             if not unhooked(member):
                 continue  # its parts must be called
             tensors = member.gathers()
-            if all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # none in shards
-                key = member.alike, *((t.shape, t.dtype, t.device) for t in tensors)
+            # None in shards, and none that is still to be brought here.
+            if tensors and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors):
+                key = member.alike, *((t.shape, t.dtype, t.requires_grad) for t in tensors)
                 groups.setdefault(key, []).append((member, tensors))
         for found in groups.values():
             stacked = [torch.stack(same) for same in zip(*(tensors for _, tensors in found), strict=True)]
-            made = found[0][0].made_ready(*stacked)
+            made = self._of(found[0][0].made_ready, stacked)
             if self.cast and dtype is not None:
                 made = [t if t.dtype == torch.float64 else t.to(dtype) for t in made]
             for (member, _), own in zip(found, zip(*(t.unbind() for t in made), strict=True), strict=True):
                 yield id(member), own
+
+    def _of(self, make: Callable[..., Sequence[Tensor]], stacked: list[Tensor]) -> Sequence[Tensor]:
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
+        return MadeReady.apply(make, *stacked) if recorded and own_function() else make(*stacked)

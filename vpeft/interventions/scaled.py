@@ -72,7 +72,8 @@ class ScaledLinear(torch.autograd.Function):
         weight, bias: frozen, of any type; bias may be None.
         scale, shift: (out,).
         again: make the output anew in backward; else it is kept, and should be by the next operation as well.
-        moved: b * scale + shift in x's type, where it was made with others'; with all that follows, or alone.
+        moved: b * scale + shift in x's type, where it was made with others', and the next four with it. It has no graph:
+            what it says of scale and shift is in their gradients.
         zero, one: vectors (out,) of zeros and ones in float32 for ``sums_of``.
         for_scale, for_shift: what ``Scales`` gave. The sums go to these in place of scale and shift, so that what is left
             to compute is done for all at once.
@@ -126,7 +127,7 @@ class Scales(torch.autograd.Function):
 
     Args (of ``apply``):
         scale, shift: of one shape.
-        least: a scale nearer to zero than this is not used, and gets no gradient here.
+        least: where a scale is nearer to zero than this, its module makes no use of what is given here.
     """
 
     @staticmethod
@@ -138,7 +139,7 @@ class Scales(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_z: Tensor, to_shift: Tensor) -> tuple[Tensor, Tensor, None]:
         scale, shift = ctx.saved_tensors
-        divisor = torch.where(scale.abs() < ctx.least, 1.0, scale)
+        divisor = torch.where(scale.abs() < ctx.least, 1.0, scale)  # of sums that are 0 then
         return torch.addcmul(of_z, shift, to_shift, value=-1) / divisor, to_shift, None
 
 

@@ -10,6 +10,7 @@ from ..backbone.attention import separate_bias
 from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_plain_norm
 from ..backbone.sites import Sites
 from ..errors import MethodError
+from ..interventions.again import within_checkpoint
 from ..interventions.base import Folded, Intervention
 from ..interventions.fused import is_frozen_linear
 from ..interventions.gathered import Gathered
@@ -66,8 +67,7 @@ class ScaleAndShift(MapOutput):
         self.near_zero = near_zero
         near_zero.parts.append(self)
         self.gathered: Gathered | None = None
-        bias = getattr(place.module, "bias", None)
-        self.alike = isinstance(place.module, nn.Linear), bias is None
+        self.alike = self.is_linear = isinstance(place.module, nn.Linear)
 
     def calls_needed(self) -> list[ModuleRef]:
         return [self.outside] if self.outside else []
@@ -86,8 +86,7 @@ class ScaleAndShift(MapOutput):
         if torch.is_grad_enabled() and self._keeps_y(x):
             return None
         module, dtype = self.place.module, autocast_dtype(x)
-        ready = None if self.gathered is None else self.gathered.ready(self, x)
-        scale, shift, *made = self.vectors() if ready is None else ready
+        scale, shift, *made = self._ready(x) or self.vectors()
         x = x if dtype is None else x.to(dtype)
         return ScaledLinear.apply(x, module.weight, module.bias, scale, shift, self.again, *made)
 
@@ -104,26 +103,32 @@ class ScaleAndShift(MapOutput):
     def _run_norm(self, inner: Inner, x: Tensor) -> Tensor:
         if not inner.alone:
             return self(inner(x), x)
-        norm, ready = self.place.module, None if self.gathered is None else self.gathered.ready(self, x)
-        weight, bias = self._of_norm(*self.gathers()) if ready is None else ready
+        norm = self.place.module
+        weight, bias = self._ready(x) or self._of_norm(*self.vectors(), norm.weight, norm.bias)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+    def _ready(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """What was made for all blocks; not where checkpointing would find another graph when it runs this again."""
+        return None if self.gathered is None or within_checkpoint() else self.gathered.ready(self, x)
 
     @staticmethod
     def _of_norm(scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return weight * scale, with_bias(bias, scale, shift)
 
     def gathers(self) -> tuple[Tensor, ...]:
-        """scale and shift, and the frozen tensors of the same size."""
-        module, linear = self.place.module, self.alike[0]
-        frozen = (module.bias,) if linear else (module.weight, module.bias)
-        return (*self.vectors(), *(t for t in frozen if t is not None))
+        """scale and shift, and the module's own tensors of the same size; none where others' hooks may make these."""
+        module = self.place.module
+        if not self.hub.hooked_by_it_alone(module):
+            return ()
+        own = (module.bias,) if self.is_linear else (module.weight, module.bias)
+        return (*self.vectors(), *(t for t in own if t is not None))
 
-    def made_ready(self, scale: Tensor, shift: Tensor, *frozen: Tensor) -> tuple[Tensor, ...]:
+    def made_ready(self, scale: Tensor, shift: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         """A norm's weight and bias; a linear's scale and shift, and what else ``ScaledLinear`` takes."""
-        if not self.alike[0]:
-            return self._of_norm(scale, shift, *frozen)
+        if not self.is_linear:
+            return self._of_norm(scale, shift, *own)
         with torch.no_grad():
-            moved = in_autocasts_type(with_bias(frozen[0] if frozen else None, scale, shift))
+            moved = in_autocasts_type(with_bias(own[0] if own else None, scale, shift))
             zero, one = (scale.new_full(scale.shape[1:], n, dtype=torch.float32).expand(scale.shape) for n in (0, 1))
         return scale, shift, moved, zero, one, *Scales.apply(scale, shift, self.near_zero.BOUND)
 
