@@ -64,11 +64,12 @@ class Gathered:
 
     Args:
         cast: give all in autocast's type; else ``made_ready`` does that itself where it is due.
+        multiplies: ``made_ready`` does more than rearrange, so that autograd keeps something for its backward.
     """
 
-    def __init__(self, cast: bool = True) -> None:
+    def __init__(self, *, cast: bool = True, multiplies: bool = True) -> None:
         self.members: list[Member] = []
-        self.cast = cast
+        self.cast, self.multiplies = cast, multiplies
 
     def ready(self, member: Member, x: Tensor) -> tuple[Tensor, ...] | None:
         """What ``made_ready`` gives for one member; None where each has to see to itself.
@@ -118,5 +119,5 @@ class Gathered:
                 yield id(member), own
 
     def _of(self, make: Callable[..., Sequence[Tensor]], stacked: list[Tensor]) -> Sequence[Tensor]:
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
+        recorded = self.multiplies and torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
         return MadeReady.apply(make, *stacked) if recorded and own_function() else make(*stacked)

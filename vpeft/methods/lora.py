@@ -241,7 +241,7 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(rank) if self.stabilised else rank)
 
     def build(self, sites: Sites) -> Iterator[tuple[str, Intervention]]:
-        gathered = Gathered()
+        gathered = Gathered(multiplies=False)
         for block, rank in self.sized_blocks(sites, "rank", self.blocks):
             for path, linears in linears_by_path(block, self.targets).items():
                 check_rank(f"{self.name}.rank", rank, linears)
