@@ -124,6 +124,11 @@ def weighted_change(values: Sequence[Tensor], weights: Sequence[float], start: T
     return (origin + total).to(values[0].dtype)
 
 
+def drops(dropout: nn.Module) -> bool:
+    """Whether a dropout may drop something now: in its own mode, which need not be that of what holds it."""
+    return dropout.training and getattr(dropout, "p", 0) > 0
+
+
 def unregistered(owner: nn.Module, **modules: nn.Module | None) -> None:
     """Give a module references to others that stay no part of it: they are saved, moved and trained where they belong."""
     for name, module in modules.items():

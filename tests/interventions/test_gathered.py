@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+import vpeft
 from tests.support.models import attached, images, make, randomise
 from vpeft.interventions.gathered import Gathered, MadeReady
 from vpeft.methods.ssf import ScaleAndShift
@@ -170,3 +171,42 @@ def test_a_bias_that_is_no_plain_parameter(method, kind, precise):
     y.square().sum().backward()
     assert kind == "buffer" or original.grad.abs().max() > 0
     assert all(p.grad is not None for p in handle.parameters())
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"dropout": 0.5}),
+        ("lora", {"dropout": 0.5, "dropout_on": "bottleneck"}),
+        ("dora", {"dropout": 0.5}),
+        ("adaptformer", {"dropout": 0.5}),
+        ("convpass", {"dropout": 0.5}),
+        ("fact_tt", {"dropout": 0.5}),
+        ("fact_tk", {"dropout": 0.5}),
+    ],
+)
+def test_dropout_follows_its_own_mode(method, options, precise):
+    """Dropout alone in training (Monte Carlo dropout), and everything but dropout."""
+    model, handle = adapted(method, **options)
+    x = images(model)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            return model(x).float()
+
+    def set_dropout(training):
+        for module in handle.root.modules():
+            if isinstance(module, nn.Dropout):
+                module.train(training)
+
+    expected = run()
+    handle.train()
+    set_dropout(False)
+    assert torch.equal(run(), expected)
+    handle.eval()
+    set_dropout(True)
+    assert not torch.equal(run(), run())
+    vpeft.attach(model, "bitfit", name="other")
+    with vpeft.route(model, [handle.name, None] + [handle.name] * (len(x) - 2)):
+        assert not torch.equal(run()[0], run()[0])

@@ -72,7 +72,7 @@ class ParallelBottleneck(AddToBranch):
 
     def bottleneck(self, v: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
         """With tensors that were made ready."""
-        p = self.drop.p if self.training else 0.0
+        p = self.drop.p if self.drop.training else 0.0
         if not leaner_backward() or p == 1:
             return F.linear(self.drop(F.linear(v, down, down_bias).relu()), up, up_bias)
         return ReluBottleneck.apply(v.to(down.dtype), down, down_bias, up, up_bias, p)

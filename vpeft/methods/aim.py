@@ -17,7 +17,7 @@ from ..interventions.branch import AddToBranch
 from ..interventions.context import Clip
 from ..interventions.hooks import is_plain_linear
 from ..interventions.output import MapOutput
-from ..numerics import leaner_backward, own_backward, unregistered
+from ..numerics import drops, leaner_backward, own_backward, unregistered
 from ..options import nonnegative, option
 from .base import Blocks, Method, Paper, count, register, which_blocks
 
@@ -185,11 +185,6 @@ def is_projection_plain(part: _Adapter, attn: nn.Module, *beside: Intervention) 
     if torch.compiler.is_compiling() or type(attn.proj).forward is not nn.Linear.forward or not is_plain_linear(part.down):
         return False
     return part.alone_at(attn.proj, *beside)
-
-
-def drops(dropout: nn.Module) -> bool:
-    """Whether it may drop something now."""
-    return dropout.training and getattr(dropout, "p", 0) > 0
 
 
 class Joint(_Adapter, AddToBranch):

@@ -13,9 +13,10 @@ from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.fused import FusedAddToLinear
+from ..interventions.hooks import hooked_only_by
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, autocast_on, unregistered
+from ..numerics import at_least_float32, autocast_on, drops, unregistered
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, count, linears_by_path, register, which_blocks
 
@@ -103,7 +104,7 @@ class FactLinear(FusedAddToLinear):
         self.act_around(self.site, self._run)
 
     def _run(self, inner: Inner, x: Tensor) -> Tensor:
-        if inner.alone and self.fusable(x):
+        if inner.alone and hooked_only_by(self.drop) and self.fusable(x):
             return self.fused(x)
         return self(x, inner(x))
 
@@ -115,16 +116,17 @@ class FactLinear(FusedAddToLinear):
 
     def fused(self, x: Tensor) -> Tensor:
         core, mask, scale, p = self.core(), None, self.scale, self.drop.p
-        if self.training and p:
+        if drops(self.drop):
             # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
-            mask = self.drop(x.new_ones(math.prod(x.shape[:-1]), len(core))) != 0
+            # As the dropout module, which is not called, draws it.
+            mask = x.new_empty(math.prod(x.shape[:-1]), len(core), dtype=torch.bool).bernoulli_(1 - p)
             scale = scale / (1 - p) if p < 1 else 0.0
         return self.in_one(x, self.factors.u, core, self.factors.v, mask, scale)
 
     def _run_together(self, members: list["FactLinear"], plan: RowPlan, args: tuple) -> Tensor | None:
         """What ``_run`` gives, in inference: added in place to the linear's output, where slices would be joined anew."""
         x = args[0]
-        alike = len({m.factors.u.shape for m in members}) == 1 and not (self.training and any(m.drop.p for m in members))
+        alike = len({m.factors.u.shape for m in members}) == 1 and not any(drops(m.drop) for m in members)
         if torch.is_grad_enabled() or autocast_on(x.device.type) or not (alike and self.fusable(x)):
             return None
         u, core, v = (plan.of_each(t) for t in zip(*((m.factors.u, m.core(), m.factors.v) for m in members), strict=True))

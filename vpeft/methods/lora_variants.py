@@ -16,7 +16,7 @@ from ..backbone.modules import LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
-from ..numerics import unregistered, wide
+from ..numerics import drops, unregistered, wide
 from ..options import nonnegative, option
 from .base import Paper, register
 from .lora import LoRA, LoraLinear
@@ -83,7 +83,7 @@ class DoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         more = (self.gain() - 1).to(y.dtype)
-        dropping = self.on_input and self.drop.p and self.training
+        dropping = self.on_input and drops(self.drop)
         if dropping:
             x = self.drop(x)
         updated = self.update(x, y)
