@@ -11,7 +11,7 @@ from tests.support.models import attached, images, make, randomise
 from vpeft.interventions.gathered import Gathered, MadeReady
 from vpeft.methods.ssf import ScaleAndShift
 
-METHODS = ["lora", "adaptformer", "convpass", "ssf"]
+METHODS = ["lora", "adaptformer", "convpass", "ssf", "fact_tt"]
 
 
 @pytest.fixture(autouse=True)

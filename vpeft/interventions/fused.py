@@ -30,6 +30,11 @@ def inner_products(x: Tensor, u: Tensor, core: Tensor | None, mask: Tensor | Non
     return low, inner if mask is None else inner * mask
 
 
+def scaled_product(scale: float, a: Tensor, b: Tensor, alike: Tensor) -> Tensor:
+    """scale * a b, of the shape of ``alike``, whose values do not matter: as one operation."""
+    return a @ b if scale == 1 else torch.addmm(alike, a, b, beta=0, alpha=scale)
+
+
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether a function of the library's own can do with a module's tensors what it does with x."""
     if not own_function():
@@ -99,13 +104,10 @@ class FrozenLinearPlus(torch.autograd.Function):
         x = had_back(ctx.make, kept) if kept else None
         if torch.is_grad_enabled() and kept:  # a second derivative goes through the two products as well
             low, inner = inner_products(x, u, core, mask)
-        sliced = grad.reshape(-1, v.shape[0])
-        to_inner = sliced @ v
+        sliced, thin = grad.reshape(-1, v.shape[0]), inner.view(-1, u.shape[0])
+        to_inner = scaled_product(ctx.scale, sliced, v, thin).view(inner.shape)
         if ctx.needs_input_grad[5]:
-            to_v = sliced.t() @ inner.view(-1, u.shape[0])
-        if ctx.scale != 1:
-            to_inner, to_v = to_inner * ctx.scale, None if to_v is None else to_v * ctx.scale
-        to_inner = to_inner.view(inner.shape)
+            to_v = scaled_product(ctx.scale, sliced.t(), thin, v)
         to_low = to_inner if mask is None else to_inner * mask
         if core is not None:
             to_core, to_low = to_low.t() @ low, (to_low @ core).view(-1, u.shape[0])

@@ -13,6 +13,7 @@ from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.fused import FusedAddToLinear
+from ..interventions.gathered import Gathered
 from ..interventions.hooks import hooked_only_by
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
@@ -99,6 +100,10 @@ class FactLinear(FusedAddToLinear):
     def core(self) -> Tensor:
         raise NotImplementedError
 
+    def core_for(self, x: Tensor) -> Tensor:
+        """The core where it is to act on x."""
+        return self.core()
+
     def install(self) -> None:
         self.reads_input(self.site)
         self.act_around(self.site, self._run)
@@ -115,7 +120,7 @@ class FactLinear(FusedAddToLinear):
         return torch.addmm(y.reshape(-1, len(v)), h.reshape(-1, len(u)), v.t(), alpha=self.scale).view(y.shape)
 
     def fused(self, x: Tensor) -> Tensor:
-        core, mask, scale, p = self.core(), None, self.scale, self.drop.p
+        core, mask, scale, p = self.core_for(x), None, self.scale, self.drop.p
         if drops(self.drop):
             # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
             # As the dropout module, which is not called, draws it.
@@ -149,13 +154,27 @@ class FactLinear(FusedAddToLinear):
 class TrainLinear(FactLinear):
     """With cores of its own block."""
 
-    def __init__(self, *args: Any, cores: Cores):
+    alike = None
+
+    def __init__(self, *args: Any, cores: Cores, gathered: Gathered):
         super().__init__(*args)
         unregistered(self, cores=cores)
+        self.gathered = gathered
+        gathered.members.append(self)
+
+    def gathers(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self.cores, s) for s in self.slots)
+
+    def made_ready(self, *stacked: Tensor) -> tuple[Tensor, ...]:
+        """The slots' cores, one below the other."""
+        return (torch.cat(stacked, 1) if len(stacked) > 1 else stacked[0],)
 
     def core(self) -> Tensor:
-        cores = [getattr(self.cores, s) for s in self.slots]
+        cores = self.gathers()
         return torch.cat(cores) if len(cores) > 1 else cores[0]
+
+    def core_for(self, x: Tensor) -> Tensor:
+        return (self.gathered.ready(self, x) or (self.core(),))[0]
 
 
 class TuckerLinear(FactLinear):
@@ -231,14 +250,17 @@ class FactTT(Method):
     def stage(self, blocks: list[BlockSite], chosen: set[int]) -> Iterator[tuple[str, nn.Module]]:
         """Shared factors of blocks of one width, and what uses them in the chosen ones."""
         path = blocks[0].path.rpartition(".")[0].rpartition(".")[0]
-        factors = Factors(self.rank, blocks[0].width)
+        factors, gathered = Factors(self.rank, blocks[0].width), Gathered(multiplies=False)
         yield f"{path}.fact".lstrip("."), factors
         for block in blocks:
             if block.index in chosen:
                 cores = Cores(self.rank, hidden_slices(block))
                 yield f"{block.path}.fact", cores
                 for at, linears in linears_by_path(block, SLOTS).items():
-                    yield f"{at}.fact", TrainLinear(linears, block.index, factors, self.scale, self.dropout, cores=cores)
+                    yield (
+                        f"{at}.fact",
+                        TrainLinear(linears, block.index, factors, self.scale, self.dropout, cores=cores, gathered=gathered),
+                    )
 
 
 @register(
