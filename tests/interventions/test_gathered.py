@@ -92,8 +92,49 @@ def test_detached_parts_have_losses_of_their_own(method):
             assert torch.equal(p.grad, found[name])
 
 
+class Checkpointed(nn.Sequential):
+    """As a user's model calls its blocks."""
+
+    def forward(self, x):
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_that_the_user_checkpoints(method):
+    model, handle = adapted(method)
+    x = images(model)
+    expected = gradients(model, handle, x)
+    model.blocks.__class__ = Checkpointed
+    found = gradients(model, handle, x)
+    assert (
+        torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
+        <= 0.1 * torch.cat([b.flatten() for b in expected]).norm()
+    )
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return x.tanh()
+
+
+@pytest.mark.parametrize(("method", "leaf"), [("fact_tt", "fc1"), ("ssf", "scale"), ("lora", "a")])
+def test_tensors_that_are_made_of_others_share_no_graph(method, leaf):
+    model, handle = adapted(method)
+    for module in list(handle.root.modules()):
+        if isinstance(module._parameters.get(leaf), nn.Parameter):
+            parametrize.register_parametrization(module, leaf, Tanh())
+    x, given = images(model), []
+    model.blocks[0].register_forward_hook(lambda module, args, output: (given.append(output), output.detach())[1])
+    y = outputs(model, x)
+    given[0].float().square().sum().backward()
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in handle.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("part", [None, "mlp", "attn"])
-def test_checkpointing_by_the_user(part):
+def test_parts_that_the_user_checkpoints(part):
     model, handle = adapted("ssf")
     x = images(model)
     expected = gradients(model, handle, x)
@@ -184,6 +225,8 @@ def test_a_bias_that_is_no_plain_parameter(method, kind, precise):
         ("convpass", {"dropout": 0.5}),
         ("fact_tt", {"dropout": 0.5}),
         ("fact_tk", {"dropout": 0.5}),
+        ("prefix", {"form": "perceptron", "hidden": 8, "dropout": 0.5}),
+        ("unipelt", {"form": "perceptron", "prefix_dropout": 0.5}),
     ],
 )
 def test_dropout_follows_its_own_mode(method, options, precise):
@@ -210,3 +253,35 @@ def test_dropout_follows_its_own_mode(method, options, precise):
     vpeft.attach(model, "bitfit", name="other")
     with vpeft.route(model, [handle.name, None] + [handle.name] * (len(x) - 2)):
         assert not torch.equal(run()[0], run()[0])
+
+
+class Halving(nn.Dropout):
+    """A dropout of someone's own, which acts in every mode."""
+
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("method", ["lora", "adaptformer", "convpass", "fact_tt"])
+def test_dropouts_of_ones_own_are_called(method, precise):
+    model, handle = adapted(method)
+    x = images(model)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            return model(x).float()
+
+    def exchange(kind):
+        for module in list(handle.root.modules()):
+            if isinstance(getattr(module, "drop", None), nn.Module):
+                module.drop = kind()
+
+    expected = run()
+    exchange(nn.Identity)
+    assert torch.allclose(run(), expected, atol=0.05)
+    exchange(Halving)
+    halved = run()
+    assert not torch.allclose(halved, expected, atol=1e-3)
+    handle.train()
+    assert torch.allclose(run(), halved, atol=0.05)

@@ -14,6 +14,7 @@ from tests.support.models import attached, images, make, randomise
 from tests.support.reference import Reference
 from vpeft.interventions.fused import FrozenLinearPlus, FusedAddToLinear
 from vpeft.methods import METHODS, create
+from vpeft.methods.fact import FactLinear
 
 SLOTS = {"qkv": ["q", "k", "v"], "proj": ["proj"], "fc1": ["fc1"], "fc2": ["fc2"]}
 
@@ -391,3 +392,24 @@ def test_backward_under_autocast_of_a_forward_without(name):
         found = torch.autograd.grad(loss, tensors)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 0.05 * b.abs().max()
+
+
+@pytest.mark.parametrize("method", ["fact_tt", "fact_tk"])
+def test_second_gradient_where_v_trains_alone(method, monkeypatch):
+    model = make("vit", dtype=torch.float64)
+    handle = attached(model, method, rank=3, dropout=0.0)
+    randomise(handle, 0.1)
+    factors = handle.root.get_submodule("fact")
+    for block in model.blocks:
+        block.attn.fused_attn = False  # torch's has no second derivative
+    for p in handle.parameters():
+        p.requires_grad_(p is factors.v)
+    x = images(model).requires_grad_()
+
+    def second():
+        grad = torch.autograd.grad(model(x).square().sum(), factors.v, create_graph=True)[0]
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    found = second()
+    monkeypatch.setattr(FactLinear, "fusable", lambda self, x: False)
+    assert torch.allclose(found, second(), rtol=1e-6)

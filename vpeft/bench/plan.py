@@ -23,7 +23,7 @@ from .config import BenchConfig, check_device
 from .memory import peak_bytes, saved_bytes
 from .rows import Batch, MethodRow, classifier
 
-SMALL, CHECK = (2, 4), 5  # images of the batches that are measured, and of one that says how far the line is off
+SMALL, CHECK = (3, 5), 6  # images measured (with 2, AIM keeps more for each), and of one that says how far the line is off
 Context = Callable[[bool], AbstractContextManager]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import autocast_on, own_function
+from .again import within_checkpoint
 from .flow import Flow
 from .hooks import unhooked
 from .hub import Hub
@@ -78,7 +79,7 @@ class Gathered:
             member: one that was added to ``members``.
             x: what the member is about to act on.
         """
-        flow = None if member.hub is None else member.hub.now()
+        flow = None if member.hub is None or torch.compiler.is_compiling() else member.hub.now()
         if flow is None or flow.starter is not member.hub.model:
             return None  # where a block is called by itself, other members do not run
         # A part of a model may run without gradients, or in another precision.
@@ -86,6 +87,8 @@ class Gathered:
         dtype = torch.get_autocast_dtype(kind) if autocast_on(kind) else None
         if dtype is None and kind != "cuda":
             return None
+        if self.multiplies and within_checkpoint():
+            return None  # which would find another graph when it runs this again
         name = f"ready {torch.is_grad_enabled()} {dtype}"
         found = flow.get(self, name)
         if found is None:
@@ -98,7 +101,7 @@ class Gathered:
     def _pays(self, flow: Flow) -> bool:
         if flow.checkpointed or flow.task is not None or flow.routed or flow.exported:
             return False  # blocks run again by themselves; each sample has its own
-        return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        return not torch.jit.is_tracing()
 
     def _made(self, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         groups: dict[tuple, list[tuple[Member, tuple[Tensor, ...]]]] = {}
@@ -106,8 +109,7 @@ class Gathered:
             if not unhooked(member):
                 continue  # its parts must be called
             tensors = member.gathers()
-            # None in shards, and none that is still to be brought here.
-            if tensors and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors):
+            if tensors and all(_is_plain(t, device) for t in tensors):
                 key = member.alike, *((t.shape, t.dtype, t.requires_grad) for t in tensors)
                 groups.setdefault(key, []).append((member, tensors))
         for found in groups.values():
@@ -121,3 +123,8 @@ class Gathered:
     def _of(self, make: Callable[..., Sequence[Tensor]], stacked: list[Tensor]) -> Sequence[Tensor]:
         recorded = self.multiplies and torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
         return MadeReady.apply(make, *stacked) if recorded and own_function() else make(*stacked)
+
+
+def _is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is no shard, is not still to be brought here, and has no graph, which all members would share."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device == device and tensor.grad_fn is None

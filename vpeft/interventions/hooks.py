@@ -4,6 +4,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from ..numerics import drops
+
 # Of torch's module: hooks that are called at every module.
 _EVERYWHERE = (
     nn.modules.module._global_forward_hooks,
@@ -50,6 +52,16 @@ def unhooked(module: nn.Module) -> bool:
     """Whether nothing hooks a module or one inside of it, or stands in place of their forwards."""
     children = module._modules.values()
     return hooked_only_by(module) and all(child is None or unhooked(child) for child in children)
+
+
+def is_plain_dropout(module: nn.Module) -> bool:
+    """Whether a module's call is torch's own dropout at its ``p``, or nothing where that is 0 or in evaluation."""
+    return type(module).forward is nn.Dropout.forward and hooked_only_by(module)
+
+
+def lets_through(dropout: nn.Module) -> bool:
+    """Whether a dropout is torch's own and drops nothing now, so that it need not be called."""
+    return is_plain_dropout(dropout) and not drops(dropout)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from ..interventions.base import Intervention
 from ..interventions.bottleneck import ReluBottleneck
 from ..interventions.branch import AddToBranch
 from ..interventions.gathered import Gathered
+from ..interventions.hooks import is_plain_dropout
 from ..numerics import leaner_backward
 from ..options import factor, probability
 from .base import Blocks, Method, Paper, PerBlock, per_block, register, which_blocks
@@ -51,6 +52,8 @@ class ParallelBottleneck(AddToBranch):
         return scaled(parts, weights, self.norm if self.where == "out" else parts[0].up)
 
     def gathers(self) -> tuple[Tensor, ...]:
+        if not is_plain_dropout(self.drop):
+            return ()
         return self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
     def made_ready(self, *stacked: Tensor) -> tuple[Tensor, ...]:

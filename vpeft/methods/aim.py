@@ -136,8 +136,10 @@ class Temporal(_Adapter, MapOutput):
 
     def _single(self, attn: nn.Module) -> bool:
         """Whether attention gives its values, and nothing else needs a gradient through the scores, be it 0."""
-        if not own_backward() or self.clip.length > 1 or drops(attn.attn_drop) or getattr(attn, "qkv", None) is None:
+        if not own_backward() or self.clip.length > 1 or getattr(attn, "qkv", None) is None:
             return False
+        if drops(attn.attn_drop) or (attn.training and getattr(attn.attn_drop, "p", 0) > 0):
+            return False  # torch's fused attention goes by the attention's mode
         return not any(p.requires_grad for p in attn.parameters())
 
 

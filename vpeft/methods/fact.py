@@ -14,7 +14,7 @@ from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
 from ..interventions.fused import FusedAddToLinear
 from ..interventions.gathered import Gathered
-from ..interventions.hooks import hooked_only_by
+from ..interventions.hooks import is_plain_dropout, lets_through
 from ..interventions.operation import Inner
 from ..interventions.rows import RowPlan
 from ..numerics import at_least_float32, autocast_on, drops, unregistered
@@ -109,9 +109,8 @@ class FactLinear(FusedAddToLinear):
         self.act_around(self.site, self._run)
 
     def _run(self, inner: Inner, x: Tensor) -> Tensor:
-        if inner.alone and hooked_only_by(self.drop) and self.fusable(x):
-            return self.fused(x)
-        return self(x, inner(x))
+        fused = self.fused(x) if inner.alone and self.fusable(x) else None
+        return self(x, inner(x)) if fused is None else fused
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         u, v = self.factors.u, self.factors.v
@@ -119,19 +118,25 @@ class FactLinear(FusedAddToLinear):
         # s, up to 100, multiplies the product with V and not its half-precision operands.
         return torch.addmm(y.reshape(-1, len(v)), h.reshape(-1, len(u)), v.t(), alpha=self.scale).view(y.shape)
 
-    def fused(self, x: Tensor) -> Tensor:
+    def fusable(self, x: Tensor) -> bool:
+        return is_plain_dropout(self.drop) and super().fusable(x)
+
+    def fused(self, x: Tensor) -> Tensor | None:
         core, mask, scale, p = self.core_for(x), None, self.scale, self.drop.p
+        u, v = self.factors.u, self.factors.v
+        if v.requires_grad and not (u.requires_grad or core.requires_grad) and torch.is_grad_enabled():
+            return None  # its second derivative would be another one
         if drops(self.drop):
             # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
-            # As the dropout module, which is not called, draws it.
+            # As the dropout module, which is not called, draws it on a CPU.
             mask = x.new_empty(math.prod(x.shape[:-1]), len(core), dtype=torch.bool).bernoulli_(1 - p)
             scale = scale / (1 - p) if p < 1 else 0.0
-        return self.in_one(x, self.factors.u, core, self.factors.v, mask, scale)
+        return self.in_one(x, u, core, v, mask, scale)
 
     def _run_together(self, members: list["FactLinear"], plan: RowPlan, args: tuple) -> Tensor | None:
         """What ``_run`` gives, in inference: added in place to the linear's output, where slices would be joined anew."""
         x = args[0]
-        alike = len({m.factors.u.shape for m in members}) == 1 and not any(drops(m.drop) for m in members)
+        alike = len({m.factors.u.shape for m in members}) == 1 and all(lets_through(m.drop) for m in members)
         if torch.is_grad_enabled() or autocast_on(x.device.type) or not (alike and self.fusable(x)):
             return None
         u, core, v = (plan.of_each(t) for t in zip(*((m.factors.u, m.core(), m.factors.v) for m in members), strict=True))

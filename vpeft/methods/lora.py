@@ -14,9 +14,9 @@ from ..errors import MethodError
 from ..interventions.base import Intervention
 from ..interventions.fused import FusedAddToLinear
 from ..interventions.gathered import Gathered
-from ..interventions.hooks import hooked_only_by
+from ..interventions.hooks import lets_through
 from ..interventions.rows import RowPlan
-from ..numerics import at_least_float32, drops
+from ..numerics import at_least_float32
 from ..options import nonnegative, probability
 from .base import Blocks, Method, Paper, PerBlock, linears_by_path, per_block, register, slots, which_blocks
 
@@ -134,7 +134,7 @@ class LoraLinear(FusedAddToLinear):
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scale).view(y.shape)
 
     def fusable(self, x: Tensor) -> bool:
-        return self._as_lora() and not drops(self.drop) and hooked_only_by(self.drop) and super().fusable(x)
+        return self._as_lora() and lets_through(self.drop) and super().fusable(x)
 
     def fused(self, x: Tensor) -> Tensor | None:
         a, b = self._factors_for(x)
@@ -153,7 +153,7 @@ class LoraLinear(FusedAddToLinear):
     def together(self, members: list["LoraLinear"], plan: RowPlan, x: Tensor, y: Tensor) -> Tensor | None:
         # Faster than slices at every size that was measured (one to eight samples a task, two to 32 tasks).
         pairs = [m.factors() for m in members]
-        if not self._as_lora() or len({a.shape for a, _ in pairs}) > 1 or any(drops(m.drop) for m in members):
+        if not self._as_lora() or len({a.shape for a, _ in pairs}) > 1 or not all(lets_through(m.drop) for m in members):
             return None
         a = plan.of_each([a for a, _ in pairs])
         b = plan.of_each([m.scale * b for m, (_, b) in zip(members, pairs, strict=True)])

@@ -13,7 +13,7 @@ from ..errors import MethodError
 from ..interventions.attention import ComputedKeysValues, PrefixKeysValues
 from ..interventions.base import Intervention
 from ..interventions.hooks import hooked_only_by
-from ..numerics import unregistered
+from ..numerics import drops, unregistered
 from ..options import probability
 from .base import Blocks, Method, Paper, PerBlock, count, create, per_block, register, which_blocks
 
@@ -83,7 +83,7 @@ class MadePrefix(ComputedKeysValues):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key, value = super().forward(x)
-        if self.training and self.drop.p:  # every sample draws its own
+        if drops(self.drop):  # every sample draws its own
             key, value = (self.drop(t.expand(x.shape[0], *t.shape)) for t in (key, value))
         return key, value
 

@@ -10,7 +10,6 @@ from ..backbone.attention import separate_bias
 from ..backbone.modules import FIRST, LAST, LinearSite, ModuleRef, is_norm, is_plain_norm
 from ..backbone.sites import Sites
 from ..errors import MethodError
-from ..interventions.again import within_checkpoint
 from ..interventions.base import Folded, Intervention
 from ..interventions.fused import is_frozen_linear
 from ..interventions.gathered import Gathered
@@ -108,8 +107,7 @@ class ScaleAndShift(MapOutput):
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """What was made for all blocks; not where checkpointing would find another graph when it runs this again."""
-        return None if self.gathered is None or within_checkpoint() else self.gathered.ready(self, x)
+        return None if self.gathered is None else self.gathered.ready(self, x)
 
     @staticmethod
     def _of_norm(scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
