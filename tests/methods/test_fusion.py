@@ -447,3 +447,17 @@ def test_presets_of_the_adapters():
     handle = attached(make("vit"), "adapter_fusion", adapters={n: {"preset": "adapter_hub", "bottleneck": 2} for n in "ab"})
     assert handle.method.adapters["a"]["act"] == "relu"
     assert math.prod(handle.state_dict()["blocks.0.fusion_mlp.adapters.a.down.weight"].shape) == 2 * 32
+
+
+def test_a_hooked_key_is_called():
+    """A pruned, quantised or hooked key has its own say; else its product is moved to the query."""
+    model = make("vit")
+    handle = attached(model, "adapter_fusion")
+    randomise(handle, 0.1)
+    x, seen = images(model), []
+    expected = model(x)
+    for part in handle.root.modules():
+        if isinstance(getattr(part, "key", None), torch.nn.Linear):
+            part.key.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert len(seen) >= len(model.blocks)

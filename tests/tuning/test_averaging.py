@@ -16,7 +16,7 @@ EXACT = {
     "increlora", "linear", "lora", "lora_fa", "lt_sft", "magnitude", "norm", "partial", "pissa", "rslora", "ssf",
 }  # fmt: skip
 # Two of them, each made by itself, have other positions, masks or frozen factors, of which there is no mean.
-NO_MEAN = {"child_tuning_d", "delta_lora", "diff_pruning", "e2vpt", "gps", "lora_fa", "lt_sft"}
+NO_MEAN = {"adapter_fusion", "child_tuning_d", "delta_lora", "diff_pruning", "e2vpt", "gps", "lora_fa", "lt_sft"}
 
 
 def two(method: str, kind: str = "vit", dtype=torch.float64, **options):

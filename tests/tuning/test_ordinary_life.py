@@ -391,9 +391,9 @@ def test_linears_whose_weight_is_made_anew(method, change):
 
 # They act at linears, which become others.
 AT_LINEARS = {
-    "adapterbias", "child_tuning_d", "child_tuning_f", "dam_vp", "delta_lora", "diff_pruning", "dora", "evp", "fact_tk",
-    "fact_tt", "fish", "gps", "ilm_vp", "increlora", "kadaptation", "krona", "lora", "lora_fa", "lt_sft", "magnitude", "mpo",
-    "patt", "pissa", "rslora", "s4", "ssf", "unipelt", "vqt",
+    "adapterbias", "aim", "child_tuning_d", "child_tuning_f", "compose", "dam_vp", "delta_lora", "diff_pruning", "dora", "evp", "fact_tk",
+    "fact_tt", "fish", "gps", "ilm_vp", "increlora", "kadaptation", "krona", "lora", "lora_fa", "lt_sft", "magnitude", "mpo", "noah",
+    "patt", "pissa", "rslora", "s4", "ssf", "supernet", "unipelt", "vqt",
 }  # fmt: skip
 
 
@@ -520,7 +520,8 @@ def test_patch_drop_in_training(method):
     handle = attached(model, method)
     handle.train(backbone=True)
     model(images(model)).sum().backward()
-    assert not [n for n, p in handle.named_parameters() if p.requires_grad and p.grad is None]
+    left_out = [n for n, p in handle.named_parameters() if p.requires_grad and p.grad is None]
+    assert len(left_out) < 10 if method == "supernet" else not left_out  # which draws a subnet
 
 
 # ---- wrappers ----

@@ -16,6 +16,7 @@ from ..backbone.sites import Sites
 from ..errors import MethodError, VpeftError, shown, some
 from ..interventions.base import Intervention
 from ..interventions.branch import AddToBranch
+from ..interventions.hooks import is_plain_linear
 from ..interventions.output import MapOutput
 from ..numerics import at_least_float32
 from ..options import nonnegative, option, probability
@@ -89,9 +90,12 @@ class Mixture:
             z = z + v.unsqueeze(-2)
         # q . (W_k z_i) = (W_k^T q) . z_i, and W_v moves out of the sum: three products whatever N is.
         query = self.query(v)
-        scores = (z @ F.linear(query, self.key.weight.T).unsqueeze(-1)).squeeze(-1)
-        if self.key.bias is not None:
-            scores = scores + query @ self.key.bias.unsqueeze(-1)
+        if is_plain_linear(self.key):
+            scores = (z @ F.linear(query, self.key.weight.T).unsqueeze(-1)).squeeze(-1)
+            if self.key.bias is not None:
+                scores = scores + query @ self.key.bias.unsqueeze(-1)
+        else:  # hooked, or quantised
+            scores = (self.key(z) * query.unsqueeze(-2)).sum(-1)
         shares = self.drop(scores).softmax(-1).to(z.dtype)
         return self.value((shares.unsqueeze(-2) @ z).squeeze(-2))
 
