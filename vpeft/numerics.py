@@ -1,5 +1,6 @@
-"""Precision, references between modules, training modes and random states: what many places need."""
+"""Precision, references between modules, training modes, random states, Python's collector: what many places need."""
 
+import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -153,6 +154,21 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
         for module in modules:
             module.eval()
         yield
+
+
+@contextmanager
+def collector_passes_over() -> Iterator[None]:
+    """Python's garbage collector does not look at what is there now, for a while: it is mostly torch's and timm's.
+
+    Where someone has told it so already, that stays.
+    """
+    told = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not told:
+            gc.unfreeze()
 
 
 @contextmanager

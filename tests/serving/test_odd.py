@@ -17,6 +17,7 @@ from tests.support.served import IMAGES, Served, differ, picture, write_book
 from tests.support.signed import edited
 from vpeft.engine.predict import predict
 from vpeft.errors import DataError
+from vpeft.numerics import collector_passes_over
 from vpeft.serving.book import read_book, refresh
 from vpeft.serving.listing import Wanted, predict_list
 from vpeft.serving.settings import ServeOptions
@@ -136,18 +137,30 @@ def test_the_garbage_collector_leaves_the_model_and_the_libraries_alone_while_it
     """A collection of all objects holds every request for a good part of a second."""
     made, build = [], module.server_of
     monkeypatch.setattr(module, "server_of", lambda *a: made.append(build(*a)) or made[0])
-    before = gc.get_freeze_count()
+    gc.unfreeze()  # what the suite has frozen
     thread = threading.Thread(target=module.serve, args=(book, ServeOptions(port=0)))
     thread.start()
     try:
         while not made or not made[0].started:
             assert thread.is_alive()
             time.sleep(0.01)
-        assert gc.get_freeze_count() > before + 50_000
+        assert gc.get_freeze_count() > 50_000
     finally:
         made[0].should_exit = True
         thread.join(30)
     assert gc.get_freeze_count() == 0
+    gc.freeze()
+
+
+def test_what_someone_has_frozen_stays_so():
+    gc.unfreeze()
+    with collector_passes_over():
+        assert gc.get_freeze_count() > 50_000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with collector_passes_over():
+        pass
+    assert gc.get_freeze_count() > 50_000
 
 
 def test_a_thin_image_is_refused_before_it_is_enlarged(book, tmp_path):

@@ -1,7 +1,6 @@
 """What the library says of itself: parsers and what they run; see ``vpeft/cli.py``."""
 
 import argparse
-import gc
 from collections.abc import Callable
 
 
@@ -10,12 +9,12 @@ def methods(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], N
 
     def run(args: argparse.Namespace) -> None:
         from ..methods import METHODS, list_methods
+        from ..numerics import collector_passes_over
         from ..tuning.description import describe
 
         if args.name:
-            gc.freeze()  # else Python looks through all that torch and timm imported, which takes longer than the answer
-            print(describe(args.name))
-            gc.unfreeze()
+            with collector_passes_over():  # which would take longer than the answer
+                print(describe(args.name))
         else:
             for name in list_methods():
                 print(f"{name:16s} {METHODS[name].paper}")

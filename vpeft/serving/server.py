@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ConfigError
+from ..numerics import collector_passes_over
 from .book import read_book
 from .settings import ServeOptions
 
@@ -60,11 +61,8 @@ def _settled() -> Iterator[None]:
     A full collection took about 0.35 s of CPU time with a small ViT, nearly all of it for what torch and timm had brought.
     """
     gc.collect()
-    gc.freeze()
-    try:
+    with collector_passes_over():
         yield
-    finally:
-        gc.unfreeze()
 
 
 def check_packages() -> None:
