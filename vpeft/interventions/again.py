@@ -165,11 +165,11 @@ class Origins:
         found = []
         for inner, outer in pairwise(around):
             parts = list(outer.children())
-            makers = [part for part in parts if is_plain_norm(part) or is_plain_gelu(part)]
-            before = [part for part in makers if parts.index(part) < parts.index(inner)]
+            place = parts.index(inner)
+            before = [part for part in parts[:place] if _is_maker(part)]
             if before:
                 return before[-1:]
-            found += makers
+            found += [part for part in parts[place:] if _is_maker(part)]
         return found
 
     def remove(self, owner: str) -> None:
@@ -240,6 +240,10 @@ class Origins:
         if any(t is not None and (type(t) not in (Tensor, nn.Parameter) or t.dtype != output.dtype) for t in tensors):
             return
         self.made[output] = Origin(module, make, tensors, _versions(tensors), node)
+
+
+def _is_maker(module: nn.Module) -> bool:
+    return is_plain_norm(module) or is_plain_gelu(module)
 
 
 def _has_own_tensors(norm: nn.Module) -> bool:

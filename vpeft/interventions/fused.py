@@ -35,6 +35,11 @@ def scaled_product(scale: float, a: Tensor, b: Tensor, alike: Tensor) -> Tensor:
     return a @ b if scale == 1 else torch.addmm(alike, a, b, beta=0, alpha=scale)
 
 
+def trains_alone(v: Tensor, *others: Tensor | None) -> bool:
+    """Whether V trains and U and the core do not: ``FrozenLinearPlus`` would have another second derivative."""
+    return v.requires_grad and torch.is_grad_enabled() and not any(t is not None and t.requires_grad for t in others)
+
+
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether a function of the library's own can do with a module's tensors what it does with x."""
     if not own_function():

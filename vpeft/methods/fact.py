@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backbone.modules import BlockSite, LinearSite
 from ..backbone.sites import Sites
 from ..errors import UnsupportedModelError
-from ..interventions.fused import FusedAddToLinear
+from ..interventions.fused import FusedAddToLinear, trains_alone
 from ..interventions.gathered import Gathered
 from ..interventions.hooks import is_plain_dropout, lets_through
 from ..interventions.operation import Inner
@@ -124,8 +124,8 @@ class FactLinear(FusedAddToLinear):
     def fused(self, x: Tensor) -> Tensor | None:
         core, mask, scale, p = self.core_for(x), None, self.scale, self.drop.p
         u, v = self.factors.u, self.factors.v
-        if v.requires_grad and not (u.requires_grad or core.requires_grad) and torch.is_grad_enabled():
-            return None  # its second derivative would be another one
+        if trains_alone(v, u, core):
+            return None
         if drops(self.drop):
             # A byte for each entry is kept, and the factor 1 / (1 - p) is in the scale.
             # As the dropout module, which is not called, draws it on a CPU.

@@ -12,7 +12,7 @@ from ..backbone.modules import SLOTS, LinearSite
 from ..backbone.sites import Sites
 from ..errors import MethodError
 from ..interventions.base import Intervention
-from ..interventions.fused import FusedAddToLinear
+from ..interventions.fused import FusedAddToLinear, trains_alone
 from ..interventions.gathered import Gathered
 from ..interventions.hooks import lets_through
 from ..interventions.rows import RowPlan
@@ -138,9 +138,7 @@ class LoraLinear(FusedAddToLinear):
 
     def fused(self, x: Tensor) -> Tensor | None:
         a, b = self._factors_for(x)
-        if b.requires_grad and not a.requires_grad and torch.is_grad_enabled():
-            return None  # its second derivative would be another one
-        return self.in_one(x, a, None, b, scale=self.scale)
+        return None if trains_alone(b, a) else self.in_one(x, a, None, b, scale=self.scale)
 
     def _factors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ready = None if self.gathered is None else self.gathered.ready(self, x)
